@@ -1,0 +1,239 @@
+"""Settings: frozen dataclasses inside, TOML at the edge."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from kermes.errors import ConfigError, FileError
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectionConfig:
+    """How footprints and peaks are found when none are given."""
+
+    threshold: float = 5.0
+    """A pixel of the smoothed detection image above this many sigma belongs to a footprint."""
+
+    peak_threshold: float = 5.0
+    """A local maximum counts as a peak above this many sigma."""
+
+    min_separation: float = 4.0
+    """Of two peaks closer than this [pixels], the brighter one is kept."""
+
+    min_area: int = 4
+    """Footprints with fewer pixels are dropped."""
+
+    grow: int = 3
+    """Footprints are grown by this many pixels, to hold the wings."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        _check(self.threshold > 0, f"detection.threshold must be positive, got {self.threshold}")
+        _check(self.peak_threshold > 0, f"detection.peak_threshold must be positive, got {self.peak_threshold}")
+        _check(self.min_separation >= 0, f"detection.min_separation must be >= 0, got {self.min_separation}")
+        _check(self.min_area >= 1, f"detection.min_area must be >= 1, got {self.min_area}")
+        _check(self.grow >= 0, f"detection.grow must be >= 0, got {self.grow}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitializationConfig:
+    """How the first model of each source is made."""
+
+    detection_image: Literal["deconvolved", "chi2"] = "deconvolved"
+    """Image the first shapes are cut from: all bands deconvolved to the model PSF, or their plain chi2 sum."""
+
+    threshold: float = 1.0
+    """First shapes end where the detection image falls below this many sigma."""
+
+    min_snr: float = 50.0
+    """Sources above twice this signal-to-noise get two components."""
+
+    max_components: int = 2
+    """At most this many components per source; 0: every source is a point source."""
+
+    disk_percentile: float = 25.0
+    """Two components split the first shape at this percentage of its peak."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        _check(self.threshold >= 0, f"initialization.threshold must be >= 0, got {self.threshold}")
+        _check(self.min_snr > 0, f"initialization.min_snr must be positive, got {self.min_snr}")
+        _check(
+            self.max_components in (0, 1, 2), f"initialization.max_components must be 0, 1 or 2, got {self.max_components}"
+        )
+        _check(
+            0 < self.disk_percentile < 100,
+            f"initialization.disk_percentile must lie between 0 and 100, got {self.disk_percentile}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitConfig:
+    """How the sources of one blend are fitted."""
+
+    max_iterations: int = 100
+    """Give up after this many iterations."""
+
+    min_iterations: int = 5
+    """Do at least this many."""
+
+    tolerance: float = 1e-3
+    """Converged when the loss changes by less than this fraction of itself between two iterations."""
+
+    spectrum_step: float = 1e-2
+    """Step of the spectra, relative to their mean over the bands."""
+
+    morphology_step: float = 1e-2
+    """Step of the morphologies, relative to their peak."""
+
+    background_threshold: float = 0.25
+    """A pixel of a morphology fainter than this many sigma in every band is set to zero."""
+
+    resize_every: int = 10
+    """The boxes follow the morphologies each time after this many iterations; 0: they stay."""
+
+    monotonic: bool = True
+    """Whether morphologies fall monotonically from their centre."""
+
+    symmetric: bool = False
+    """Whether morphologies are symmetric about their centre."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        _check(self.max_iterations >= 0, f"fit.max_iterations must be >= 0, got {self.max_iterations}")
+        _check(self.min_iterations >= 0, f"fit.min_iterations must be >= 0, got {self.min_iterations}")
+        _check(0 < self.tolerance < 1, f"fit.tolerance must lie between 0 and 1, got {self.tolerance}")
+        _check(self.spectrum_step > 0, f"fit.spectrum_step must be positive, got {self.spectrum_step}")
+        _check(self.morphology_step > 0, f"fit.morphology_step must be positive, got {self.morphology_step}")
+        _check(self.background_threshold >= 0, f"fit.background_threshold must be >= 0, got {self.background_threshold}")
+        _check(self.resize_every >= 0, f"fit.resize_every must be >= 0, got {self.resize_every}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings of one run; the defaults work."""
+
+    model: Literal["scarlet-lite"] = "scarlet-lite"
+    """What a source is modelled as."""
+
+    model_psf_sigma: float = 0.8
+    """Width of the Gaussian PSF of the model frame [pixels]; must be narrower than every observed PSF."""
+
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    """Used when no peaks or footprints are given."""
+
+    initialization: InitializationConfig = field(default_factory=InitializationConfig)
+    """First model of each source."""
+
+    fit: FitConfig = field(default_factory=FitConfig)
+    """Fit of one blend."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        _check(self.model in ("scarlet-lite",), f"model must be 'scarlet-lite', got {self.model!r}")
+        _check(
+            0.5 <= self.model_psf_sigma <= 10,
+            f"model_psf_sigma must lie between 0.5 and 10 pixels, got {self.model_psf_sigma}",
+        )
+
+
+def _merge(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(settings.get(key), dict):
+            _merge(settings[key], value)
+        else:
+            settings[key] = value
+
+
+def config_from_dict(settings: Mapping[str, Any], origin: str = "config") -> Config:
+    """Make a Config from nested dictionaries; `origin` is what messages call them.
+
+    Raises
+    ------
+    ConfigError
+        Naming every unknown key and every value of a wrong type or range.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Config).validate_python(dict(settings))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'settings'}: {problem['msg'].removeprefix('Value error, ')}"
+            + (f", got {problem['input']!r}" if not isinstance(problem["input"], dict) else "")
+            for problem in error.errors()
+        )
+        raise ConfigError(f"{origin} is not a valid configuration: {problems}") from None
+
+
+def load_config(path: Path | str | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read settings from a TOML file.
+
+    Parameters
+    ----------
+    path : path, optional
+        None: start from the defaults.
+    overrides : iterable of str, optional
+        TOML assignments such as ``"fit.tolerance=1e-3"``; they win over the file. A value that is
+        not TOML is taken as a string, so that ``"model=scarlet-lite"`` works.
+
+    Raises
+    ------
+    FileError
+        If the file cannot be read.
+    ConfigError
+        If it is not TOML, or holds unknown keys or wrong values.
+    """
+    settings: dict[str, Any] = {}
+    if path is not None:
+        try:
+            settings = tomllib.loads(Path(path).read_text())
+        except OSError as error:
+            raise FileError(f"config must be a readable TOML file, got {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config must be TOML, got {path}: {error}") from None
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"set must have the form key=value, got {override!r}")
+        try:
+            change = tomllib.loads(override)
+        except tomllib.TOMLDecodeError:
+            try:
+                change = tomllib.loads(f"{key} = '''{value.strip()}'''")
+            except tomllib.TOMLDecodeError:
+                raise ConfigError(f"set must have the form key=value, got {override!r}") from None
+        _merge(settings, change)
+    return config_from_dict(settings, origin="config" if path is None else str(path))
+
+
+def to_toml(config: Config) -> str:
+    """Write all settings as TOML, in the order of the dataclasses."""
+
+    def lines(value: Any, prefix: str) -> list[str]:
+        plain, tables = [], []
+        for item in dataclasses.fields(value):
+            content = getattr(value, item.name)
+            if dataclasses.is_dataclass(content):
+                name = f"{prefix}{item.name}"
+                tables += ["", f"[{name}]", *lines(content, f"{name}.")]
+            else:
+                text = str(content).lower() if isinstance(content, bool) else repr(content).replace("'", '"')
+                plain.append(f"{item.name} = {text}")
+        return plain + tables
+
+    return "\n".join(lines(config, "")) + "\n"

@@ -1,0 +1,1 @@
+"""Compiled loops over flat arrays. Nothing here imports kermes outside this folder."""
