@@ -1,0 +1,79 @@
+"""Reading coadds, and writing scenes of our own: one file per format."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kermes.coadd import Coadd
+from kermes.errors import FileError, InputError
+from kermes.io.fits import read_fits
+from kermes.io.manifest import read_manifest
+from kermes.io.npz import read_npz, write_npz
+
+__all__ = ["read", "read_fits", "read_manifest", "read_npz", "write_npz"]
+
+_FITS_NAME = re.compile(r"\.(fits?|fts)(\.(fz|gz))?(\[.*)?$", re.IGNORECASE)
+
+
+def read(source: Path | str | Mapping[str, Path | str], **options: Any) -> Coadd:
+    """Read a coadd from files.
+
+    Parameters
+    ----------
+    source : path, or mapping of band to file
+        An ``.npz`` archive (see `read_npz`), a ``.toml`` manifest (see `read_manifest`), or one image
+        ``file.fits[HDU]`` for each band (see `read_fits`).
+    **options
+        Of the reader of that form: for an archive ``bands``, ``unit``, ...; for FITS also ``variance`` or ``invvar``,
+        ``mask`` and ``psf``.
+
+    Returns
+    -------
+    coadd : Coadd
+
+    Raises
+    ------
+    FileError
+        If a file is missing or damaged.
+    InputError
+        If `source` has none of these forms, an option is unknown, or the content cannot be used.
+
+    Examples
+    --------
+    >>> coadd = read("scene.npz", unit="nJy")  # doctest: +SKIP
+    >>> coadd = read({"g": "g.fits[1]"}, invvar={"g": "g.fits[2]"}, psf={"g": "psf.fits"})  # doctest: +SKIP
+    """
+    reader, form = _reader_of(source)
+    known = list(inspect.signature(reader).parameters)[1:]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        choices = ", ".join(known) or "none"
+        raise InputError(f"options must be those of {form}: {choices}; got {unknown[0]!r}")
+    return reader(source, **options)
+
+
+def _reader_of(source: Any) -> tuple[Callable[..., Coadd], str]:
+    """Choose the reader by the form of the source."""
+    if isinstance(source, Mapping):
+        return read_fits, "FITS files"
+    if not isinstance(source, str | Path):
+        raise InputError(f"source must be a path, or a mapping of band to file; got {type(source).__name__}")
+    suffix = Path(source).suffix
+    if suffix == ".npz":
+        return read_npz, "an .npz archive"
+    if suffix == ".toml":
+        return read_manifest, "a manifest"
+    if _FITS_NAME.search(str(source)):
+        raise InputError(
+            f"source must be an .npz archive, a .toml manifest, or a mapping of band to FITS file; got {source}, "
+            "a FITS file without its band"
+        )
+    if not Path(source).exists():
+        raise FileError(f"source must be a readable .npz or .toml file, got {source}: No such file or directory")
+    raise InputError(
+        f"source must be an .npz archive, a .toml manifest, or a mapping of band to FITS file; got {source}"
+    )

@@ -1,0 +1,193 @@
+"""Columns, units, flags and outcomes of the tables: the one place that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+import numpy as np
+from astropy import units
+from astropy.table import Column, Table
+from numpy.typing import ArrayLike, DTypeLike
+
+
+class Outcome(StrEnum):
+    """What a source was modelled as, from the best to the simplest."""
+
+    FULL = "full"
+    """As configured."""
+
+    SINGLE = "single"
+    """With one component only."""
+
+    POINT = "point"
+    """As a point source, jointly with its neighbours."""
+
+    TEMPLATE = "template"
+    """With a template taken from the pixels, band by band."""
+
+    PEAK = "peak"
+    """As a PSF at the peak."""
+
+
+class Flag(StrEnum):
+    """Names of the boolean columns of `objects`."""
+
+    MASKED_PEAK = "flag_masked_peak"
+    DUPLICATE_PEAK = "flag_duplicate_peak"
+    EDGE = "flag_edge"
+    OUTSIDE_FOOTPRINT = "flag_outside_footprint"
+    MISSING_BAND = "flag_missing_band"
+    NO_DATA = "flag_no_data"
+    NOT_CONVERGED = "flag_not_converged"
+    NULL_MODEL = "flag_null_model"
+
+
+FLAG_DESCRIPTIONS: Mapping[Flag, str] = {
+    Flag.MASKED_PEAK: "the pixel of the peak is invalid in every band",
+    Flag.DUPLICATE_PEAK: "an earlier peak has the same pixel",
+    Flag.EDGE: "the box of the source touches the edge of the image",
+    Flag.OUTSIDE_FOOTPRINT: "the peak lies in no footprint",
+    Flag.MISSING_BAND: "at least one band has no valid pixel in the blend",
+    Flag.NO_DATA: "no band has a valid pixel in the blend",
+    Flag.NOT_CONVERGED: "the fit stopped before it converged",
+    Flag.NULL_MODEL: "the model has no light",
+}
+"""What a flag says when it is True."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnDefinition:
+    """Name, type and meaning of one column."""
+
+    name: str
+    """Name of the column, the same in every format."""
+
+    dtype: DTypeLike
+    """Type of its values."""
+
+    description: str
+    """One line."""
+
+    unit: Literal["", "pix", "pix2", "deg", "flux"] = ""
+    """Unit; "flux" stands for the unit of the coadd."""
+
+
+_PER_BAND = (
+    ColumnDefinition("flux", np.float64, "Total flux of the model", "flux"),
+    ColumnDefinition("flux_err", np.float64, "Standard deviation of the flux, neighbours included", "flux"),
+    ColumnDefinition("redistributed_flux", np.float64, "Sum of the share of the observed pixels", "flux"),
+    ColumnDefinition("redistributed_flux_err", np.float64, "Standard deviation of redistributed_flux", "flux"),
+    ColumnDefinition("max_overlap", np.float32, "Largest light of the neighbours in a pixel, model frame", "flux"),
+    ColumnDefinition("flux_overlap", np.float32, "Light of the neighbours in its pixels, model frame", "flux"),
+    ColumnDefinition("flux_overlap_fraction", np.float32, "flux_overlap over the flux of the model"),
+    ColumnDefinition("blendedness", np.float32, "1 - (m . m) / (A . m), m its model, A that of all; 0: alone"),
+)
+
+
+def object_columns(bands: Sequence[str]) -> tuple[ColumnDefinition, ...]:
+    """Columns of `objects` for these bands, in order."""
+    return (
+        ColumnDefinition("object_id", np.int64, "Number of the object"),
+        ColumnDefinition("parent_id", np.int64, "Number of its parent (footprint)"),
+        ColumnDefinition("blend_id", np.int64, "Number of the blend it was fitted in"),
+        ColumnDefinition("peak_index", np.int64, "Row of the peak in the list of peaks"),
+        ColumnDefinition("y", np.float64, "Row of the centre, in the coordinates of the coadd", "pix"),
+        ColumnDefinition("x", np.float64, "Column of the centre, in the coordinates of the coadd", "pix"),
+        ColumnDefinition("ra", np.float64, "Right ascension of the centre (ICRS); NaN without a WCS", "deg"),
+        ColumnDefinition("dec", np.float64, "Declination of the centre (ICRS); NaN without a WCS", "deg"),
+        *(
+            ColumnDefinition(f"{band}_{column.name}", column.dtype, f"{column.description}, band {band}", column.unit)
+            for band in bands
+            for column in _PER_BAND
+        ),
+        ColumnDefinition("n_components", np.int64, "Number of components of the model"),
+        ColumnDefinition("chi2", np.float64, "Mean of residual^2 / variance over the valid pixels of the object"),
+        ColumnDefinition("iterations", np.int64, "Iterations of the fit of the blend"),
+        ColumnDefinition("converged", np.bool_, "Whether the fit of the blend converged"),
+        ColumnDefinition("outcome", np.str_, f"What it was modelled as: {', '.join(Outcome)}"),
+        ColumnDefinition("reason", np.str_, "Why the outcome is not full; empty when it is"),
+        *(ColumnDefinition(flag.value, np.bool_, f"True: {FLAG_DESCRIPTIONS[flag]}") for flag in Flag),
+    )
+
+
+_BOX = (
+    ColumnDefinition("y0", np.int64, "First row of the box, in the coordinates of the coadd", "pix"),
+    ColumnDefinition("x0", np.int64, "First column of the box, in the coordinates of the coadd", "pix"),
+    ColumnDefinition("height", np.int64, "Number of rows of the box", "pix"),
+    ColumnDefinition("width", np.int64, "Number of columns of the box", "pix"),
+)
+
+PARENT_COLUMNS = (
+    ColumnDefinition("parent_id", np.int64, "Number of the parent (footprint)"),
+    *_BOX,
+    ColumnDefinition("n_peaks", np.int64, "Number of its peaks"),
+    ColumnDefinition("n_blends", np.int64, "Number of blends it was divided into"),
+    ColumnDefinition("area", np.int64, "Number of pixels of the footprint", "pix2"),
+)
+"""Columns of `parents`, in order."""
+
+BLEND_COLUMNS = (
+    ColumnDefinition("blend_id", np.int64, "Number of the blend"),
+    ColumnDefinition("parent_id", np.int64, "Number of its parent (footprint)"),
+    *_BOX,
+    ColumnDefinition("n_sources", np.int64, "Number of sources fitted together"),
+    ColumnDefinition("n_components", np.int64, "Number of components of all sources"),
+    ColumnDefinition("n_pixels", np.int64, "Number of valid pixels, all bands together"),
+    ColumnDefinition("chi2", np.float64, "Mean of residual^2 / variance over the valid pixels"),
+    ColumnDefinition("loss", np.float64, "Half the sum of residual^2 / variance at the end of the fit"),
+    ColumnDefinition("iterations", np.int64, "Iterations of the fit"),
+    ColumnDefinition("converged", np.bool_, "Whether the fit converged"),
+    *(ColumnDefinition(f"n_{outcome}", np.int64, f"Number of sources with outcome {outcome}") for outcome in Outcome),
+)
+"""Columns of `blends`, in order."""
+
+
+def _make_table(
+    columns: Mapping[str, ArrayLike], definitions: Sequence[ColumnDefinition], flux_unit: units.UnitBase | None
+) -> Table:
+    names = [definition.name for definition in definitions]
+    assert set(columns) == set(names), (
+        f"columns missing: {sorted(set(names) - set(columns))}; unknown: {sorted(set(columns) - set(names))}"
+    )
+    return Table(
+        [_make_column(np.asarray(columns[item.name]), item, flux_unit) for item in definitions], names=names, copy=False
+    )
+
+
+def _make_column(values: Any, definition: ColumnDefinition, flux_unit: units.UnitBase | None) -> Column:
+    unit = {"": None, "flux": flux_unit}.get(definition.unit, definition.unit)
+    values = values.astype(definition.dtype, casting="same_kind" if values.size else "unsafe")
+    assert values.ndim == 1, f"column {definition.name} has shape {values.shape}"
+    return Column(values, name=definition.name, unit=unit, description=definition.description)
+
+
+def make_objects(columns: Mapping[str, ArrayLike], bands: Sequence[str], unit: units.UnitBase | None) -> Table:
+    """Make the table of objects.
+
+    Parameters
+    ----------
+    columns : mapping of str to array_like, shape (N,)
+        Values of every column of `object_columns`, no more and no less.
+    bands : sequence of str
+    unit : astropy unit or None
+        Unit of the fluxes.
+
+    Returns
+    -------
+    objects : Table
+        Columns in the order of `object_columns`, with units and descriptions.
+    """
+    return _make_table(columns, object_columns(bands), unit)
+
+
+def make_parents(columns: Mapping[str, ArrayLike]) -> Table:
+    """Make the table of parents from the values of every column of `PARENT_COLUMNS`, each of shape (N,)."""
+    return _make_table(columns, PARENT_COLUMNS, None)
+
+
+def make_blends(columns: Mapping[str, ArrayLike]) -> Table:
+    """Make the table of blends from the values of every column of `BLEND_COLUMNS`, each of shape (N,)."""
+    return _make_table(columns, BLEND_COLUMNS, None)

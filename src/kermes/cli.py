@@ -1,0 +1,559 @@
+"""The command line: each command parses, calls the library, and reports."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+from cyclopts import App, CycloptsError, Parameter
+
+import kermes
+from kermes.errors import FileError, InputError, KermesError
+
+if TYPE_CHECKING:
+    from astropy.table import Table
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from kermes.coadd import Coadd
+    from kermes.result import Result
+    from kermes.simulation import SimulatedScene
+
+app = App(
+    name="kermes", help="Share the light of crowded sky among its stars and galaxies.", version=kermes.__version__
+)
+
+Words = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
+Switch = Annotated[bool, Parameter(negative=(), show_default=False)]
+Settings = Annotated[tuple[str, ...], Parameter(name="--set", negative=(), show_default=False)]
+Output = Annotated[Path, Parameter(alias="-o")]
+
+_INPUT_FILE = "input.json"
+_PICTURE_FILE = "picture.png"
+
+
+class _UsageError(Exception):
+    """The options contradict each other; the program ends as for an unknown option."""
+
+
+# ---------------------------------------------------------------- commands
+
+
+@app.command
+def deblend(
+    input: Path | None = None,
+    /,
+    *,
+    output: Output,
+    image: Words = (),
+    variance: Words = (),
+    invvar: Words = (),
+    mask: Words = (),
+    psf: Words = (),
+    peaks: Path | None = None,
+    footprints: str | None = None,
+    detect: Switch = False,
+    config: Path | None = None,
+    setting: Settings = (),
+    model: str | None = None,
+    workers: int | None = None,
+    picture: bool = True,
+    overwrite: Switch = False,
+    verbose: Annotated[bool, Parameter(alias="-v", negative=(), show_default=False)] = False,
+) -> None:
+    """Deblend one coadd and write tables, models and a picture.
+
+    Parameters
+    ----------
+    input
+        Coadd: an .npz archive or a .toml manifest. Left out: one --image per band.
+    output
+        Directory to make.
+    image
+        Image of one band, band=file.fits[HDU]; once per band, in the order wanted.
+    variance
+        Variance of one band, band=file.fits[HDU].
+    invvar
+        Inverse variance of one band, instead of its variance.
+    mask
+        Mask of one band.
+    psf
+        PSF of one band.
+    peaks
+        Table of peaks (csv, ecsv, fits, parquet) with columns y and x, or ra and dec.
+    footprints
+        Image of footprint labels, file.npy or file.fits[HDU].
+    detect
+        Detect the peaks, even if the input brings its own.
+    config
+        TOML file of settings; see kermes config.
+    setting
+        Change one setting, for example --set fit.tolerance=1e-4; may be repeated.
+    model
+        What a source is modelled as; short for --set model=...
+    workers
+        Number of blends fitted at the same time; does not change the answer.
+    picture
+        Draw a picture of the result into the output directory.
+    overwrite
+        Replace an earlier result of the same name.
+    verbose
+        Say more of what is done.
+    """
+    if detect and peaks is not None:
+        raise _UsageError("--detect and --peaks exclude each other")
+    start = time.perf_counter()
+    _set_verbosity(verbose)
+    source = _input_arguments(input, {"image": image, "variance": variance, "invvar": invvar, "mask": mask, "psf": psf})
+
+    from kermes import io, store
+    from kermes.config import load_config
+
+    store.check_output(output, overwrite)
+    settings = load_config(config, [*setting, *([] if model is None else [f"model={model}"])])
+    coadd = io.read(**source)
+    if detect:
+        coadd = dataclasses.replace(coadd, peaks=None)
+    result = _deblend_with_progress(
+        coadd,
+        peaks=None if peaks is None else _read_table(peaks),
+        footprints=None if footprints is None else _read_labels(footprints),
+        config=settings,
+        workers=workers,
+    )
+    extras = {_INPUT_FILE: json.dumps(source, indent=1).encode() + b"\n"}
+    if picture:
+        extras[_PICTURE_FILE] = _picture(result)
+    store.write_result(result, output, overwrite=overwrite, extras=extras)
+    _say(f"{_summary(result)}, {time.perf_counter() - start:.1f} s; written to {output}")
+
+
+@app.command
+def demo(
+    *,
+    output: Output = Path("kermes_demo.png"),
+    n_sources: int = 40,
+    seed: int = 1,
+    workers: int | None = None,
+) -> None:
+    """Simulate a field in six bands, deblend it, and compare with the truth.
+
+    Parameters
+    ----------
+    output
+        Picture to write.
+    n_sources
+        Number of stars and galaxies.
+    seed
+        The same seed gives the same sky.
+    workers
+        Number of blends fitted at the same time; does not change the answer.
+    """
+    _check_file_output(output, ".png")
+    with _step(f"simulating {n_sources} stars and galaxies in six bands"):
+        from kermes.simulation import simulate_scene
+
+        scene = simulate_scene(n_sources=n_sources, seed=seed)
+    with _step("compiling, first run only"):
+        kermes.deblend(simulate_scene(n_sources=2, shape=(48, 48)).coadd, peaks=[[24, 24], [24, 30]], workers=1)
+    start = time.perf_counter()
+    with _step(f"deblending {len(scene.peaks)} peaks"):
+        result = kermes.deblend(scene.coadd, peaks=scene.peaks, workers=workers)
+    seconds = time.perf_counter() - start
+    with _step(f"drawing {output}"):
+        _write_file(output, _picture(result))
+    for line in _comparison(result, scene):
+        print(line)
+    _say(f"{_summary(result)}, {1e3 * seconds / max(len(result), 1):.0f} ms per object; picture: {output}")
+
+
+@app.command
+def show(
+    result: Path,
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(alias="-o")] = None,
+    coadd: Path | None = None,
+) -> None:
+    """Draw a result: image, model, residual, and its largest objects.
+
+    Parameters
+    ----------
+    result
+        Directory that kermes deblend wrote.
+    output
+        Picture to write; left out: picture.png in that directory.
+    coadd
+        Coadd it was made from; left out: the files that kermes deblend read.
+    """
+    from kermes import io
+
+    output = result / _PICTURE_FILE if output is None else output
+    _check_file_output(output, ".png")
+    kermes.open(result)  # What is no result gets its own message, before anything is looked for.
+    source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
+    _write_file(output, _picture(kermes.open(result, coadd=io.read(**source))))
+    _say(f"picture: {output}")
+
+
+@app.command
+def simulate(
+    *,
+    output: Output,
+    kind: str = "field",
+    n_sources: int | None = None,
+    shape: tuple[int, int] | None = None,
+    bands: Words = (),
+    seed: int = 0,
+) -> None:
+    """Simulate a scene of stars and galaxies, and write it with its truth.
+
+    Parameters
+    ----------
+    output
+        Archive (.npz) to write; kermes deblend reads it. The truth is in its arrays truth_...
+    kind
+        field, pair, crowded or bright.
+    n_sources
+        Number of sources; left out: what suits the kind.
+    shape
+        Height and width [pixels]; left out: what suits the kind.
+    bands
+        Names of the bands, of u, g, r, i, z, y; left out: all of them.
+    seed
+        The same seed gives the same scene.
+    """
+    from kermes import io
+    from kermes.simulation import simulate_scene
+
+    _check_file_output(output, ".npz")
+    options: dict[str, Any] = {"bands": bands} if bands else {}
+    scene = simulate_scene(kind=kind, n_sources=n_sources, shape=shape, seed=seed, **options)  # type: ignore[arg-type]
+    truth = {f"truth_{name}": scene.truth[name] for name in scene.truth.colnames}
+    io.write_npz(output, scene.coadd, peaks=scene.peaks, **truth)
+    _say(f"{len(scene.truth)} sources, {len(scene.peaks)} peaks; written to {output}")
+
+
+@app.command
+def config(
+    *,
+    config: Path | None = None,
+    setting: Settings = (),
+) -> None:
+    """Print all settings as TOML, each with what it means.
+
+    Parameters
+    ----------
+    config
+        TOML file of settings that differ from the defaults.
+    setting
+        Change one setting, for example --set fit.tolerance=1e-4; may be repeated.
+    """
+    from kermes.config import load_config
+
+    print(_commented_toml(load_config(config, setting)), end="")
+
+
+# ---------------------------------------------------------------- input
+
+
+def _input_arguments(input: Path | None, planes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Arguments of `io.read`, with absolute paths, so that they can be stored beside the result."""
+    given = [f"--{plane}" for plane, words in planes.items() if words]
+    if input is not None:
+        if given:
+            raise _UsageError(f"INPUT and {given[0]} exclude each other")
+        return {"source": os.path.abspath(input)}
+    if not planes["image"]:
+        raise _UsageError("give INPUT (.npz or .toml), or --image band=file.fits[HDU] for each band")
+    files = {plane: _files_by_band(plane, words) for plane, words in planes.items() if words}
+    return {"source": files.pop("image"), **files}
+
+
+def _files_by_band(plane: str, words: Sequence[str]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for word in words:
+        band, equals, file = word.partition("=")
+        if not (band and equals and file):
+            raise _UsageError(f"--{plane} must have the form band=file.fits[HDU], got {word}")
+        if band in files:
+            raise _UsageError(f"--{plane} must name each band once, got {band} twice")
+        files[band] = os.path.abspath(file)
+    return files
+
+
+def _remembered_input(result: Path) -> dict[str, Any]:
+    try:
+        source: dict[str, Any] = json.loads((result / _INPUT_FILE).read_text())
+    except (OSError, json.JSONDecodeError):
+        raise InputError(f"coadd must be given, because {result} does not say what it was made from") from None
+    if isinstance(source["source"], str) and not Path(source["source"]).exists():
+        raise FileError(f"coadd must be given, because {source['source']}, of which {result} was made, is gone")
+    return source
+
+
+def _read_table(path: Path) -> Table:
+    import pyarrow.parquet as pq
+    from astropy.io.registry import IORegistryError
+    from astropy.table import Table
+
+    from kermes.store import from_arrow
+
+    try:
+        return from_arrow(pq.read_table(path)) if path.suffix == ".parquet" else Table.read(path)
+    except (IORegistryError, ValueError, TypeError, KeyError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"peaks must be a table (csv, ecsv, fits, parquet), got {path}: {reason}") from None
+    except OSError as error:
+        raise FileError(f"peaks must be a readable table, got {path}: {error.strerror or error}") from None
+
+
+def _read_labels(reference: str) -> NDArray[Any]:
+    import numpy as np
+    from astropy.io import fits
+
+    path, _, hdu = reference.partition("[")
+    try:
+        if path.endswith(".npy"):
+            return np.asarray(np.load(path, allow_pickle=False))
+        key = hdu.removesuffix("]")
+        return np.asarray(fits.getdata(path, *([int(key) if key.isdigit() else key] if key else [])))
+    except OSError as error:
+        raise FileError(f"footprints must be a readable image, got {reference}: {error.strerror or error}") from None
+    except (ValueError, KeyError, IndexError) as error:
+        raise InputError(
+            f"footprints must be file.npy or file.fits[HDU], got {reference}: {_one_line(error)}"
+        ) from None
+
+
+# ---------------------------------------------------------------- work
+
+
+def _deblend_with_progress(coadd: Coadd, *, workers: int | None, **options: Any) -> Result:
+    """`tile.deblend`, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from kermes import tile
+
+    plan = tile.plan_tile(coadd, **options)
+    console = Console(stderr=True)
+    outcomes = track(
+        tile.fit_blends(plan, workers),
+        description=f"{plan.n_peaks} peaks in {plan.n_blends} blends",
+        total=plan.n_blends,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    return tile.collect(plan, outcomes)
+
+
+def _picture(result: Result) -> bytes:
+    from kermes import plots
+
+    figure: Figure = plots.show_result(result)
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
+
+
+def _check_file_output(path: Path, suffix: str) -> None:
+    """Refuse a file that cannot be written, before the work begins."""
+    if path.suffix.lower() != suffix:
+        raise InputError(f"output must end in {suffix}, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise FileError(f"output must lie in a directory that exists, got {path}")
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(f"output {path} cannot be written: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------- reports
+
+
+def _summary(result: Result) -> str:
+    import numpy as np
+
+    names, counts = np.unique(np.asarray(result.objects["outcome"]), return_counts=True)
+    outcomes = ", ".join(f"{count} {name}" for name, count in zip(names, counts, strict=True))
+    weights, chi2 = (np.asarray(result.blends[name], dtype=float) for name in ("n_pixels", "chi2"))
+    used = (weights > 0) & np.isfinite(chi2)
+    quality = f", chi2 {np.average(chi2[used], weights=weights[used]):.3f}" if used.any() else ""
+    return (
+        f"{_count(len(result), 'object')} in {_count(len(result.blends), 'blend')}"
+        + (f" ({outcomes})" if outcomes else "")
+        + quality
+    )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _comparison(result: Result, scene: SimulatedScene) -> Iterator[str]:
+    """Lines that say how well each flux agrees with the truth."""
+    import numpy as np
+
+    bands = result.bands
+    truth = scene.truth[np.asarray(scene.truth["peak_index"]) >= 0]
+    truth = truth[np.argsort(-np.asarray(truth["snr"]), kind="stable")]
+    objects = result.objects[np.argsort(np.asarray(result.objects["peak_index"]))][np.asarray(truth["peak_index"])]
+    true_flux, flux, error = (
+        np.array([np.asarray(table[f"{band}_{name}"], dtype=float) for band in bands]).T
+        for table, name in ((truth, "flux"), (objects, "flux"), (objects, "flux_err"))
+    )
+    with np.errstate(all="ignore"):
+        percent = 100 * (flux / true_flux - 1)
+        pull = (flux - true_flux) / error
+    bright = true_flux > 20 * error
+
+    yield f"{'':18}{'signal':>8}{'blended':>9}   measured flux / true flux - 1, in percent"
+    yield f"{'':18}{'/noise':>8}{'':9}" + "".join(f"{band:>8}" for band in bands)
+    for row, measured, differences in zip(truth, objects, percent, strict=True):
+        kind = "star" if row["is_star"] else "galaxy"
+        yield f"{measured['object_id']:>6}  {kind:10}{row['snr']:>8.0f}{row['blendedness']:>9.2f}" + "".join(
+            f"{value:>+8.1f}" if np.isfinite(value) and abs(value) < 1e4 else f"{'-':>8}" for value in differences
+        )
+
+    def line(name: str, statistic: Callable[[Any], float], values: NDArray[Any], form: str) -> str:
+        chosen = [values[bright[:, b] & np.isfinite(values[:, b]), b] for b in range(len(bands))]
+        return f"{name:35}" + "".join(f"{statistic(some):>{form}}" if len(some) else f"{'-':>8}" for some in chosen)
+
+    yield ""
+    yield "fluxes above 20 sigma"
+    yield line("number", len, percent, "8d")
+    yield line("median difference [percent]", np.median, percent, "+8.1f")
+    yield line("scatter [percent]", _scatter, percent, "8.1f")
+    yield line("scatter over stated error", _scatter, pull, "8.1f")
+
+
+def _scatter(values: NDArray[Any]) -> float:
+    """Standard deviation of a Gaussian with the same median absolute deviation."""
+    import numpy as np
+
+    return float(1.4826 * np.median(np.abs(values - np.median(values))))
+
+
+def _commented_toml(settings: Any) -> str:
+    """Settings as TOML; the docstring of each field stands above it."""
+    from kermes.config import to_toml
+
+    meanings = _field_docstrings(settings)
+    lines, section = [], ""
+    for line in to_toml(settings).splitlines():
+        if line.startswith("["):
+            section = line.strip("[]") + "."
+            lines += [f"# {text}" for text in meanings[line.strip("[]")].splitlines()]
+        elif "=" in line:
+            key = section + line.partition("=")[0].strip()
+            if lines and not lines[-1].startswith("["):
+                lines.append("")
+            lines += [f"# {text}" for text in meanings[key].splitlines()]
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _field_docstrings(settings: Any, prefix: str = "") -> dict[str, str]:
+    """Docstring under each field of nested dataclasses, by dotted name."""
+    definition = ast.parse(inspect.getsource(type(settings))).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    meanings: dict[str, str] = {}
+    for field, text in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            meanings[prefix + field.target.id] = inspect.cleandoc(str(ast.literal_eval(text.value)))
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        if dataclasses.is_dataclass(value):
+            meanings |= _field_docstrings(value, f"{prefix}{item.name}.")
+    return meanings
+
+
+# ---------------------------------------------------------------- talking
+
+
+def _say(text: str) -> None:
+    print(f"kermes: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _step(text: str) -> Iterator[None]:
+    """Say what is done, and then how long it took."""
+    print(f"kermes: {text} ...", end="", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    try:
+        yield
+    except BaseException:
+        print(file=sys.stderr)
+        raise
+    print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    _say(f"warning: {_one_line(message)}")
+
+
+def _set_verbosity(verbose: bool) -> None:
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("kermes").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code: 0, 1 for an expected error, 2 for wrong usage, 130 for Ctrl-C.
+
+    A bug raises what it raises.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            command, bound, _ = app.parse_args(list(arguments), exit_on_error=False, print_error=False)
+            command(*bound.args, **bound.kwargs)
+        except (CycloptsError, _UsageError) as error:
+            _say(f"{_one_line(error).rstrip('.')}; see kermes --help")
+            return 2
+        except KermesError as error:
+            _say(_one_line(error))
+            return 1
+        except KeyboardInterrupt:
+            _say("interrupted")
+            return 130
+    return 0
+
+
+def main() -> None:
+    """Run the program."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""The fit of one blend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kermes.coadd import Blend
+from kermes.config import FitConfig
+from kermes.kernels import constraints as kernels_constraints
+from kermes.kernels import fitting as kernels
+from kermes.rendering import Convolution, Packed
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fit:
+    """What the fit of one blend ended with."""
+
+    packed: Packed
+    """Fitted components."""
+
+    losses: NDArray[np.float64]
+    """Half the sum of weight * (model - image)^2 before each step, shape (n_iterations,)."""
+
+    converged: bool
+    """Whether the loss stopped changing before the iterations ran out."""
+
+
+@lru_cache(maxsize=8)
+def _monotonic_weights(radius: int) -> FloatArray:
+    weights: FloatArray = kernels_constraints.monotonic_weights(radius)
+    return weights
+
+
+def fit_packed(packed: Packed, blend: Blend, difference: NDArray[np.float64], config: FitConfig) -> Fit:
+    """Fit spectra and morphologies of all components of a blend together.
+
+    Parameters
+    ----------
+    packed : Packed
+        Where to start; every component lies inside the blend.
+    blend : Blend
+        Pixels without weight are left out. Must be finite.
+    difference : ndarray, shape (B, P, Q)
+        Difference kernels.
+    config : FitConfig
+
+    Returns
+    -------
+    fit : Fit
+        Components in the order of `packed`.
+    """
+    shape = (blend.images.shape[1], blend.images.shape[2])
+    convolution = Convolution.of(difference, shape)
+    noise = np.nan_to_num(blend.noise_rms, nan=1.0).astype(np.float32)
+    # Sizes in steps of powers of two: few tables, shared by all blends.
+    radius = 1 << max(int(max(shape)) - 1, 31).bit_length()
+    boxes, offsets, morphologies, spectra, losses, converged = kernels.fit_components(
+        blend.images,
+        blend.weights,
+        convolution.transforms,
+        convolution.width,
+        noise,
+        packed.boxes,
+        packed.offsets,
+        np.ascontiguousarray(blend.peaks[packed.sources]),
+        packed.morphologies,
+        np.maximum(packed.spectra, np.float32(1e-20)),
+        _monotonic_weights(radius),
+        config.max_iterations,
+        config.min_iterations,
+        config.tolerance,
+        config.spectrum_step,
+        config.morphology_step,
+        config.background_threshold,
+        config.resize_every,
+        config.monotonic,
+        config.symmetric,
+        False,
+    )
+    fitted = Packed(
+        boxes=boxes, offsets=offsets, morphologies=morphologies, spectra=spectra, sources=packed.sources
+    )
+    return Fit(packed=fitted, losses=losses, converged=bool(converged))

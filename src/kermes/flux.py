@@ -1,0 +1,73 @@
+"""Sharing the observed flux among the sources."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kermes.coadd import Coadd
+from kermes.geometry import Box
+from kermes.kernels import flux as kernels
+from kermes.rendering import SourceModels
+
+FloatArray = NDArray[np.float32]
+
+
+def redistribute(images: FloatArray, valid: NDArray[np.bool_], model: FloatArray, total: FloatArray) -> FloatArray:
+    """Give one source its share of the observed flux.
+
+    Parameters
+    ----------
+    images : ndarray, shape (B, h, w)
+        Observed flux per pixel [unit].
+    valid : ndarray, shape (B, h, w)
+        True where the pixel may be used.
+    model : ndarray, shape (B, h, w)
+        Model of the source as observed [unit]; its negative part claims nothing.
+    total : ndarray, shape (B, h, w)
+        Sum of the positive parts of the models of all sources [unit].
+
+    Returns
+    -------
+    share : ndarray, shape (B, h, w)
+        Flux per pixel [unit]; zero where the pixel is invalid or nothing claims it.
+    """
+    share = np.zeros_like(images)
+    claimed = valid & (total > 0) & (model > 0)
+    np.divide(model, total, out=share, where=claimed)
+    np.multiply(share, images, out=share, where=claimed)
+    return share
+
+
+def shared_fluxes(
+    coadd: Coadd, box: Box, total: FloatArray, models: SourceModels
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sum the share of the observed flux that each source of a blend gets.
+
+    Parameters
+    ----------
+    coadd : Coadd
+    box : Box
+        Pixels of `total`, as array index of the coadd.
+    total : ndarray, shape (B, h, w)
+        Sum of the positive parts of the models of all sources of the coadd [unit].
+    models : SourceModels
+        Sources of the blend as observed, in pixels of `box`.
+
+    Returns
+    -------
+    flux, flux_err : ndarray, shape (S, B)
+        Sum of `redistribute` over the pixels of each source [unit], and its error from the variance of the pixels,
+        weighted with the squared share.
+    """
+    window = (slice(None), box.y, box.x)
+    flux, noise2 = kernels.share_fluxes(
+        np.ascontiguousarray(coadd.images[window]),
+        np.ascontiguousarray(coadd.variance[window]),
+        np.ascontiguousarray(coadd.valid[window]),
+        np.ascontiguousarray(total),
+        models.pixels,
+        models.boxes,
+        models.offsets,
+    )
+    return flux, np.sqrt(noise2)

@@ -1,0 +1,83 @@
+"""Convolution of padded planes by FFT."""
+
+import numpy as np
+from rocket_fft import c2r, r2c
+
+from kermes.kernels.decorator import fast_kernel, kernel
+
+
+@kernel
+def transform_kernels(stamps, height, width):
+    """Transform convolution kernels (B, P, Q), odd sides, to the padded size (height, width).
+
+    Returns (B, height, width // 2 + 1) complex64, with the 1 / (height width) of the inverse transform
+    folded in. The centre of a stamp goes to pixel (0, 0).
+    """
+    n_bands, p, q = stamps.shape
+    out = np.empty((n_bands, height, width // 2 + 1), dtype=np.complex64)
+    plane = np.empty((height, width), dtype=np.float64)
+    transformed = np.empty((height, width // 2 + 1), dtype=np.complex128)
+    axes = np.arange(2)
+    scale = 1.0 / (height * width)
+    for b in range(n_bands):
+        plane[:] = 0.0
+        for i in range(p):
+            for j in range(q):
+                # Added, not set: a stamp larger than the plane wraps onto itself.
+                plane[(i - p // 2) % height, (j - q // 2) % width] += stamps[b, i, j]
+        r2c(plane, transformed, axes, True, scale, 1)
+        for y in range(height):
+            for x in range(width // 2 + 1):
+                out[b, y, x] = transformed[y, x]
+    return out
+
+
+@fast_kernel
+def multiply(transformed, kernel_fft):
+    """Multiply a transform by that of a kernel, in place."""
+    for y in range(transformed.shape[0]):
+        for x in range(transformed.shape[1]):
+            transformed[y, x] *= kernel_fft[y, x]
+
+
+@fast_kernel
+def multiply_conjugate(transformed, kernel_fft):
+    """Multiply a transform by the conjugate of that of a kernel, in place."""
+    for y in range(transformed.shape[0]):
+        for x in range(transformed.shape[1]):
+            transformed[y, x] *= np.conj(kernel_fft[y, x])
+
+
+@kernel
+def convolve_plane(plane, transformed, kernel_fft, adjoint, axes):
+    """Convolve one padded plane in place, or apply the adjoint (correlation with the kernel).
+
+    plane (h, w) float32, transformed (h, w // 2 + 1) complex64 work space, kernel_fft from
+    transform_kernels. Cost O(h w log(h w)).
+    """
+    r2c(plane, transformed, axes, True, 1.0, 1)
+    if adjoint:
+        multiply_conjugate(transformed, kernel_fft)
+    else:
+        multiply(transformed, kernel_fft)
+    c2r(transformed, plane, axes, False, 1.0, 1)
+
+
+@kernel
+def convolve_bands(images, kernel_fft, width, adjoint):
+    """Convolve every band of (B, H, W); what lies outside is zero. Returns (B, H, W) float32.
+
+    kernel_fft (B, height, width // 2 + 1): the padding of `height`, `width` must hold half a kernel.
+    """
+    n_bands, h, w = images.shape
+    height = kernel_fft.shape[1]
+    out = np.empty((n_bands, h, w), dtype=np.float32)
+    plane = np.empty((height, width), dtype=np.float32)
+    transformed = np.empty((height, width // 2 + 1), dtype=np.complex64)
+    axes = np.arange(2)
+    for b in range(n_bands):
+        plane[:] = 0.0
+        plane[:h, :w] = images[b]
+        convolve_plane(plane, transformed, kernel_fft[b], adjoint, axes)
+        out[b] = plane[:h, :w]
+    return out

@@ -1,0 +1,258 @@
+"""The fit of one blend with factorized components, in one call."""
+
+import numpy as np
+
+from kermes.kernels.components import add_component, add_gradient, positive_bounds, repack
+from kermes.kernels.constraints import brightest_near, make_monotonic, make_symmetric
+from kermes.kernels.convolution import convolve_plane
+from kermes.kernels.decorator import fast_kernel, kernel
+
+BETA_1 = np.float32(0.9)
+BETA_2 = np.float32(0.999)
+EPSILON = np.float32(1e-8)
+FLOOR = np.float32(1e-20)
+
+
+@fast_kernel
+def weighted_residual(plane, image, weights):
+    """Turn a rendered model into weights * (model - image), in place; zero in the padding.
+
+    plane (height, width) with the model in its first (H, W) pixels. Returns the loss
+    0.5 * sum(weights * (model - image)^2), rows summed in float32 and their sums in float64.
+    """
+    h, w = image.shape
+    loss = 0.0
+    for y in range(h):
+        part = np.float32(0.0)
+        for x in range(w):
+            difference = plane[y, x] - image[y, x]
+            weighted = weights[y, x] * difference
+            part += weighted * difference
+            plane[y, x] = weighted
+        for x in range(w, plane.shape[1]):
+            plane[y, x] = 0.0
+        loss += part
+    for y in range(h, plane.shape[0]):
+        for x in range(plane.shape[1]):
+            plane[y, x] = 0.0
+    return 0.5 * loss
+
+
+@fast_kernel
+def amsgrad(values, gradient, first, second, largest, step):
+    """One AMSGrad step, in place, without bias correction (Reddi, Kale and Kumar 2018, algorithm 2)."""
+    for i in range(len(values)):
+        g = gradient[i]
+        m = (np.float32(1.0) - BETA_1) * g + BETA_1 * first[i]
+        v = (np.float32(1.0) - BETA_2) * g * g + BETA_2 * second[i]
+        top = max(largest[i], v)
+        first[i] = m
+        second[i] = v
+        largest[i] = top
+        values[i] -= step * m / np.sqrt(max(top, EPSILON))
+
+
+@fast_kernel
+def threshold(morphology, limit):
+    """Set to zero what is below `limit`, negative or not finite, in place. Returns the largest value."""
+    top = np.float32(0.0)
+    for i in range(len(morphology)):
+        value = morphology[i]
+        if not (value >= limit and value > 0):
+            value = np.float32(0.0)
+        morphology[i] = value
+        top = max(top, value)
+    return top
+
+
+@kernel
+def project_morphology(morphology, height, width, cy, cx, limit, monotonic, symmetric, first_wins, weights):
+    """Project one morphology (flat), in place, in the order of scarlet lite.
+
+    Monotonic about the brightest pixel next to (cy, cx), symmetric about (cy, cx), above `limit`, positive at the
+    centre, largest value 1.
+    """
+    shape = morphology.reshape((height, width))
+    inside = 0 <= cy < height and 0 <= cx < width
+    if monotonic and inside:
+        by, bx = brightest_near(shape, cy, cx, first_wins)
+        make_monotonic(shape, by, bx, weights)
+    if symmetric and inside:
+        make_symmetric(shape, cy, cx)
+    top = threshold(morphology, limit)
+    if inside and not shape[cy, cx] >= FLOOR:
+        shape[cy, cx] = FLOOR
+        top = max(top, FLOOR)
+    if top > 0:
+        scale = np.float32(1.0) / top
+        for i in range(len(morphology)):
+            morphology[i] *= scale
+
+
+@kernel
+def background_limit(spectrum, noise, background_threshold):
+    """Value of a morphology below which it is fainter than the threshold [sigma] in every band."""
+    limit = np.inf
+    for b in range(len(spectrum)):
+        limit = min(limit, background_threshold * noise[b] / spectrum[b])
+    return np.float32(limit)
+
+
+@kernel
+def resized(morphologies, boxes, offsets, centers, pad, shape):
+    """Choose a box for every component: its positive pixels and `pad` more, inside the blend.
+
+    A component without light gets the pixels around its centre. Returns the new boxes and offsets.
+    """
+    h, w = shape
+    new_boxes = np.empty_like(boxes)
+    new_offsets = np.zeros_like(offsets)
+    for k in range(len(boxes)):
+        height, width = boxes[k, 2], boxes[k, 3]
+        y0, y1, x0, x1 = positive_bounds(morphologies[offsets[k] : offsets[k + 1]], height, width)
+        if y1 == 0:
+            y0 = min(max(centers[k, 0] - boxes[k, 0], 0), height - 1)
+            x0 = min(max(centers[k, 1] - boxes[k, 1], 0), width - 1)
+            y1, x1 = y0 + 1, x0 + 1
+        top = max(boxes[k, 0] + y0 - pad, 0)
+        left = max(boxes[k, 1] + x0 - pad, 0)
+        new_boxes[k, 0] = top
+        new_boxes[k, 1] = left
+        new_boxes[k, 2] = min(boxes[k, 0] + y1 + pad, h) - top
+        new_boxes[k, 3] = min(boxes[k, 1] + x1 + pad, w) - left
+        new_offsets[k + 1] = new_offsets[k] + new_boxes[k, 2] * new_boxes[k, 3]
+    return new_boxes, new_offsets
+
+
+@kernel
+def fit_components(
+    images,
+    weights,
+    kernel_fft,
+    padded_width,
+    noise,
+    boxes,
+    offsets,
+    centers,
+    morphologies,
+    spectra,
+    monotonic_weights,
+    max_iterations,
+    min_iterations,
+    tolerance,
+    spectrum_step,
+    morphology_step,
+    background_threshold,
+    resize_every,
+    monotonic,
+    symmetric,
+    first_wins,
+):
+    """Fit spectra and morphologies of one blend by adaptive proximal gradient descent.
+
+    AdaProx with the AMSGrad scheme (Melchior, Joseph and Moolekamp 2019, algorithm 1), all components at once, as in
+    scarlet lite: spectra first, then morphologies, whose gradient uses the spectra before the step and whose
+    projection those after it.
+
+    images, weights (B, H, W) float32; kernel_fft (B, h, padded_width // 2 + 1) from transform_kernels; noise (B,);
+    components packed as in kernels/components.py with centers (K, 2) in pixels of the blend and spectra (K, B).
+    `boxes`, `offsets`, `morphologies`, `spectra` are not changed. One band is in work at a time, so that memory is
+    two padded planes and five values per component pixel. Cost per iteration: four transforms per band and a
+    few operations per component pixel and band.
+
+    Returns (boxes, offsets, morphologies, spectra, losses, converged), losses those before each step.
+    """
+    n_bands, h, w = images.shape
+    n_components = len(boxes)
+    plane = np.zeros((kernel_fft.shape[1], padded_width), dtype=np.float32)
+    transformed = np.empty((kernel_fft.shape[1], padded_width // 2 + 1), dtype=np.complex64)
+    axes = np.arange(2)
+
+    spectra = spectra.copy()
+    morphologies = morphologies.copy()
+    gradient = np.zeros_like(morphologies)
+    first = np.zeros_like(morphologies)
+    second = np.zeros_like(morphologies)
+    largest = np.zeros_like(morphologies)
+    spectra_gradient = np.zeros_like(spectra)
+    spectra_first = np.zeros_like(spectra)
+    spectra_second = np.zeros_like(spectra)
+    spectra_largest = np.zeros_like(spectra)
+    losses = np.empty(max_iterations, dtype=np.float64)
+    converged = False
+    n_done = 0
+
+    for iteration in range(max_iterations):
+        loss = 0.0
+        gradient[:] = 0.0
+        for b in range(n_bands):
+            plane[:] = 0.0
+            for k in range(n_components):
+                y0, x0, height, width = boxes[k]
+                add_component(plane, y0, x0, height, width, morphologies[offsets[k] : offsets[k + 1]], spectra[k, b])
+            convolve_plane(plane, transformed, kernel_fft[b], False, axes)
+            loss += weighted_residual(plane, images[b], weights[b])
+            convolve_plane(plane, transformed, kernel_fft[b], True, axes)
+            for k in range(n_components):
+                y0, x0, height, width = boxes[k]
+                part = slice(offsets[k], offsets[k + 1])
+                spectra_gradient[k, b] = add_gradient(
+                    plane, y0, x0, height, width, morphologies[part], spectra[k, b], gradient[part]
+                )
+        losses[iteration] = loss
+        n_done = iteration + 1
+
+        scale = np.float32(0.1) if iteration == 0 else np.float32(1.0)
+        for k in range(n_components):
+            mean = np.float32(0.0)
+            for b in range(n_bands):
+                mean += spectra[k, b] / np.float32(n_bands)
+            for b in range(n_bands):
+                step = max(noise[b] * np.float32(0.1), np.float32(spectrum_step) * mean)
+                bands = slice(b, b + 1)
+                amsgrad(
+                    spectra[k, bands],
+                    spectra_gradient[k, bands],
+                    spectra_first[k, bands],
+                    spectra_second[k, bands],
+                    spectra_largest[k, bands],
+                    scale * step,
+                )
+                if not spectra[k, b] >= FLOOR:
+                    spectra[k, b] = FLOOR
+            part = slice(offsets[k], offsets[k + 1])
+            amsgrad(
+                morphologies[part],
+                gradient[part],
+                first[part],
+                second[part],
+                largest[part],
+                scale * np.float32(morphology_step),
+            )
+            y0, x0, height, width = boxes[k]
+            project_morphology(
+                morphologies[part],
+                height,
+                width,
+                centers[k, 0] - y0,
+                centers[k, 1] - x0,
+                background_limit(spectra[k], noise, background_threshold),
+                monotonic,
+                symmetric,
+                first_wins,
+                monotonic_weights,
+            )
+
+        if resize_every > 0 and iteration > 0 and iteration % resize_every == 0:
+            new_boxes, new_offsets = resized(morphologies, boxes, offsets, centers, 5, (h, w))
+            morphologies = repack(morphologies, boxes, offsets, new_boxes, new_offsets)
+            first = repack(first, boxes, offsets, new_boxes, new_offsets)
+            second = repack(second, boxes, offsets, new_boxes, new_offsets)
+            largest = repack(largest, boxes, offsets, new_boxes, new_offsets)
+            gradient = np.zeros_like(morphologies)
+            boxes, offsets = new_boxes, new_offsets
+
+        if n_done > min_iterations and abs(losses[iteration] - losses[iteration - 1]) < tolerance * abs(loss):
+            converged = True
+            break
+    return boxes, offsets, morphologies, spectra, losses[:n_done], converged

@@ -1,0 +1,120 @@
+"""Whole sources from their rendered components, and the observed pixels shared among them."""
+
+import numpy as np
+
+from kermes.kernels.decorator import fast_kernel, kernel
+
+
+@kernel
+def source_boxes(boxes, sources, n_sources):
+    """Join the boxes (K, 4) of the components of each source. Returns boxes (S, 4) and offsets (S + 1,)."""
+    joined = np.zeros((n_sources, 4), dtype=np.int64)
+    offsets = np.zeros(n_sources + 1, dtype=np.int64)
+    for k in range(len(boxes)):
+        s = sources[k]
+        if boxes[k, 2] == 0 or boxes[k, 3] == 0:
+            continue
+        if joined[s, 2] == 0:
+            joined[s] = boxes[k]
+            continue
+        y0, x0 = min(joined[s, 0], boxes[k, 0]), min(joined[s, 1], boxes[k, 1])
+        y1 = max(joined[s, 0] + joined[s, 2], boxes[k, 0] + boxes[k, 2])
+        x1 = max(joined[s, 1] + joined[s, 3], boxes[k, 1] + boxes[k, 3])
+        joined[s] = (y0, x0, y1 - y0, x1 - x0)
+    for s in range(n_sources):
+        offsets[s + 1] = offsets[s] + joined[s, 2] * joined[s, 3]
+    return joined, offsets
+
+
+@fast_kernel
+def add_scaled(out, values, scale):
+    """out += scale * values."""
+    for i in range(len(out)):
+        out[i] += scale * values[i]
+
+
+@kernel
+def combine_components(pixels, boxes, offsets, sources, spectra, joined, joined_offsets):
+    """Add up the components of each source: pixels (B, n) times spectra (K, B), on the joined boxes.
+
+    pixels (1, n) serves all bands. Returns (B, joined_offsets[-1]) float32.
+    """
+    n_bands = spectra.shape[1]
+    out = np.zeros((n_bands, joined_offsets[-1]), dtype=np.float32)
+    for k in range(len(boxes)):
+        s = sources[k]
+        y0, x0, height, width = boxes[k]
+        for b in range(n_bands):
+            for y in range(height):
+                start = joined_offsets[s] + (y0 + y - joined[s, 0]) * joined[s, 3] + x0 - joined[s, 1]
+                source = offsets[k] + y * width
+                add_scaled(out[b, start : start + width], pixels[min(b, len(pixels) - 1), source : source + width], spectra[k, b])
+    return out
+
+
+@fast_kernel
+def add_positive(row, model):
+    """Add the positive part of a model to a row."""
+    for x in range(len(row)):
+        row[x] += max(model[x], np.float32(0.0))
+
+
+@kernel
+def add_positive_models(total, models, boxes, offsets):
+    """Add the positive parts of all packed models (B, n) to the image `total` (B, H, W)."""
+    for s in range(len(boxes)):
+        y0, x0, height, width = boxes[s]
+        for b in range(len(total)):
+            for y in range(height):
+                start = offsets[s] + y * width
+                add_positive(total[b, y0 + y, x0 : x0 + width], models[b, start : start + width])
+
+
+@fast_kernel
+def share_row(image, variance, valid, total, model):
+    """Sums over one row of I r and V r^2 with the share r = max(model, 0) / total, in float32."""
+    flux, noise2 = np.float32(0.0), np.float32(0.0)
+    for x in range(len(model)):
+        if valid[x] and model[x] > 0:
+            ratio = model[x] / total[x]
+            flux += image[x] * ratio
+            noise2 += variance[x] * ratio * ratio
+    return flux, noise2
+
+
+@kernel
+def share_fluxes(images, variance, valid, total, models, boxes, offsets):
+    """Sum what each packed model gets of the observed pixels, and its variance.
+
+    images, variance, valid, total (B, H, W) and models (B, n) on boxes (S, 4) of the same pixels. Returns two
+    (S, B) float64.
+    """
+    n_bands = len(images)
+    flux = np.zeros((len(boxes), n_bands))
+    noise2 = np.zeros((len(boxes), n_bands))
+    for s in range(len(boxes)):
+        y0, x0, height, width = boxes[s]
+        for b in range(n_bands):
+            for y in range(height):
+                start = offsets[s] + y * width
+                part, part2 = share_row(
+                    images[b, y0 + y, x0 : x0 + width],
+                    variance[b, y0 + y, x0 : x0 + width],
+                    valid[b, y0 + y, x0 : x0 + width],
+                    total[b, y0 + y, x0 : x0 + width],
+                    models[b, start : start + width],
+                )
+                flux[s, b] += part
+                noise2[s, b] += part2
+    return flux, noise2
+
+
+@kernel
+def subtract_models(residual, models, boxes, offsets):
+    """Subtract all packed models (B, n) from the image `residual` (B, H, W), in place."""
+    for s in range(len(boxes)):
+        y0, x0, height, width = boxes[s]
+        for b in range(len(residual)):
+            for y in range(height):
+                start = offsets[s] + y * width
+                add_scaled(residual[b, y0 + y, x0 : x0 + width], models[b, start : start + width], np.float32(-1.0))

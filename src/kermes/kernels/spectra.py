@@ -1,0 +1,273 @@
+"""The linear problem of the fluxes: normal equations of overlapping components, and their solution.
+
+The symmetric matrix A of a band is stored by rows: the partners of component i are columns[starts[i]:starts[i + 1]],
+itself first, and mirror[e] is the place of the transposed entry.
+"""
+
+import numpy as np
+
+from kermes.kernels.decorator import fast_kernel, kernel
+
+
+@kernel
+def overlap(boxes, i, j):
+    """Bounds (y0, y1, x0, x1), half open, of the pixels that two boxes share; y0 >= y1 or x0 >= x1 if none."""
+    return (
+        max(boxes[i, 0], boxes[j, 0]),
+        min(boxes[i, 0] + boxes[i, 2], boxes[j, 0] + boxes[j, 2]),
+        max(boxes[i, 1], boxes[j, 1]),
+        min(boxes[i, 1] + boxes[i, 3], boxes[j, 1] + boxes[j, 3]),
+    )
+
+
+@kernel
+def overlapping_pairs(boxes):
+    """List the components whose boxes overlap. Returns starts (K + 1,), columns and mirror.
+
+    boxes (K, 4). Cost O(K^2) comparisons of integers.
+    """
+    n = len(boxes)
+    starts = np.zeros(n + 1, dtype=np.int64)
+    columns = np.empty(8 * n + 8, dtype=np.int64)
+    last = 0
+    for i in range(n):
+        for step in range(n):
+            j = i if step == 0 else (step - 1 if step <= i else step)
+            y0, y1, x0, x1 = overlap(boxes, i, j)
+            if j != i and (y0 >= y1 or x0 >= x1):
+                continue
+            if last == len(columns):
+                larger = np.empty(2 * last, dtype=np.int64)
+                larger[:last] = columns
+                columns = larger
+            columns[last] = j
+            last += 1
+        starts[i + 1] = last
+    mirror = np.empty(last, dtype=np.int64)
+    # Rows are sorted but for their first entry, so the transposed entries come up in order.
+    cursor = starts[:-1] + 1
+    for i in range(n):
+        mirror[starts[i]] = starts[i]
+        for entry in range(starts[i] + 1, starts[i + 1]):
+            j = columns[entry]
+            mirror[entry] = cursor[j]
+            cursor[j] += 1
+    return starts, columns[:last].copy(), mirror
+
+
+@fast_kernel
+def weighted_product(a, b, weights):
+    """Sum of a * b * weights over one row, in float32."""
+    total = np.float32(0.0)
+    for x in range(len(a)):
+        total += a[x] * b[x] * weights[x]
+    return total
+
+
+@kernel
+def normal_equations(rendered, boxes, offsets, starts, columns, mirror, image, weights):
+    """Set up sum(W C_i C_j) and sum(W C_i I) of one band from the pixels that components share.
+
+    rendered (n,) packed components C_k of this band; image, weights (H, W). Returns the matrix aligned with
+    `columns` and the right side (K,), both float64. Cost O(shared pixels).
+    """
+    n = len(boxes)
+    values = np.zeros(len(columns))
+    right = np.zeros(n)
+    for i in range(n):
+        y0, x0, height, width = boxes[i]
+        for y in range(height):
+            row = rendered[offsets[i] + y * width : offsets[i] + (y + 1) * width]
+            right[i] += weighted_product(row, image[y0 + y, x0 : x0 + width], weights[y0 + y, x0 : x0 + width])
+        for entry in range(starts[i], starts[i + 1]):
+            j = columns[entry]
+            if j < i:
+                continue
+            top, bottom, left, end = overlap(boxes, i, j)
+            total = 0.0
+            for y in range(top, bottom):
+                of_i = offsets[i] + (y - y0) * width - x0
+                of_j = offsets[j] + (y - boxes[j, 0]) * boxes[j, 3] - boxes[j, 1]
+                total += weighted_product(
+                    rendered[of_i + left : of_i + end], rendered[of_j + left : of_j + end], weights[y, left:end]
+                )
+            values[entry] = total
+            values[mirror[entry]] = total
+    return values, right
+
+
+@kernel
+def solve_non_negative(starts, columns, values, right, solution, max_sweeps, tolerance):
+    """Minimise x A x / 2 - b x for x >= 0 by coordinate descent, in place from `solution`.
+
+    Stops when no coordinate moved by more than `tolerance` of its error 1 / sqrt(A_ii), or after `max_sweeps`. A
+    component without pixels (A_ii = 0) gets zero. Singular systems, such as two equal components, are
+    harmless. Returns the number of sweeps.
+    """
+    n = len(right)
+    gradient = right.copy()  # b - A x, kept up to date
+    for i in range(n):
+        if values[starts[i]] <= 0:
+            solution[i] = 0.0
+        for entry in range(starts[i], starts[i + 1]):
+            gradient[columns[entry]] -= values[entry] * solution[i]
+    for sweep in range(max_sweeps):
+        largest = 0.0
+        for i in range(n):
+            diagonal = values[starts[i]]
+            if diagonal <= 0:
+                continue
+            new = max(solution[i] + gradient[i] / diagonal, 0.0)
+            change = new - solution[i]
+            if change == 0.0:
+                continue
+            solution[i] = new
+            largest = max(largest, abs(change) * np.sqrt(diagonal))
+            for entry in range(starts[i], starts[i + 1]):
+                gradient[columns[entry]] -= values[entry] * change
+        if largest < tolerance:
+            return sweep + 1
+    return max_sweeps
+
+
+@kernel
+def solve_spectra(rendered, boxes, offsets, images, weights, spectra, max_sweeps, tolerance):
+    """Find the non-negative fluxes of all components, band by band, from where `spectra` (K, B) stands, in place.
+
+    rendered (B, n) packed components for a spectrum of one.
+    """
+    starts, columns, mirror = overlapping_pairs(boxes)
+    solution = np.empty(len(boxes))
+    for b in range(len(images)):
+        values, right = normal_equations(
+            rendered[b], boxes, offsets, starts, columns, mirror, images[b], weights[b]
+        )
+        solution[:] = spectra[:, b]
+        solve_non_negative(starts, columns, values, right, solution, max_sweeps, tolerance)
+        spectra[:, b] = solution
+
+
+@kernel
+def marginal_variance(starts, columns, values, max_neighbours):
+    """Variance of every flux with those of its neighbours free: the diagonal of the inverse of A.
+
+    For component i, from the inverse of the block of i and the `max_neighbours` components that are most
+    degenerate with it, A_ij^2 / (A_ii A_jj); exact when all are among them. Infinite for a component without
+    pixels. A prior of 1e-6 of the diagonal keeps equal components solvable. Cost O(K max_neighbours^3).
+    """
+    n = len(starts) - 1
+    out = np.full(n, np.inf)
+    place = np.full(n, -1, dtype=np.int64)
+    for i in range(n):
+        if values[starts[i]] <= 0:
+            continue
+        n_partners = starts[i + 1] - starts[i]
+        coupling = np.zeros(n_partners)
+        for m in range(1, n_partners):
+            entry = starts[i] + m
+            diagonal = values[starts[columns[entry]]]
+            if diagonal > 0:
+                coupling[m] = -values[entry] * values[entry] / diagonal
+        coupling[0] = -np.inf
+        order = np.argsort(coupling)[: max_neighbours + 1]
+        size = len(order)
+        for m in range(size):
+            place[columns[starts[i] + order[m]]] = m
+        block = np.zeros((size, size))
+        for m in range(size):
+            j = columns[starts[i] + order[m]]
+            for entry in range(starts[j], starts[j + 1]):
+                if place[columns[entry]] >= 0:
+                    block[m, place[columns[entry]]] = values[entry]
+            block[m, m] = block[m, m] * (1.0 + 1e-6) if block[m, m] > 0 else 1.0
+        for m in range(size):
+            place[columns[starts[i] + order[m]]] = -1
+        unit = np.zeros(size)
+        unit[0] = 1.0
+        out[i] = np.linalg.solve(block, unit)[0]
+    return out
+
+
+@kernel
+def source_matrix(starts, columns, values, sources, n_sources, weights):
+    """Matrix of whole sources from that of their components: A' = T^T A T with T the weight of each component.
+
+    sources (K,) and weights (K,) of the components. Returns starts, columns and values as above, for n_sources.
+    """
+    n = len(sources)
+    first = np.zeros(n_sources + 1, dtype=np.int64)
+    for k in range(n):
+        first[sources[k] + 1] += 1
+    for s in range(n_sources):
+        first[s + 1] += first[s]
+    sums = np.zeros(n_sources)
+    seen = np.full(n_sources, -1, dtype=np.int64)
+    partners = np.empty(n_sources, dtype=np.int64)
+    new_starts = np.zeros(n_sources + 1, dtype=np.int64)
+    new_columns = np.empty(len(columns) + n_sources, dtype=np.int64)
+    new_values = np.empty(len(columns) + n_sources)
+    last = 0
+    for s in range(n_sources):
+        partners[0] = s
+        seen[s] = s
+        sums[s] = 0.0
+        count = 1
+        for k in range(first[s], first[s + 1]):
+            for entry in range(starts[k], starts[k + 1]):
+                j = columns[entry]
+                t = sources[j]
+                if seen[t] != s:
+                    seen[t] = s
+                    sums[t] = 0.0
+                    partners[count] = t
+                    count += 1
+                sums[t] += weights[k] * weights[j] * values[entry]
+        for m in range(count):
+            new_columns[last] = partners[m]
+            new_values[last] = sums[partners[m]]
+            last += 1
+        new_starts[s + 1] = last
+    return new_starts, new_columns[:last].copy(), new_values[:last].copy()
+
+
+@kernel
+def solve_fluxes(
+    rendered, boxes, offsets, images, weights, sources, n_sources, spectra, sums, max_sweeps, tolerance, max_neighbours
+):
+    """Solve all fluxes jointly and find the errors of those of whole sources.
+
+    As solve_spectra, in place on `spectra` (K, B); sums (K,) is the total of each morphology. Returns the variance of
+    the total flux of each source in each band (S, B), shapes and colours of its components held, neighbours free.
+    """
+    starts, columns, mirror = overlapping_pairs(boxes)
+    n_bands = len(images)
+    n = len(boxes)
+    solution = np.empty(n)
+    variance = np.full((n_sources, n_bands), np.inf)
+    equations = np.empty((n_bands, len(columns)))
+    for b in range(n_bands):
+        values, right = normal_equations(
+            rendered[b], boxes, offsets, starts, columns, mirror, images[b], weights[b]
+        )
+        solution[:] = spectra[:, b]
+        solve_non_negative(starts, columns, values, right, solution, max_sweeps, tolerance)
+        spectra[:, b] = solution
+        equations[b] = values
+    mixture = np.empty(n)
+    flux = np.empty(n_sources)
+    for b in range(n_bands):
+        flux[:] = 0.0
+        for k in range(n):
+            # A component without flux in this band still has a shape: a trace of it keeps the matrix regular.
+            top = np.float32(1e-4)
+            for c in range(n_bands):
+                top = max(top, np.float32(1e-3) * spectra[k, c])
+            mixture[k] = max(spectra[k, b], top)
+            flux[sources[k]] += mixture[k] * sums[k]
+        s_starts, s_columns, s_values = source_matrix(
+            starts, columns, equations[b], sources, n_sources, mixture
+        )
+        marginal = marginal_variance(s_starts, s_columns, s_values, max_neighbours)
+        for s in range(n_sources):
+            variance[s, b] = marginal[s] * flux[s] * flux[s]
+    return variance

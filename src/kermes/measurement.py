@@ -1,0 +1,97 @@
+"""Fluxes and errors of the sources of one blend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kermes.coadd import Blend
+from kermes.kernels import flux as kernels_flux
+from kermes.kernels import spectra as kernels_spectra
+from kermes.rendering import Packed, SourceModels, render_packed
+
+DoubleArray = NDArray[np.float64]
+
+MAX_NEIGHBOURS = 40
+"""Neighbours of a source that stay free when the error of its flux is worked out; the most degenerate ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fluxes:
+    """Total fluxes of the sources of one blend."""
+
+    packed: Packed
+    """Components with their final spectra."""
+
+    flux: DoubleArray
+    """Total flux of each source in each band [unit], shape (S, B)."""
+
+    flux_err: DoubleArray
+    """Its standard deviation with the neighbours free [unit], shape (S, B); NaN without valid pixels."""
+
+    models: SourceModels
+    """Sources as observed."""
+
+
+def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, difference: NDArray[np.float64]) -> Fluxes:
+    """Solve the fluxes of all components jointly and work out the errors of those of whole sources.
+
+    Shapes are held; fluxes are weighted by the variance, masked pixels left out, and non-negative. The error of a
+    source is that of a linear fit of its model together with those of its neighbours: the diagonal of the inverse
+    of the normal matrix of the band, restricted to the source and its `MAX_NEIGHBOURS` most degenerate neighbours.
+
+    Parameters
+    ----------
+    packed : Packed
+        Components inside the blend.
+    n_sources : int
+        Number of sources, with or without components.
+    blend : Blend
+    difference : ndarray, shape (B, P, Q)
+        Difference kernels.
+
+    Returns
+    -------
+    fluxes : Fluxes
+    """
+    rendered = render_packed(packed, difference, (blend.images.shape[1], blend.images.shape[2]))
+    sums = np.zeros(len(packed))
+    filled = np.diff(packed.offsets) > 0
+    if filled.any():
+        sums[filled] = np.add.reduceat(packed.morphologies.astype(np.float64), packed.offsets[:-1][filled])
+    spectra = packed.spectra.copy()
+    variance = kernels_spectra.solve_fluxes(
+        rendered.pixels,
+        rendered.boxes,
+        rendered.offsets,
+        blend.images,
+        blend.weights,
+        packed.sources,
+        n_sources,
+        spectra,
+        sums,
+        200,
+        1e-3,
+        MAX_NEIGHBOURS,
+    )
+    variance[~np.isfinite(variance)] = np.nan
+    flux = np.zeros((n_sources, len(blend.images)))
+    np.add.at(flux, packed.sources, spectra * sums[:, None])
+    boxes, offsets = kernels_flux.source_boxes(rendered.boxes, packed.sources, n_sources)
+    pixels = kernels_flux.combine_components(
+        rendered.pixels, rendered.boxes, rendered.offsets, packed.sources, spectra, boxes, offsets
+    )
+    return Fluxes(
+        packed=Packed(
+            boxes=packed.boxes,
+            offsets=packed.offsets,
+            morphologies=packed.morphologies,
+            spectra=spectra,
+            sources=packed.sources,
+        ),
+        flux=flux,
+        flux_err=np.sqrt(variance),
+        models=SourceModels(boxes=boxes, offsets=offsets, pixels=pixels),
+    )

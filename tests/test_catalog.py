@@ -1,0 +1,80 @@
+"""Tables have the columns they promise."""
+
+import numpy as np
+import pytest
+from astropy import units
+
+from kermes import catalog
+from kermes.catalog import Flag, Outcome
+
+
+def zeros(definitions, n_rows=3):
+    """Values of the right type for every column."""
+    return {item.name: np.zeros(n_rows, dtype=item.dtype) for item in definitions}
+
+
+@pytest.fixture
+def columns():
+    return zeros(catalog.object_columns(["g", "r"]))
+
+
+def test_columns_come_in_the_declared_order_whatever_the_order_of_the_values(columns):
+    table = catalog.make_objects(dict(reversed(columns.items())), ["g", "r"], None)
+    assert table.colnames == [item.name for item in catalog.object_columns(["g", "r"])]
+
+
+def test_flux_columns_have_the_unit_of_the_coadd(columns):
+    table = catalog.make_objects(columns, ["g", "r"], units.nJy)
+    assert table["r_redistributed_flux_err"].unit == units.nJy
+
+
+def test_flux_columns_of_a_coadd_without_unit_have_none(columns):
+    assert catalog.make_objects(columns, ["g", "r"], None)["g_flux"].unit is None
+
+
+def test_positions_are_double_precision_pixels(columns):
+    column = catalog.make_objects(columns, ["g", "r"], None)["y"]
+    assert (column.dtype, column.unit) == (np.float64, units.pix)
+
+
+@pytest.mark.parametrize(
+    "definitions",
+    [catalog.object_columns(["g"]), catalog.PARENT_COLUMNS, catalog.BLEND_COLUMNS],
+    ids=["objects", "parents", "blends"],
+)
+def test_every_column_is_named_once_and_described_in_one_line(definitions):
+    assert len({item.name for item in definitions}) == len(definitions)
+    assert all(item.description and "\n" not in item.description for item in definitions)
+
+
+def test_every_flag_is_a_column_of_objects(columns):
+    table = catalog.make_objects(columns, ["g", "r"], None)
+    assert all(table[flag].dtype == bool for flag in Flag)
+
+
+def test_every_outcome_is_counted_in_blends():
+    table = catalog.make_blends(zeros(catalog.BLEND_COLUMNS))
+    assert {f"n_{outcome}" for outcome in Outcome} <= set(table.colnames)
+
+
+def test_outcomes_are_stored_as_their_names(columns):
+    columns["outcome"] = [Outcome.FULL, Outcome.TEMPLATE, Outcome.PEAK]
+    assert list(catalog.make_objects(columns, ["g", "r"], None)["outcome"]) == ["full", "template", "peak"]
+
+
+def test_a_missing_column_is_a_bug(columns):
+    del columns["chi2"]
+    with pytest.raises(AssertionError, match="missing: \\['chi2'\\]"):
+        catalog.make_objects(columns, ["g", "r"], None)
+
+
+def test_an_unknown_column_is_a_bug(columns):
+    columns["colour"] = np.zeros(3)
+    with pytest.raises(AssertionError, match="unknown: \\['colour'\\]"):
+        catalog.make_objects(columns, ["g", "r"], None)
+
+
+def test_no_peaks_make_an_empty_table_with_all_columns():
+    names = [item.name for item in catalog.object_columns(["g"])]
+    table = catalog.make_objects({name: [] for name in names}, ["g"], None)
+    assert (len(table), table.colnames) == (0, names)

@@ -1,0 +1,273 @@
+"""Detection: five sigma means five sigma, sources are found where they are, no position or direction is preferred."""
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.spatial import cKDTree
+from scipy.stats import norm
+
+from kermes.coadd import Coadd
+from kermes.config import DetectionConfig
+from kermes.detection import _equivalent_sigma, _maxima, _separate, detect, detection_images, footprints_of_peaks
+from kermes.errors import DataWarning
+from kermes.simulation import MoffatPsf, simulate_scene
+
+PSF = MoffatPsf(fwhm_pix=4.0, beta=3.5).stamp()[8:-8, 8:-8]
+CONFIG = DetectionConfig()
+
+
+def coadd_of(images, variance=1.0, psf=PSF, **more) -> Coadd:
+    """Make a coadd of images (B, H, W) with one PSF for all bands."""
+    images = np.asarray(images, dtype=float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # about an image without a valid pixel
+        return Coadd(
+            images=images,
+            variance=np.broadcast_to(variance, images.shape),
+            psfs=[psf] * len(images),
+            bands=[f"band{b}" for b in range(len(images))],
+            **more,
+        )
+
+
+def stars(shape, positions, snr, n_bands=2, seed=0):
+    """Images (B, H, W) of unit noise with a star of a signal-to-noise in each band at each whole position."""
+    images = np.random.default_rng(seed).normal(size=(n_bands, *shape))
+    half = len(PSF) // 2
+    padded = np.pad(images, ((0, 0), (half, half), (half, half)))
+    for (y, x), strength in zip(positions, np.broadcast_to(snr, len(positions)), strict=True):
+        padded[:, y : y + len(PSF), x : x + len(PSF)] += strength * PSF / np.sqrt((PSF**2).sum())
+    return padded[:, half:-half, half:-half]
+
+
+@pytest.mark.parametrize("n_bands", [1, 2, 6])
+def test_sigma_means_the_false_alarm_rate_of_a_gaussian(n_bands):
+    noise = np.random.default_rng(1).normal(size=(n_bands, 600, 600))
+    significance, contrast = detection_images(coadd_of(noise))
+    for sigma in (1.0, 2.0, 3.0):
+        rate = norm.sf(sigma)
+        # Pixels within a PSF share their noise: about 20 000 independent ones. Four times their scatter.
+        tolerance = 4 * np.sqrt(rate / 20_000)
+        assert (significance > sigma).mean() == pytest.approx(rate, abs=tolerance)
+        assert (contrast > sigma).mean() == pytest.approx(rate, abs=tolerance)
+
+
+@given(n_bands=st.integers(1, 12))
+def test_sigma_rises_with_the_signal(n_bands):
+    root, sigma = _equivalent_sigma(n_bands)
+    assert (np.diff(sigma) > 0).all()
+    assert (sigma <= root + 1e-12).all()
+
+
+def test_significance_of_a_bright_star_in_one_band_is_its_signal_to_noise():
+    significance, _ = detection_images(coadd_of(stars((60, 60), [(30, 30)], 1e4, n_bands=1)))
+    assert significance[30, 30] == pytest.approx(1e4, abs=5)  # the noise of the measurement is 1
+
+
+def test_star_is_found_at_its_pixel():
+    positions = [(20, 15), (40, 45), (12, 50)]
+    detection = detect(coadd_of(stars((60, 60), positions, [30, 20, 10])), CONFIG)
+    np.testing.assert_array_equal(detection.peaks, positions)
+
+
+def test_star_in_a_single_band_is_found():
+    images = np.random.default_rng(2).normal(size=(6, 60, 60))
+    images[3] = stars((60, 60), [(30, 30)], 15.0, n_bands=1)[0]
+    assert [tuple(peak) for peak in detect(coadd_of(images), CONFIG).peaks] == [(30, 30)]
+
+
+def test_noise_alone_holds_nothing():
+    detection = detect(coadd_of(np.random.default_rng(3).normal(size=(6, 200, 200))), CONFIG)
+    assert len(detection.peaks) == 0
+    assert not detection.footprints.any()
+
+
+def test_noise_on_a_wide_bright_halo_is_hardly_ever_a_peak():
+    y, x = np.indices((150, 150)) - 75
+    halo = 30 * np.exp(-np.hypot(y, x) / 15)  # 5000 pixels of it above the threshold
+    n_peaks = [
+        len(detect(coadd_of(halo + np.random.default_rng(seed).normal(size=(3, 150, 150))), CONFIG).peaks)
+        for seed in range(5)
+    ]
+    assert min(n_peaks) >= 1
+    assert np.mean(n_peaks) <= 3
+
+
+def test_wide_smooth_source_is_a_peak():
+    y, x = np.indices((150, 150)) - 75
+    image = 1.0 * np.exp(-0.5 * (y**2 + x**2) / 15**2) + np.random.default_rng(1).normal(size=(3, 150, 150))
+    peaks = detect(coadd_of(image), CONFIG).peaks
+    assert len(peaks) == 1
+    assert np.hypot(*(peaks[0] - 75)) < 15
+
+
+def test_two_stars_one_and_a_half_psf_widths_apart_are_two_peaks():
+    peaks = detect(coadd_of(stars((60, 60), [(30, 27), (30, 33)], 100.0)), CONFIG).peaks
+    assert sorted(map(tuple, peaks)) == [(30, 27), (30, 33)]
+
+
+def test_clear_sources_of_a_field_are_found_and_nearly_nothing_else():
+    found, clear, wrong, n_peaks = 0, 0, 0, 0
+    for seed in range(5):
+        scene = simulate_scene(seed=seed)
+        peaks = detect(scene.coadd, CONFIG).peaks
+        distance, _ = cKDTree(np.stack([scene.truth["y"], scene.truth["x"]], axis=1)).query(peaks)
+        wrong, n_peaks = wrong + (distance > 2.5).sum(), n_peaks + len(peaks)
+        rows = scene.truth[(scene.truth["snr"] > 10) & (scene.truth["blendedness"] < 0.2)]
+        distance, _ = cKDTree(peaks).query(np.stack([rows["y"], rows["x"]], axis=1))
+        found, clear = found + (distance < 2.5).sum(), clear + len(rows)
+    assert found > 0.97 * clear
+    assert wrong < 0.02 * n_peaks
+
+
+def test_peaks_lie_in_footprints_and_every_footprint_has_one():
+    detection = detect(simulate_scene(kind="crowded", seed=1, shape=(200, 200)).coadd, CONFIG)
+    at_peaks = detection.footprints[tuple(detection.peaks.T)]
+    assert set(at_peaks) == set(range(1, detection.footprints.max() + 1))
+
+
+def test_peaks_are_ordered_by_significance_and_apart():
+    coadd = simulate_scene(seed=1).coadd
+    peaks = detect(coadd, CONFIG).peaks
+    assert (np.diff(detection_images(coadd)[0][tuple(peaks.T)]) <= 0).all()
+    assert len(cKDTree(peaks).query_pairs(CONFIG.min_separation * (1 - 1e-9))) == 0
+
+
+def test_shifting_the_image_shifts_the_answer():
+    content = simulate_scene(seed=2, bands=("g", "r", "i"), shape=(120, 100)).coadd
+    frames = np.full((2, 3, 160, 150), np.nan)
+    frames[0, :, 10:130, 10:110] = content.images
+    frames[1, :, 33:153, 21:121] = content.images
+    variance = np.nanmean(content.variance, axis=(1, 2))[:, None, None]
+    here, there = (detect(coadd_of(frame, variance), CONFIG) for frame in frames)
+    assert len(here.peaks) > 5
+    np.testing.assert_array_equal(there.peaks, here.peaks + np.array([23, 11]))
+    np.testing.assert_array_equal(there.footprints[23:, 11:], here.footprints[:-23, :-11])
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_flipping_the_image_flips_the_answer(axis):
+    coadd = simulate_scene(seed=2, bands=("g", "r")).coadd
+    psf = np.asarray(coadd.psfs)[0]
+    flipped = coadd_of(np.flip(coadd.images, axis), np.flip(coadd.variance, axis), np.flip(psf, axis - 1))
+    here, there = detect(coadd_of(coadd.images, coadd.variance, psf), CONFIG), detect(flipped, CONFIG)
+    expected = here.peaks.copy()
+    expected[:, axis - 1] = coadd.shape[axis - 1] - 1 - expected[:, axis - 1]
+    np.testing.assert_array_equal(there.peaks, expected)
+    np.testing.assert_array_equal(there.footprints > 0, np.flip(here.footprints, axis - 1) > 0)
+
+
+def test_unit_of_a_band_does_not_matter():
+    images = stars((80, 80), [(20, 20), (50, 60)], 15.0, n_bands=3)
+    factor = np.array([1e-8, 1.0, 1e6])[:, None, None]
+    plain, scaled = detect(coadd_of(images), CONFIG), detect(coadd_of(images * factor, factor**2), CONFIG)
+    np.testing.assert_array_equal(scaled.peaks, plain.peaks)
+    np.testing.assert_array_equal(scaled.footprints, plain.footprints)
+
+
+def test_band_without_a_valid_pixel_does_not_matter():
+    images = stars((80, 80), [(20, 20), (50, 60)], 12.0, n_bands=3)
+    masked = np.concatenate([images, np.full((1, 80, 80), np.nan)])
+    np.testing.assert_array_equal(detect(coadd_of(masked), CONFIG).peaks, detect(coadd_of(images), CONFIG).peaks)
+
+
+def test_values_of_invalid_pixels_do_not_matter():
+    images = stars((80, 80), [(20, 20), (50, 60)], 12.0)
+    mask = np.zeros((80, 80), dtype=bool)
+    mask[30:40, :] = mask[:, 35] = True
+    junk = np.where(mask, 1e6, images)
+    blank, full = (detection_images(coadd_of(image, mask=mask)) for image in (images, junk))
+    np.testing.assert_array_equal(full, blank)
+
+
+def test_star_with_a_masked_core_is_one_peak_there():
+    images = stars((80, 80), [(40, 40)], 300.0)
+    images[:, 39:42, 39:42] = np.nan
+    peaks = detect(coadd_of(images), CONFIG).peaks
+    assert len(peaks) == 1
+    assert np.hypot(*(peaks[0] - 40)) < 2
+
+
+def test_nothing_is_found_where_no_pixel_is_valid():
+    images = stars((80, 80), [(40, 40)], 300.0)
+    images[:, 10:70, 10:70] = np.nan
+    significance, contrast = detection_images(coadd_of(images))
+    assert not significance[25:55, 25:55].any()
+    assert not contrast[25:55, 25:55].any()
+
+
+def test_coadd_without_a_valid_pixel_holds_nothing():
+    detection = detect(coadd_of(np.full((2, 30, 40), np.nan)), CONFIG)
+    assert detection.peaks.shape == (0, 2)
+    assert detection.footprints.shape == (30, 40)
+    assert not detection.footprints.any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 70), (9, 9)])
+def test_image_smaller_than_the_psf_is_searched(shape):
+    images = np.zeros((2, *shape))
+    images[:, shape[0] // 2, shape[1] // 2] = 1e3
+    detection = detect(coadd_of(images), DetectionConfig(min_area=1))
+    assert detection.footprints.shape == shape
+
+
+def test_image_of_many_blocks_is_one_image():
+    positions = [(y, x) for y in range(30, 700, 43) for x in range(30, 400, 41)]
+    peaks = detect(coadd_of(stars((720, 420), positions, 40.0)), CONFIG).peaks
+    assert sorted(map(tuple, peaks)) == positions
+
+
+def test_psf_of_one_pixel_finds_single_pixels():
+    images = np.zeros((1, 30, 30))
+    images[0, 10, 20] = 8.0
+    config = DetectionConfig(min_area=1)
+    assert [tuple(peak) for peak in detect(coadd_of(images, psf=np.ones((1, 1))), config).peaks] == [(10, 20)]
+
+
+def test_footprints_grow_by_the_given_distance():
+    coadd = coadd_of(stars((60, 60), [(30, 30)], 50.0))
+    plain = detect(coadd, DetectionConfig(grow=0)).footprints > 0
+    grown = detect(coadd, DetectionConfig(grow=5)).footprints > 0
+    distance, _ = cKDTree(np.argwhere(plain)).query(np.argwhere(np.ones((60, 60))))
+    np.testing.assert_array_equal(grown, distance.reshape(60, 60) <= 5)
+
+
+def test_footprints_that_touch_after_growing_are_one():
+    coadd = coadd_of(stars((60, 80), [(30, 30), (30, 50)], 30.0))
+    assert detect(coadd, DetectionConfig(grow=0)).footprints.max() == 2
+    assert detect(coadd, DetectionConfig(grow=8)).footprints.max() == 1
+
+
+def test_small_footprints_are_dropped():
+    coadd = coadd_of(stars((60, 60), [(30, 30)], 6.0, n_bands=1, seed=5))
+    assert len(detect(coadd, DetectionConfig(min_area=1)).peaks) == 1
+    assert len(detect(coadd, DetectionConfig(min_area=100)).peaks) == 0
+
+
+def test_origin_does_not_matter():
+    images = stars((60, 60), [(20, 30)], 20.0)
+    np.testing.assert_array_equal(detect(coadd_of(images, origin=(1000, -5)), CONFIG).peaks, [(20, 30)])
+
+
+def test_of_a_plateau_its_middle_counts():
+    image = np.zeros((12, 12))
+    image[3:6, 4:9] = 7.0
+    np.testing.assert_array_equal(_maxima(image, image > 1), [(4, 6)])
+
+
+def test_of_two_peaks_too_close_the_first_is_kept():
+    peaks = np.array([(10, 10), (10, 13), (10, 16), (10, 20)])
+    np.testing.assert_array_equal(_separate(peaks, 4.0), [(10, 10), (10, 16), (10, 20)])
+
+
+def test_footprints_of_given_peaks_hold_those_peaks_only():
+    positions = [(20, 15), (40, 45), (12, 50)]
+    coadd = coadd_of(stars((60, 60), positions, 30.0))
+    labels = footprints_of_peaks(coadd, np.array([*positions[:2], (50, 10)]), CONFIG)
+    assert labels.max() == 2
+    assert labels[20, 15] > 0
+    assert labels[40, 45] > 0
+    assert labels[12, 50] == labels[50, 10] == 0

@@ -1,0 +1,75 @@
+"""What the documentation shows works as shown."""
+
+import doctest
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+
+import kermes
+from kermes.catalog import BLEND_COLUMNS, PARENT_COLUMNS, object_columns
+from kermes.cli import run
+
+ROOT = Path(__file__).parents[1]
+MODULES = {
+    f"kermes.{path.stem}"
+    for path in (ROOT / "src" / "kermes").iterdir()
+    if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").is_file())
+}
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty folder, without a display."""
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    yield tmp_path
+    plt.close("all")
+
+
+def test_tutorial_gives_what_it_shows(elsewhere):
+    outcome = doctest.testfile(
+        str(ROOT / "docs" / "tutorial.rst"), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE
+    )
+    assert outcome.attempted > 10
+    assert outcome.failed == 0
+
+
+def test_python_example_of_the_readme_runs(elsewhere):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (elsewhere / "out").exists()
+
+
+def test_command_line_example_of_the_readme_runs(elsewhere):
+    examples = re.findall(r"^kermes .*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    lines = [line for line in examples if "fits" not in line]
+    assert [run(shlex.split(line)[1:]) for line in lines] == [0, 0, 0]
+
+
+def test_links_of_the_readme_lead_to_files():
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_reference_lists_every_public_name_and_module():
+    listed = set(re.findall(r"^   (kermes\.\w+)$", (ROOT / "docs" / "reference.rst").read_text(), flags=re.MULTILINE))
+    names = {f"kermes.{name}" for name in kermes.__all__ if not name.startswith("_")}
+    assert listed == names | MODULES - {"kermes.kernels", "kermes.cli"}
+
+
+def test_page_of_files_lists_every_column():
+    words = set(re.findall(r"``(\S+?)``", (ROOT / "docs" / "files.rst").read_text()))
+    columns = [*object_columns(["{band}"]), *PARENT_COLUMNS, *BLEND_COLUMNS]
+    assert {column.name for column in columns} - words == set()
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_examples_in_docstrings_give_what_they_show(name, elsewhere):
+    outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert outcome.failed == 0

@@ -1,0 +1,167 @@
+"""What users hold after deblending keeps its promises, whatever fitted the models."""
+
+import numpy as np
+import pytest
+from astropy import units
+
+import kermes
+from kermes.geometry import Box
+from kermes.psf import difference_kernels, model_psf
+from kermes.rendering import convolve
+from results import make_result
+
+
+@pytest.fixture(scope="module")
+def result():
+    return make_result()
+
+
+def test_one_handle_per_row_in_the_order_of_the_table(result):
+    assert [handle.object_id for handle in result] == list(result.objects["object_id"])
+    assert len(result) == len(result.objects)
+
+
+def test_an_object_is_found_by_its_id_not_by_its_row(result):
+    assert result[7].row["object_id"] == 7
+
+
+def test_an_unknown_object_is_named(result):
+    with pytest.raises(kermes.InputError, match=r"object_id must be one of the 4 .*got 1000"):
+        result[1000]
+
+
+def test_membership_asks_for_the_id(result):
+    assert 7 in result
+    assert 1000 not in result
+
+
+@pytest.mark.parametrize("method", ["model", "redistributed", "neighbor_subtracted"])
+def test_an_unknown_band_is_refused_with_the_known_ones(result, method):
+    with pytest.raises(kermes.InputError, match="band must be one of g, r, got 'z'"):
+        getattr(result[7], method)("z")
+
+
+def test_the_peak_is_in_the_coordinates_of_the_coadd(result):
+    source = result.models[7]
+    assert result[7].peak == (source.peak[0] + 100, source.peak[1] - 20)
+
+
+def test_all_stamps_of_an_object_share_one_box(result):
+    handle = result[7]
+    stamps = [handle.model("g"), handle.model("r", convolved=False), handle.redistributed("g")]
+    boxes = {stamp.box for stamp in [*stamps, handle.neighbor_subtracted("r")]}
+    assert len(boxes) == 1
+    assert {stamp.array.shape for stamp in stamps} == {boxes.pop().shape}
+
+
+def test_stamps_lie_inside_the_image(result):
+    for handle in result:
+        box = handle.model("g").box
+        assert box & result.coadd.box == box
+
+
+def test_the_unconvolved_model_has_the_flux_of_the_source(result):
+    # Object 7 lies away from the edge, so that no light is cut off; float32 rounding.
+    stamp = result[7].model("r", convolved=False)
+    np.testing.assert_allclose(stamp.array.sum(), result.models[7].flux(2)[1], rtol=1e-5)
+
+
+def test_the_unconvolved_model_lies_where_the_source_does(result):
+    stamp = result[7].model("g", convolved=False)
+    y, x = np.unravel_index(stamp.array.argmax(), stamp.array.shape)
+    assert (y + stamp.box.y0, x + stamp.box.x0) == result[7].peak
+
+
+def test_models_add_up_to_the_model_image(result):
+    total = np.zeros(result.shape, dtype=np.float32)
+    for handle in result:
+        stamp = handle.model("r")
+        total[stamp.box.within(result.coadd.box)] += stamp.array
+    np.testing.assert_allclose(total, result.model_image()[1], atol=1e-5 * total.max())
+
+
+def test_the_model_image_is_the_convolved_scene(result):
+    scene = np.zeros((2, *result.shape), dtype=np.float32)
+    image_box = Box.of_shape(result.shape)
+    for source in result.models.values():
+        scene[(slice(None), *source.box.within(image_box))] += source.model(2)[
+            (slice(None), *image_box.within(source.box))
+        ]
+    kernels = difference_kernels(result.psfs[1], model_psf(result.config.model_psf_sigma))
+    # Light of the scene outside the image is convolved into it in one case only: look away from the edge.
+    inner = (slice(None), slice(12, -12), slice(12, -12))
+    np.testing.assert_allclose(
+        result.model_image()[inner], convolve(scene, kernels)[inner], atol=1e-5 * float(scene.max())
+    )
+
+
+def test_shares_close_in_every_claimed_pixel(result):
+    shares = np.zeros(result.shape, dtype=np.float64)
+    for handle in result:
+        stamp = handle.redistributed("g")
+        shares[stamp.box.within(result.coadd.box)] += stamp.array
+    claimed = (result.model_image(positive=True)[0] > 0) & result.coadd.valid[0]
+    expected = np.where(claimed, result.coadd.images[0], 0)
+    # A few float32 roundings per pixel.
+    np.testing.assert_allclose(shares, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_shared_in_an_invalid_pixel(result):
+    stamp = result[7].redistributed("g")
+    window = stamp.box.within(result.coadd.box)
+    invalid = ~result.coadd.valid[0][window]
+    assert invalid.any()
+    assert not stamp.array[invalid].any()
+
+
+def test_an_object_alone_is_what_remains_without_its_neighbours(result):
+    stamp = result[7].neighbor_subtracted("r")
+    window = stamp.box.within(result.coadd.box)
+    residual = result.residual()[1][window]
+    np.testing.assert_allclose(stamp.array - result[7].model("r").array, residual, atol=1e-3)
+
+
+def test_an_object_without_light_has_empty_stamps(result):
+    handle = result[9]
+    stamps = handle.model("g"), handle.model("g", convolved=False), handle.redistributed("g")
+    assert [stamp.array.shape for stamp in stamps] == [(0, 0)] * 3
+
+
+def test_the_total_given_by_the_tile_is_used_as_it_is(result):
+    given = make_result(total=result.model_image(positive=True).copy())
+    np.testing.assert_array_equal(given[7].redistributed("g").array, result[7].redistributed("g").array)
+
+
+@pytest.mark.parametrize("what", ["redistributed", "neighbor_subtracted"])
+def test_observed_stamps_need_the_coadd(what):
+    result = make_result(with_coadd=False)
+    with pytest.raises(kermes.InputError, match=f"{what} needs the images: open the result with coadd="):
+        getattr(result[7], what)("g")
+
+
+def test_the_residual_needs_the_coadd():
+    with pytest.raises(kermes.InputError, match="residual needs the images"):
+        make_result(with_coadd=False).residual()
+
+
+def test_models_need_no_coadd(result):
+    np.testing.assert_array_equal(make_result(with_coadd=False)[7].model("g").array, result[7].model("g").array)
+
+
+def test_a_coadd_of_another_shape_is_refused(result):
+    coadd = kermes.Coadd(images=np.zeros((2, 5, 6)), variance=1, psfs=result.psfs[1], bands=["g", "r"])
+    with pytest.raises(kermes.InputError, match=r"coadd must be the one of the result, with shape .*got \(5, 6\)"):
+        make_result(coadd=coadd)
+
+
+def test_changing_a_stamp_does_not_change_the_result(result):
+    result[7].model("g").array[:] = -1
+    assert result[7].model("g").array.max() > 0
+
+
+def test_a_result_says_what_it_is(result):
+    assert repr(result) == "<Result: 4 objects in 2 blends, bands g r, 60 x 70 pixels>"
+
+
+def test_fluxes_carry_the_unit_of_the_coadd(result):
+    assert result.objects["g_flux"].unit == units.nJy
