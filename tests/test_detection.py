@@ -13,6 +13,7 @@ from kermes.coadd import Coadd
 from kermes.config import DetectionConfig
 from kermes.detection import _equivalent_sigma, _maxima, _separate, detect, detection_images, footprints_of_peaks
 from kermes.errors import DataWarning
+from kermes.geometry import Box
 from kermes.simulation import MoffatPsf, simulate_scene
 
 PSF = MoffatPsf(fwhm_pix=4.0, beta=3.5).stamp()[8:-8, 8:-8]
@@ -263,11 +264,29 @@ def test_of_two_peaks_too_close_the_first_is_kept():
     np.testing.assert_array_equal(_separate(peaks, 4.0), [(10, 10), (10, 16), (10, 20)])
 
 
-def test_footprints_of_given_peaks_hold_those_peaks_only():
-    positions = [(20, 15), (40, 45), (12, 50)]
-    coadd = coadd_of(stars((60, 60), positions, 30.0))
-    labels = footprints_of_peaks(coadd, np.array([*positions[:2], (50, 10)]), CONFIG)
-    assert labels.max() == 2
-    assert labels[20, 15] > 0
-    assert labels[40, 45] > 0
-    assert labels[12, 50] == labels[50, 10] == 0
+def test_every_given_peak_has_a_footprint_and_every_footprint_a_peak():
+    coadd = simulate_scene(seed=1).coadd
+    peaks = np.random.default_rng(0).integers(0, 160, (20, 2))
+    labels = footprints_of_peaks(coadd, peaks, CONFIG)
+    assert set(labels[tuple(peaks.T)]) == set(range(1, labels.max() + 1))
+
+
+def test_footprints_of_the_peaks_that_were_found_are_those_that_were_found():
+    coadd = simulate_scene(seed=1).coadd
+    detection = detect(coadd, CONFIG)
+    np.testing.assert_array_equal(footprints_of_peaks(coadd, detection.peaks, CONFIG), detection.footprints)
+
+
+def test_peak_on_empty_sky_has_a_square_footprint_cut_at_the_edge():
+    labels = footprints_of_peaks(coadd_of(np.zeros((1, 40, 40))), np.array([(2, 20)]), CONFIG)
+    height, width = Box.where(labels > 0).shape
+    assert width == 2 * (height - 3) + 1
+    assert 12 <= width <= 16  # three PSF widths of 4 pixels, and what the wings add to the effective width
+    assert labels.sum() == height * width
+
+
+def test_peak_on_empty_sky_close_to_a_footprint_joins_it():
+    coadd = coadd_of(stars((60, 60), [(30, 30)], 30.0))
+    labels = footprints_of_peaks(coadd, np.array([(30, 30), (30, 44), (10, 10)]), CONFIG)
+    assert labels[30, 30] == labels[30, 44]
+    assert labels[10, 10] not in (0, labels[30, 30])

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from kermes.errors import ShapeError
 from kermes.geometry import Box
-from kermes.partition import cover_peaks, partition
+from kermes.partition import partition
 
 
 @st.composite
@@ -23,14 +24,16 @@ def footprints_and_peaks(draw):
 @given(footprints_and_peaks())
 def test_every_peak_is_in_exactly_one_parent(case):
     labels, peaks = case
-    rows = [row for parent in partition(labels, peaks).parents for row in parent.peaks]
+    rows = [row for parent in partition(labels, peaks, labels.shape).parents for row in parent.peaks]
     assert sorted(rows) == list(range(len(peaks)))
 
 
 @given(footprints_and_peaks())
 def test_peaks_share_a_parent_exactly_when_they_share_a_footprint(case):
     labels, peaks = case
-    parent_of = {row: parent.parent_id for parent in partition(labels, peaks).parents for row in parent.peaks}
+    parent_of = {
+        row: parent.parent_id for parent in partition(labels, peaks, labels.shape).parents for row in parent.peaks
+    }
     at = labels[tuple(peaks.T)]
     for i in range(len(peaks)):
         for j in range(i):
@@ -39,7 +42,7 @@ def test_peaks_share_a_parent_exactly_when_they_share_a_footprint(case):
 
 @given(footprints_and_peaks())
 def test_parents_come_in_the_order_of_their_first_peaks(case):
-    parents = partition(*case).parents
+    parents = partition(*case, case[0].shape).parents
     assert [parent.parent_id for parent in parents] == list(range(len(parents)))
     firsts = [parent.peaks[0] for parent in parents]
     assert firsts == sorted(firsts)
@@ -49,7 +52,7 @@ def test_parents_come_in_the_order_of_their_first_peaks(case):
 @given(footprints_and_peaks())
 def test_box_of_a_parent_is_the_smallest_around_its_footprint(case):
     labels, peaks = case
-    for parent in partition(labels, peaks).parents:
+    for parent in partition(labels, peaks, labels.shape).parents:
         if parent.is_outside:
             assert parent.box == Box(*peaks[parent.peaks[0]], 1, 1)
         else:
@@ -60,58 +63,26 @@ def test_box_of_a_parent_is_the_smallest_around_its_footprint(case):
 def test_reordering_the_peaks_reorders_the_parents(case, random):
     labels, peaks = case
     order = random.sample(range(len(peaks)), len(peaks))
-    plain = {frozenset(parent.peaks) for parent in partition(labels, peaks).parents}
-    mixed = {frozenset(order[row] for row in parent.peaks) for parent in partition(labels, peaks[order]).parents}
+    plain = {frozenset(parent.peaks) for parent in partition(labels, peaks, labels.shape).parents}
+    mixed = {
+        frozenset(order[row] for row in parent.peaks)
+        for parent in partition(labels, peaks[order], labels.shape).parents
+    }
     assert mixed == plain
 
 
 @given(footprints_and_peaks())
 def test_peak_is_outside_exactly_where_no_pixel_may_be_used(case):
     labels, peaks = case
-    for parent in partition(labels, peaks).parents:
+    for parent in partition(labels, peaks, labels.shape).parents:
         assert parent.is_outside == (labels[tuple(peaks[parent.peaks[0]])] == 0)
         assert len(parent.peaks) == 1 or not parent.is_outside
 
 
-@given(footprints_and_peaks(), st.integers(0, 5))
-def test_covered_peaks_all_have_a_footprint(case, radius):
-    labels, peaks = case
-    assert (cover_peaks(labels, peaks, radius)[tuple(peaks.T)] > 0).all()
-
-
-@given(footprints_and_peaks(), st.integers(0, 5))
-def test_covering_keeps_every_pixel_of_the_footprints(case, radius):
-    labels, peaks = case
-    covered = cover_peaks(labels, peaks, radius)
-    assert (covered[labels > 0] > 0).all()
-
-
-def test_lonely_peak_gets_a_square_cut_at_the_edge():
-    covered = cover_peaks(np.zeros((10, 10), dtype=np.int64), np.array([(1, 5)]), 2)
-    expected = np.zeros((10, 10), dtype=np.int64)
-    expected[:4, 3:8] = 1
-    np.testing.assert_array_equal(covered, expected)
-
-
-@pytest.mark.parametrize(("gap", "n_footprints"), [(0, 1), (1, 2)])
-def test_square_that_touches_a_footprint_joins_it(gap, n_footprints):
-    labels = np.zeros((12, 20), dtype=np.int64)
-    labels[:4, : 5 - gap] = 3
-    covered = cover_peaks(labels, np.array([(6, 7)]), 2)
-    assert len(np.unique(covered[covered > 0])) == n_footprints
-
-
-def test_two_lonely_peaks_whose_squares_touch_are_one_parent():
-    peaks = np.array([(5, 5), (15, 15), (5, 9)])
-    covered = cover_peaks(np.zeros((20, 20), dtype=np.int64), peaks, 2)
-    assert [list(parent.peaks) for parent in partition(covered, peaks).parents] == [[0, 2], [1]]
-
-
-def test_footprints_that_hold_all_peaks_stay_as_they_are():
-    labels = np.zeros((10, 10), dtype=np.int64)
-    labels[2:5, 2:5] = 7
-    assert cover_peaks(labels, np.array([(3, 3)]), 2) is labels
-
-
 def test_no_peaks_make_no_parents():
-    assert partition(np.ones((5, 5), dtype=np.int64), np.zeros((0, 2), dtype=np.int64)).parents == ()
+    assert partition(np.ones((5, 5), dtype=np.int64), np.zeros((0, 2), dtype=np.int64), (5, 5)).parents == ()
+
+
+def test_labels_of_another_shape_are_refused():
+    with pytest.raises(ShapeError, match="labels must have the shape of the image"):
+        partition(np.ones((5, 5), dtype=np.int64), np.array([(2, 2)]), (5, 6))

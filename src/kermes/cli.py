@@ -124,12 +124,9 @@ def deblend(
 
     store.check_output(output, overwrite)
     settings = load_config(config, [*setting, *([] if model is None else [f"model={model}"])])
-    coadd = io.read(**source)
-    if detect:
-        coadd = dataclasses.replace(coadd, peaks=None)
     result = _deblend_with_progress(
-        coadd,
-        peaks=None if peaks is None else _read_table(peaks),
+        io.read(**source),
+        peaks="detect" if detect else None if peaks is None else _read_table(peaks),
         footprints=None if footprints is None else _read_labels(footprints),
         config=settings,
         workers=workers,
@@ -349,6 +346,7 @@ def _deblend_with_progress(coadd: Coadd, *, workers: int | None, **options: Any)
 
     from kermes import tile
 
+    start = time.perf_counter()
     plan = tile.plan_tile(coadd, **options)
     console = Console(stderr=True)
     outcomes = track(
@@ -359,7 +357,8 @@ def _deblend_with_progress(coadd: Coadd, *, workers: int | None, **options: Any)
         transient=True,
         disable=not console.is_terminal,
     )
-    return tile.collect(plan, outcomes)
+    result = tile.collect(plan, outcomes)
+    return dataclasses.replace(result, timings={**result.timings, "total": time.perf_counter() - start})
 
 
 def _picture(result: Result) -> bytes:
@@ -418,37 +417,40 @@ def _comparison(result: Result, scene: SimulatedScene) -> Iterator[str]:
     """Lines that say how well each flux agrees with the truth."""
     import numpy as np
 
-    bands = result.bands
     truth = scene.truth[np.asarray(scene.truth["peak_index"]) >= 0]
     truth = truth[np.argsort(-np.asarray(truth["snr"]), kind="stable")]
     objects = result.objects[np.argsort(np.asarray(result.objects["peak_index"]))][np.asarray(truth["peak_index"])]
-    true_flux, flux, error = (
-        np.array([np.asarray(table[f"{band}_{name}"], dtype=float) for band in bands]).T
-        for table, name in ((truth, "flux"), (objects, "flux"), (objects, "flux_err"))
-    )
-    with np.errstate(all="ignore"):
-        percent = 100 * (flux / true_flux - 1)
-        pull = (flux - true_flux) / error
+
+    def per_band(table: Table, name: str) -> NDArray[Any]:
+        return np.array([np.asarray(table[f"{band}_{name}"], dtype=float) for band in result.bands]).T
+
+    true_flux, error = per_band(truth, "flux"), per_band(objects, "flux_err")
+    difference = per_band(objects, "flux") - true_flux
+    shared = per_band(objects, "redistributed_flux") - true_flux
     bright = true_flux > 20 * error
 
-    yield f"{'':18}{'signal':>8}{'blended':>9}   measured flux / true flux - 1, in percent"
-    yield f"{'':18}{'/noise':>8}{'':9}" + "".join(f"{band:>8}" for band in bands)
-    for row, measured, differences in zip(truth, objects, percent, strict=True):
-        kind = "star" if row["is_star"] else "galaxy"
-        yield f"{measured['object_id']:>6}  {kind:10}{row['snr']:>8.0f}{row['blendedness']:>9.2f}" + "".join(
-            f"{value:>+8.1f}" if np.isfinite(value) and abs(value) < 1e4 else f"{'-':>8}" for value in differences
-        )
+    def row(head: str, values: Sequence[str]) -> str:
+        return f"{head:38}" + "".join(f"{value:>8}" for value in values)
 
-    def line(name: str, statistic: Callable[[Any], float], values: NDArray[Any], form: str) -> str:
-        chosen = [values[bright[:, b] & np.isfinite(values[:, b]), b] for b in range(len(bands))]
-        return f"{name:35}" + "".join(f"{statistic(some):>{form}}" if len(some) else f"{'-':>8}" for some in chosen)
+    def statistic(name: str, form: str, of: Callable[[NDArray[Any]], float], values: NDArray[Any]) -> str:
+        chosen = [values[bright[:, b], b] for b in range(len(result.bands))]
+        return row(name, [format(of(some), form) if len(some) else "-" for some in chosen])
 
+    yield "measured flux / true flux - 1, in percent, where the true flux is above 5 sigma"
+    yield row(f"{'object':>6}  {'kind':10}{'signal/noise':>10}{'blended':>8}", result.bands)
+    for k, source in enumerate(truth):
+        head = f"{objects['object_id'][k]:>6}  {'star' if source['is_star'] else 'galaxy':10}"
+        head += f"{source['snr']:>12.0f}{source['blendedness']:>8.2f}"
+        seen = true_flux[k] > 5 * error[k]
+        percent = 100 * np.divide(difference[k], true_flux[k], out=np.zeros_like(error[k]), where=seen)
+        yield row(head, [f"{value:+.1f}" if shown else "-" for value, shown in zip(percent, seen, strict=True)])
     yield ""
-    yield "fluxes above 20 sigma"
-    yield line("number", len, percent, "8d")
-    yield line("median difference [percent]", np.median, percent, "+8.1f")
-    yield line("scatter [percent]", _scatter, percent, "8.1f")
-    yield line("scatter over stated error", _scatter, pull, "8.1f")
+    yield row("all objects above 20 sigma", result.bands)
+    yield statistic("number", "d", len, difference)
+    yield statistic("median of the difference [%]", "+.1f", np.median, 100 * difference / true_flux)
+    yield statistic("its scatter [%]", ".1f", _scatter, 100 * difference / true_flux)
+    yield statistic("its scatter / stated error", ".1f", _scatter, difference / error)
+    yield statistic("scatter of the shared-out flux [%]", ".1f", _scatter, 100 * shared / true_flux)
 
 
 def _scatter(values: NDArray[Any]) -> float:

@@ -245,7 +245,7 @@ def _find_peaks(
 def _number(labels: LabelArray, peaks: LabelArray) -> LabelArray:
     """Keep the labels that hold a peak, numbered from 1 in their order."""
     used = np.zeros(labels.max(initial=0) + 1, dtype=bool)
-    used[labels[peaks[:, 0], peaks[:, 1]]] = True
+    used[labels[tuple(peaks.T)]] = True
     used[0] = False
     return np.asarray(np.where(used, np.cumsum(used), 0)[labels], dtype=np.int64)
 
@@ -275,7 +275,7 @@ def detect(coadd: Coadd, config: DetectionConfig) -> Detection:
 
 
 def footprints_of_peaks(coadd: Coadd, peaks: LabelArray, config: DetectionConfig) -> LabelArray:
-    """Find the footprints that given peaks lie in.
+    """Find the footprints of peaks that are given.
 
     Parameters
     ----------
@@ -287,8 +287,17 @@ def footprints_of_peaks(coadd: Coadd, peaks: LabelArray, config: DetectionConfig
     Returns
     -------
     footprints : ndarray, shape (H, W)
-        Labels, counted from 1 in raster order; 0 outside. Footprints without a peak are left out; a peak below the
-        threshold has none.
+        Connected regions above the threshold, grown, that hold a peak. A peak outside of them has a square footprint of
+        one and a half PSF widths on each side; squares and regions that touch, also at a corner, are one. Labels count
+        from 1 in raster order, 0 outside; every peak lies in a footprint and every footprint holds a peak.
     """
     significance, _ = detection_images(coadd)
-    return _number(_regions(significance, config), peaks)
+    labels = _regions(significance, config)
+    lonely = peaks[labels[tuple(peaks.T)] == 0]
+    if len(lonely):
+        covered = labels > 0
+        for y, x in lonely:
+            box = Box(int(y), int(x), 1, 1).grow(round(1.5 * _mean_fwhm(coadd))) & Box.of_shape(coadd.shape)
+            covered[box.y, box.x] = True
+        labels = np.asarray(ndimage.label(covered, structure=_EIGHT_NEIGHBOURS)[0], dtype=np.int64)
+    return _number(labels, peaks)

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kermes.coadd import Blend
-from kermes.kernels import flux as kernels_flux
 from kermes.kernels import spectra as kernels_spectra
-from kermes.rendering import Packed, SourceModels, render_packed
+from kermes.rendering import Packed, Rendered, render_packed
 
 DoubleArray = NDArray[np.float64]
 
@@ -31,8 +30,8 @@ class Fluxes:
     flux_err: DoubleArray
     """Its standard deviation with the neighbours free [unit], shape (S, B); NaN without valid pixels."""
 
-    models: SourceModels
-    """Sources as observed."""
+    rendered: Rendered
+    """Components as observed, for a spectrum of one."""
 
 
 def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, difference: NDArray[np.float64]) -> Fluxes:
@@ -79,10 +78,6 @@ def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, difference: NDA
     variance[~np.isfinite(variance)] = np.nan
     flux = np.zeros((n_sources, len(blend.images)))
     np.add.at(flux, packed.sources, spectra * sums[:, None])
-    boxes, offsets = kernels_flux.source_boxes(rendered.boxes, packed.sources, n_sources)
-    pixels = kernels_flux.combine_components(
-        rendered.pixels, rendered.boxes, rendered.offsets, packed.sources, spectra, boxes, offsets
-    )
     return Fluxes(
         packed=Packed(
             boxes=packed.boxes,
@@ -93,5 +88,5 @@ def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, difference: NDA
         ),
         flux=flux,
         flux_err=np.sqrt(variance),
-        models=SourceModels(boxes=boxes, offsets=offsets, pixels=pixels),
+        rendered=rendered,
     )

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from kermes.errors import ShapeError
 from kermes.geometry import Box
 
 LabelArray = NDArray[np.int64]
@@ -46,7 +47,7 @@ class Partition:
     """Footprint of each pixel, shape (H, W), 0 outside."""
 
 
-def partition(labels: LabelArray, peaks: LabelArray) -> Partition:
+def partition(labels: LabelArray, peaks: LabelArray, shape: tuple[int, int]) -> Partition:
     """Put the peaks of each footprint together.
 
     Parameters
@@ -56,12 +57,21 @@ def partition(labels: LabelArray, peaks: LabelArray) -> Partition:
         where they do not touch.
     peaks : ndarray, shape (N, 2)
         Array index (y, x), inside the image. Two may be equal.
+    shape : tuple of int
+        Height and width of the image.
 
     Returns
     -------
     partition : Partition
         Each peak on label 0 is a parent of its own. Footprints without a peak are nobody's.
+
+    Raises
+    ------
+    ShapeError
+        If the labels do not have the shape of the image.
     """
+    if labels.shape != shape:
+        raise ShapeError(f"labels must have the shape of the image {shape}, got {labels.shape}")
     peaks = np.asarray(peaks, dtype=np.int64).reshape(-1, 2)
     of_peak = labels[peaks[:, 0], peaks[:, 1]]
     # Labels can be any integers: number those that hold peaks, so that boxes are found in one pass.
@@ -87,35 +97,3 @@ def partition(labels: LabelArray, peaks: LabelArray) -> Partition:
             box = Box.around(peaks[rows])
         parents.append(Parent(parent_id=parent_id, label=label, box=box, peaks=rows))
     return Partition(parents=tuple(parents), labels=labels)
-
-
-def cover_peaks(labels: LabelArray, peaks: LabelArray, radius: int) -> LabelArray:
-    """Give every peak outside the footprints a small square footprint of its own.
-
-    For footprints that were detected; where they are given, a peak outside stays outside.
-
-    Parameters
-    ----------
-    labels : ndarray, shape (H, W)
-        Footprint of each pixel, integers >= 0; 0 outside.
-    peaks : ndarray, shape (N, 2)
-        Array index (y, x), inside the image.
-    radius : int
-        Half the side of the squares, without the peak's own pixel [pixels]; they are cut at the edge of the image.
-
-    Returns
-    -------
-    covered : ndarray, shape (H, W)
-        Connected regions of the footprints and the squares: those that touch, also at a corner, have become one.
-        Labels from 1 in raster order. The same labels as before if every peak has a footprint.
-    """
-    peaks = np.asarray(peaks, dtype=np.int64).reshape(-1, 2)
-    lonely = peaks[labels[peaks[:, 0], peaks[:, 1]] == 0]
-    if not len(lonely):
-        return labels
-    covered = labels > 0
-    for y, x in lonely:
-        box = Box(int(y), int(x), 1, 1).grow(radius) & Box.of_shape(labels.shape)
-        covered[box.y, box.x] = True
-    merged, _ = ndimage.label(covered, structure=np.ones((3, 3), dtype=bool))
-    return np.asarray(merged, dtype=np.int64)

@@ -11,6 +11,7 @@ from rocket_fft import good_size
 from kermes.errors import ShapeError
 from kermes.geometry import Box
 from kermes.kernels import convolution
+from kermes.kernels import flux as kernels_flux
 from kermes.kernels import rendering as kernels_rendering
 from kermes.scene import FactorizedComponent, Scene, Source
 
@@ -90,39 +91,6 @@ def convolve(image: ArrayLike, kernels: ArrayLike) -> FloatArray:
     if image.ndim != 3:
         raise ShapeError(f"image must have shape (bands, height, width), got {image.shape}")
     return Convolution.of(kernels, (image.shape[1], image.shape[2])).forward(image)
-
-
-def render_source(source: Source, kernels: ArrayLike, within: Box) -> tuple[FloatArray, Box]:
-    """Render one source as it is observed.
-
-    Parameters
-    ----------
-    source : Source
-    kernels : array_like, shape (B, P, Q)
-        Difference kernels, odd sides.
-    within : Box
-        The image; nothing is rendered outside.
-
-    Returns
-    -------
-    image : ndarray, shape (B, h, w)
-        Flux per pixel [unit of the spectra].
-    box : Box
-        Where it lies: the box of the source grown by half a kernel, inside `within`.
-    """
-    kernels = np.asarray(kernels)
-    half_height, half_width = kernels.shape[1] // 2, kernels.shape[2] // 2
-    inner = source.box
-    if inner.is_empty:
-        return np.zeros((len(kernels), 0, 0), dtype=np.float32), Box(*source.peak, 0, 0)
-    outer = Box(
-        inner.y0 - half_height, inner.x0 - half_width, inner.height + 2 * half_height, inner.width + 2 * half_width
-    )
-    model = np.zeros((len(kernels), *outer.shape), dtype=np.float32)
-    model[(slice(None), *inner.within(outer))] = source.model(len(kernels))
-    rendered = convolve(model, kernels)
-    clipped = outer & within
-    return np.ascontiguousarray(rendered[(slice(None), *clipped.within(outer))]), clipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -249,3 +217,40 @@ def transform_side(side: int) -> int:
     """Round a side up to a multiple of an eighth of its power of two, then to a fast length."""
     step = max(1 << (max(side - 1, 1).bit_length() - 4), 4)
     return int(good_size(-(-side // step) * step, real=True))
+
+
+def combine_sources(packed: Packed, rendered: Rendered, n_sources: int) -> SourceModels:
+    """Add up the rendered components of each source, times their spectra."""
+    boxes, offsets = kernels_flux.source_boxes(rendered.boxes, packed.sources, n_sources)
+    pixels = kernels_flux.combine_components(
+        rendered.pixels, rendered.boxes, rendered.offsets, packed.sources, packed.spectra, boxes, offsets
+    )
+    return SourceModels(boxes=boxes, offsets=offsets, pixels=pixels)
+
+
+def render_source(source: Source, kernels: ArrayLike, within: Box) -> tuple[FloatArray, Box]:
+    """Render one source as it is observed.
+
+    Parameters
+    ----------
+    source : Source
+    kernels : array_like, shape (B, P, Q)
+        Difference kernels, odd sides.
+    within : Box
+        The image, array index; nothing is rendered outside.
+
+    Returns
+    -------
+    image : ndarray, shape (B, h, w)
+        Flux per pixel [unit of the spectra]; zero below a millionth of the peak of each component, where the
+        transforms are no longer accurate. The same bits as when the source is rendered with all of its blend.
+    box : Box
+        Where it lies: the box of the source grown by half a kernel, inside `within`; empty without components.
+    """
+    kernels = np.ascontiguousarray(kernels, dtype=np.float64)
+    if source.box.is_empty:
+        return np.zeros((len(kernels), 0, 0), dtype=np.float32), Box(*source.peak, 0, 0)
+    packed = pack(Scene(sources=(source,), box=within), len(kernels))
+    models = combine_sources(packed, render_packed(packed, kernels, within.shape), 1)
+    y0, x0, height, width = models.boxes[0].tolist()
+    return models.pixels.reshape(-1, height, width), Box(y0 + within.y0, x0 + within.x0, height, width)

@@ -27,7 +27,7 @@ from kermes.measurement import Fluxes, measure_fluxes
 from kermes.metrics import BlendMetrics, blend_metrics
 from kermes.partition import Parent, partition
 from kermes.psf import difference_kernels, model_psf
-from kermes.rendering import Packed, SourceModels, unpack
+from kermes.rendering import Packed, SourceModels, combine_sources, unpack
 from kermes.result import Result
 from kermes.scene import Scene
 
@@ -162,7 +162,7 @@ def plan_tile(
         used = footprints_of_peaks(coadd, positions, config.detection) if labels is None else labels
     parents = partition(used, positions, coadd.shape).parents
 
-    half = max(max(psf.shape[-2:]) for psf in [coadd.psf_at(y=coadd.origin[0], x=coadd.origin[1])]) // 2
+    half = max(coadd.psf_at(y=coadd.origin[0], x=coadd.origin[1]).shape[-2:]) // 2
     image_box = Box.of_shape(coadd.shape)
     boxes = [parent.box.grow(MARGIN) & image_box for parent in parents]
     outers = [box.grow(half) & image_box for box in boxes]
@@ -180,14 +180,19 @@ def plan_tile(
         for index, (parent, box, outer) in enumerate(zip(parents, boxes, outers, strict=True))
     )
     return TilePlan(
-        coadd=coadd, config=config, peaks=positions, labels=used, background=labels is None, tasks=tasks
+        coadd=coadd,
+        config=config,
+        peaks=positions,
+        labels=used,
+        background=labels is None,
+        tasks=tasks,
     )
 
 
 def _usable(plan: TilePlan, task: BlendTask, box: Box) -> NDArray[np.bool_]:
     """Pixels of `box` that the blend may use: its footprint, and background where that is allowed."""
     labels = plan.labels[box.y, box.x]
-    usable = labels == task.parent.label
+    usable = (labels == task.parent.label) & (labels > 0)
     if plan.background:
         usable |= labels == 0
     inside = np.zeros(box.shape, dtype=bool)
@@ -291,20 +296,15 @@ def fit_blend(plan: TilePlan, task: BlendTask) -> BlendOutcome:
         return _without_model(task, members, cut, missing, reason, time.perf_counter() - start)
 
     fluxes = modelled.fluxes
-    metrics = blend_metrics(fluxes.packed, len(members), task.outer.shape)
-    residual = outer.images.copy()
-    models = fluxes.models
+    packed = replace(fluxes.packed, spectra=fluxes.packed.spectra * np.float32(unit))
+    metrics = blend_metrics(packed, len(members), task.outer.shape)
+    models = combine_sources(packed, fluxes.rendered, len(members))
+    residual = cut.images.copy()
     kernels_flux.subtract_models(residual, models.pixels, models.boxes, models.offsets)
-    own_boxes, _ = kernels_flux.source_boxes(fluxes.packed.boxes, fluxes.packed.sources, len(members))
-    chi2 = kernels_metrics.mean_chi2(residual, outer.weights, own_boxes)
-    used = outer.weights > 0
-    n_pixels = int(used.sum())
+    own_boxes, _ = kernels_flux.source_boxes(packed.boxes, packed.sources, len(members))
     whole = np.array([[0, 0, *task.outer.shape]], dtype=np.int64)
-    blend_chi2 = float(kernels_metrics.mean_chi2(residual, outer.weights, whole)[0])
-
-    factor = np.float32(unit)
-    models = replace(models, pixels=models.pixels * factor)
-    total = np.zeros(outer.images.shape, dtype=np.float32)
+    chi2 = kernels_metrics.mean_chi2(residual, cut.weights, np.concatenate([own_boxes, whole]))
+    total = np.zeros(cut.images.shape, dtype=np.float32)
     kernels_flux.add_positive_models(total, models.pixels, models.boxes, models.offsets)
     shared = shared_fluxes(coadd, task.outer, total, models) if task.alone else None
     absent = np.where(missing, np.nan, unit)
@@ -313,23 +313,18 @@ def fit_blend(plan: TilePlan, task: BlendTask) -> BlendOutcome:
         members=members,
         outcome=outcome,
         reason=reason,
-        scene=unpack(replace(fluxes.packed, spectra=fluxes.packed.spectra * factor), outer.peaks, task.outer),
+        scene=unpack(packed, cut.peaks, task.outer),
         psfs=cut.psfs,
         flux=fluxes.flux * absent,
         flux_err=fluxes.flux_err * absent,
-        metrics=BlendMetrics(
-            max_overlap=metrics.max_overlap * unit,
-            flux_overlap=metrics.flux_overlap * unit,
-            flux_overlap_fraction=metrics.flux_overlap_fraction,
-            blendedness=metrics.blendedness,
-        ),
-        chi2=chi2,
+        metrics=metrics,
+        chi2=chi2[:-1],
         total=total,
         models=None if task.alone else models,
         shared_flux=None if shared is None else shared[0],
         shared_flux_err=None if shared is None else shared[1],
-        n_pixels=n_pixels,
-        blend_chi2=blend_chi2,
+        n_pixels=int((cut.weights > 0).sum()),
+        blend_chi2=float(chi2[-1]),
         iterations=modelled.iterations,
         converged=modelled.converged,
         missing=missing,
@@ -470,7 +465,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         per_band["redistributed_flux_err"][members] = np.where(outcome.missing, np.nan, shared[1])
         for name in ("max_overlap", "flux_overlap", "flux_overlap_fraction", "blendedness"):
             per_band[name][members] = np.where(outcome.missing, np.nan, getattr(outcome.metrics, name))
-        rows["parent_id"][members] = task.parent.parent_id
+        rows["parent_id"][members] = task.parent.parent_id + 1
         rows["blend_id"][members] = outcome.index + 1
         rows["n_components"][members] = [len(source.components) for source in outcome.scene.sources]
         rows["chi2"][members] = outcome.chi2
@@ -533,12 +528,12 @@ def _parents_table(plan: TilePlan) -> Any:
     parents = [task.parent for task in plan.tasks]
     return make_parents(
         {
-            "parent_id": np.array([parent.parent_id for parent in parents], dtype=np.int64),
+            "parent_id": np.array([parent.parent_id + 1 for parent in parents], dtype=np.int64),
             **_box_columns([parent.box for parent in parents], plan.coadd),
             "n_peaks": np.array([len(parent.peaks) for parent in parents], dtype=np.int64),
             "n_blends": np.ones(len(parents), dtype=np.int64),
             "area": np.array(
-                [int((plan.labels[p.box.y, p.box.x] == p.label).sum()) if p.label else p.box.area for p in parents],
+                [int((plan.labels[p.box.y, p.box.x] == p.label).sum()) if p.label else 0 for p in parents],
                 dtype=np.int64,
             ),
         }
@@ -563,7 +558,7 @@ def _blends_table(plan: TilePlan, done: list[BlendOutcome]) -> Any:
     return make_blends(
         {
             "blend_id": np.arange(1, len(done) + 1),
-            "parent_id": np.array([task.parent.parent_id for task in tasks], dtype=np.int64),
+            "parent_id": np.array([task.parent.parent_id + 1 for task in tasks], dtype=np.int64),
             **_box_columns([task.box for task in tasks], plan.coadd),
             "n_sources": n_sources,
             "n_components": np.array([len(outcome.scene.components) for outcome in done], dtype=np.int64),

@@ -32,6 +32,23 @@ def multiply_into(out, transformed, kernel_fft):
             out[y, x] = transformed[y, x] * kernel_fft[y, x]
 
 
+@fast_kernel
+def copy_above_rounding(out, plane, height, width):
+    """Copy the first (height, width) pixels of a plane into a flat buffer.
+
+    What is below a millionth of the largest is rounding of the transforms, and becomes zero.
+    """
+    top = np.float32(0.0)
+    for y in range(height):
+        for x in range(width):
+            top = max(top, abs(plane[y, x]))
+    limit = np.float32(1e-6) * top
+    for y in range(height):
+        for x in range(width):
+            value = plane[y, x]
+            out[y * width + x] = value if abs(value) >= limit else np.float32(0.0)
+
+
 @kernel
 def render_components(boxes, offsets, morphologies, stamps, sides, classes, shape):
     """Convolve every morphology with the kernel of every band.
@@ -66,7 +83,5 @@ def render_components(boxes, offsets, morphologies, stamps, sides, classes, shap
             for b in range(n_bands):
                 multiply_into(product, transformed, kernel_fft[b])
                 c2r(product, plane, axes, False, 1.0, 1)
-                for y in range(gh):
-                    start = grown_offsets[k] + y * gw
-                    out[b, start : start + gw] = plane[y, :gw]
+                copy_above_rounding(out[b, grown_offsets[k] : grown_offsets[k + 1]], plane, gh, gw)
     return grown, grown_offsets, out
