@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import tempfile
 
 project = "kermes"
 author = "kermes developers"
@@ -30,13 +31,15 @@ python_maximum_signature_line_length = 100
 autodoc_member_order = "bysource"
 autosummary_generate = True
 numpydoc_show_class_members = False
-numpydoc_validation_checks = {"GL06", "GL07", "PR02", "PR03"}
+suppress_warnings = ["ref.python"]  # the public names are found in two places
 
 # The figures of the tutorial are made by its own code.
 plot_formats = [("png", 120)]
 plot_html_show_formats = False
 plot_html_show_source_link = False
 plot_include_source = True
+_folder = tempfile.TemporaryDirectory()
+plot_working_directory = _folder.name
 
 
 def shorten_types(app, what, name, obj, options, signature, returned):
@@ -48,11 +51,9 @@ def shorten_types(app, what, name, obj, options, signature, returned):
         )
         return re.sub(r"[~\w.]*TypeAliasForwardRef\('(\w+)'\)", r"\1", text)
 
-    if signature is None:
-        return None
-    return shorten(signature), returned and shorten(returned)
+    return signature and shorten(signature), returned and shorten(returned)
 
 
 def setup(app):
     """Sphinx calls this once."""
-    app.connect("autodoc-process-signature", shorten_types)
+    app.connect("autodoc-process-signature", shorten_types, priority=400)  # before numpydoc's

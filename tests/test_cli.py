@@ -332,7 +332,7 @@ def test_the_demo_compares_and_draws(tmp_path, capsys):
     said = capsys.readouterr()
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "compiling, first run only ..." in said.err
-    assert "scatter [percent]" in said.out
+    assert "scatter / stated error" in said.out
 
 
 def test_the_demo_refuses_what_is_no_picture_before_it_begins(capsys):

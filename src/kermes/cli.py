@@ -440,7 +440,7 @@ def _comparison(result: Result, scene: SimulatedScene) -> Iterator[str]:
     yield row(f"{'object':>6}  {'kind':10}{'signal/noise':>10}{'blended':>8}", result.bands)
     for k, source in enumerate(truth):
         head = f"{objects['object_id'][k]:>6}  {'star' if source['is_star'] else 'galaxy':10}"
-        head += f"{source['snr']:>12.0f}{source['blendedness']:>8.2f}"
+        head += f"{source['snr']:>12.0f}{max(source['blendedness'], 0):>8.2f}"
         seen = true_flux[k] > 5 * error[k]
         percent = 100 * np.divide(difference[k], true_flux[k], out=np.zeros_like(error[k]), where=seen)
         yield row(head, [f"{value:+.1f}" if shown else "-" for value, shown in zip(percent, seen, strict=True)])

@@ -101,7 +101,7 @@ class FitConfig:
     background_threshold: float = 0.25
     """A pixel of a morphology fainter than this many sigma in every band is set to zero."""
 
-    resize_every: int = 10
+    resize_every: int = 3
     """The boxes follow the morphologies each time after this many iterations; 0: they stay."""
 
     monotonic: bool = True

@@ -1,0 +1,545 @@
+"""Pictures of scenes and results, made without pyplot: safe in threads and without a display."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patheffects import withStroke
+from numpy.typing import ArrayLike, NDArray
+
+from kermes.errors import InputError, ShapeError
+from kermes.geometry import Box
+
+if TYPE_CHECKING:
+    from kermes.result import ObjectHandle, Result
+
+FloatArray = NDArray[np.float64]
+ImageArray = NDArray[np.floating]
+BoolArray = NDArray[np.bool_]
+RgbArray = NDArray[np.uint8]
+
+_WAVELENGTH_NM = {
+    "fuv": 153, "nuv": 227, "u": 365, "b": 440, "g": 475, "v": 550, "r": 622, "vis": 715, "i": 763, "z": 905,
+    "y": 1000, "j": 1250, "h": 1650, "k": 2150, "ks": 2160, "w1": 3400, "w2": 4600,
+}  # fmt: skip
+
+_MID_GREY = 128
+_BLACK = -1.0  # sigma; a little below the sky, so that its noise is seen
+_SOFTENING = 3.0  # sigma; brightness is linear below and logarithmic above
+_LEAST_WHITE = 30.0  # sigma; what is drawn white at least, so that noise alone stays dark
+_BRIGHT = 5.0  # sigma; brighter pixels decide on the balance of colours
+_MAX_GAIN = 4.0
+_RESIDUAL_RANGE = 5.0  # sigma
+_STRIP_HEIGHT = 2.1  # inches
+_MAX_NUMBERS = 150  # with more peaks the numbers would hide the image
+
+
+# ---------------------------------------------------------------- colour
+
+
+def wavelength_order(bands: Sequence[str]) -> NDArray[np.intp]:
+    """Sort bands from blue to red.
+
+    Parameters
+    ----------
+    bands : sequence of str
+        Names such as "g", "G", "HSC-G", "VIS", "Ks"; what follows the last separator counts.
+
+    Returns
+    -------
+    order : ndarray, shape (B,)
+        Positions from blue to red. The order given if a name is not known.
+    """
+    names = [re.split(r"[-_. ]", str(band))[-1].lower() for band in bands]
+    if not set(names) <= set(_WAVELENGTH_NM):
+        return np.arange(len(names))
+    return np.argsort([_WAVELENGTH_NM[name] for name in names], kind="stable")
+
+
+def _channel_weights(bands: Sequence[str]) -> FloatArray:
+    """Share of each band in red, green and blue, shape (3, B); each channel sums to one."""
+    order = wavelength_order(bands)
+    place = np.empty(len(bands))
+    place[order] = np.linspace(2.0, 0.0, len(bands)) if len(bands) > 1 else 1.0
+    weights = np.maximum(1.0 - np.abs(np.arange(3)[:, None] - place), 0.0)
+    # One band is grey; between two bands, green is both.
+    weights[weights.sum(axis=1) == 0] = 1.0
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ColourScale:
+    """How flux becomes colour; pictures that are to be compared share one."""
+
+    noise: FloatArray
+    """Noise per pixel of each band [unit of the images], shape (B,)."""
+
+    gains: FloatArray
+    """Factors of red, green and blue, shape (3,), that make the typical source white."""
+
+    white: float
+    """Brightness that is drawn white, in units of the noise."""
+
+
+def _noise(images: ImageArray, valid: BoolArray) -> FloatArray:
+    """Noise of each band (B,) from the scatter of its pixels about their median; 1 where that fails."""
+    noise = np.ones(len(images))
+    for b, (image, good) in enumerate(zip(images, valid, strict=True)):
+        if good.any():
+            scatter = 1.4826 * float(np.median(np.abs(image[good] - np.median(image[good]))))
+            noise[b] = scatter if scatter > 0 else 1.0
+    return noise
+
+
+def _channels(images: ImageArray, bands: Sequence[str], noise: FloatArray, valid: BoolArray) -> ImageArray:
+    """Red, green and blue in units of the noise, shape (H, W, 3); NaN where no band is valid."""
+    channels = np.zeros((*images.shape[1:], 3), dtype=np.float32)
+    covered = np.zeros_like(channels)
+    for image, good, sigma, weights in zip(images, valid, noise, _channel_weights(bands).T, strict=True):
+        channels += (np.where(good, image, 0.0) / sigma)[..., None] * weights
+        covered += good[..., None] * weights
+    channels = np.divide(channels, covered, out=np.full_like(channels, np.nan), where=covered > 0)
+    # A channel without a valid band takes the mean of the others.
+    empty = np.isnan(channels)
+    some = empty.any(axis=2) & ~empty.all(axis=2)
+    if some.any():
+        channels[some] = np.where(empty[some], np.nanmean(channels[some], axis=1, keepdims=True), channels[some])
+    return channels
+
+
+def _checked(images: ArrayLike, bands: Sequence[str], valid: ArrayLike | None) -> tuple[ImageArray, BoolArray]:
+    """Images as an array, and where they can be drawn."""
+    array = np.asarray(images)
+    if array.ndim != 3 or len(array) != len(bands):
+        raise ShapeError(
+            f"images must have shape (bands, height, width) with {len(bands)} for bands {tuple(bands)}, "
+            f"got {array.shape}"
+        )
+    good = np.isfinite(array)
+    if valid is not None:
+        try:
+            good &= np.broadcast_to(np.asarray(valid, dtype=bool), array.shape)
+        except ValueError:
+            raise ShapeError(f"valid must have the shape of images {array.shape}, got {np.shape(valid)}") from None
+    return array, good
+
+
+def colour_scale(
+    images: ArrayLike, bands: Sequence[str], *, noise: ArrayLike | None = None, valid: ArrayLike | None = None
+) -> ColourScale:
+    """Find a scale that shows both the noise and the brightest pixels, and makes the typical source white.
+
+    Parameters
+    ----------
+    images : array_like, shape (B, H, W)
+        Flux per pixel, sky subtracted.
+    bands : sequence of str
+        Names of the bands.
+    noise : array_like, shape (B,), optional
+        Noise per pixel [unit of the images]. None: from the scatter of the pixels.
+    valid : array_like, shape (B, H, W) or (H, W), optional
+        False where a pixel is not to be used, as are all that are not finite.
+
+    Returns
+    -------
+    scale : ColourScale
+
+    Raises
+    ------
+    ShapeError
+        If the arrays do not fit together.
+    """
+    array, good = _checked(images, bands, valid)
+    sigma = _noise(array, good) if noise is None else np.asarray(noise, dtype=np.float64)
+    if sigma.shape != (len(bands),):
+        raise ShapeError(
+            f"noise must have one value per band: {len(bands)} for bands {tuple(bands)}, got {sigma.shape}"
+        )
+    channels = _channels(array, bands, sigma, good)
+    pixels = channels[np.isfinite(channels).all(axis=2)]
+    brightness = pixels.mean(axis=1)
+    bright = brightness > _BRIGHT
+    if not bright.any():
+        return ColourScale(noise=sigma, gains=np.ones(3), white=_LEAST_WHITE)
+    # Bounded, so that one odd source does not turn the noise of a channel into its colour.
+    share = np.median(pixels[bright] / brightness[bright, None], axis=0)
+    gains = np.clip(1.0 / np.maximum(share, 1e-6), 1.0 / _MAX_GAIN, _MAX_GAIN)
+    white = float(np.quantile((pixels * gains).mean(axis=1), 0.999))
+    return ColourScale(noise=sigma, gains=gains, white=max(white, _LEAST_WHITE))
+
+
+def lupton_rgb(
+    images: ArrayLike, bands: Sequence[str], *, scale: ColourScale | None = None, valid: ArrayLike | None = None
+) -> RgbArray:
+    """Combine bands to one colour image in which faint things are seen and bright ones keep their colour.
+
+    Follows Lupton et al. (2004). Bands are spread over blue, green and red in the order of wavelength, or in the order
+    given if a name is not known; one band is grey.
+
+    Parameters
+    ----------
+    images : array_like, shape (B, H, W)
+        Flux per pixel, sky subtracted.
+    bands : sequence of str
+        Names of the bands.
+    scale : ColourScale, optional
+        None: what suits these images.
+    valid : array_like, shape (B, H, W) or (H, W), optional
+        False where a pixel is not to be drawn, as are all that are not finite. A pixel that is valid in some bands is
+        drawn from those.
+
+    Returns
+    -------
+    rgb : ndarray, shape (H, W, 3), uint8
+        Mid grey where no band is valid.
+
+    Raises
+    ------
+    ShapeError
+        If the arrays do not fit together.
+    """
+    array, good = _checked(images, bands, valid)
+    scale = colour_scale(array, bands, valid=good) if scale is None else scale
+    channels = _channels(array, bands, scale.noise, good)
+    bad = np.asarray(np.isnan(channels).any(axis=2))
+    shifted = np.where(bad[..., None], 0.0, channels) * scale.gains - _BLACK
+    brightness = np.maximum(shifted.mean(axis=2, keepdims=True), 1e-6)
+    factor = np.arcsinh(brightness / _SOFTENING) / np.arcsinh((scale.white - _BLACK) / _SOFTENING) / brightness
+    rgb = np.maximum(shifted * factor, 0.0)
+    rgb /= np.maximum(rgb.max(axis=2, keepdims=True), 1.0)
+    result: RgbArray = np.rint(255.0 * rgb).astype(np.uint8)
+    result[bad] = _MID_GREY
+    return result
+
+
+def _typical_noise(variance: ImageArray, valid: BoolArray) -> FloatArray:
+    """Median noise of each band (B,); 1 for a band without a valid pixel."""
+    noise = np.ones(len(variance))
+    for b, good in enumerate(valid):
+        if good.any():
+            noise[b] = np.sqrt(np.median(variance[b][good]))
+    return noise
+
+
+def _significance(image: ImageArray, model: ImageArray, variance: ImageArray, valid: BoolArray) -> ImageArray:
+    """Residual / sigma summed over the valid bands, in units of its own noise, shape (H, W); NaN without one."""
+    total = np.zeros(image.shape[1:], dtype=np.float32)
+    for observed, modelled, spread, good in zip(image, model, variance, valid, strict=True):
+        total[good] += (observed[good] - modelled[good]) / np.sqrt(spread[good])
+    n_valid = valid.sum(axis=0)
+    result: ImageArray = np.divide(total, np.sqrt(n_valid), out=np.full_like(total, np.nan), where=n_valid > 0)
+    return result
+
+
+# ---------------------------------------------------------------- panels
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _extent(box: Box) -> tuple[float, float, float, float]:
+    """Edges of the pixels of a box, as imshow wants them."""
+    return box.x0 - 0.5, box.x1 - 0.5, box.y0 - 0.5, box.y1 - 0.5
+
+
+def _mark(axes: Axes, peaks: FloatArray, names: Sequence[Any], colours: Sequence[str]) -> None:
+    """Mark and number peaks (N, 2) without changing the limits of the axes."""
+    if not len(peaks):
+        return
+    axes.autoscale(False)
+    size = 16 if len(peaks) <= _MAX_NUMBERS else 4
+    axes.scatter(peaks[:, 1], peaks[:, 0], s=size, marker="+", linewidths=0.7, c=list(colours))
+    if len(peaks) <= _MAX_NUMBERS:
+        for (y, x), name, colour in zip(peaks, names, colours, strict=True):
+            axes.annotate(
+                str(name),
+                (x, y),
+                xytext=(3, 3),
+                textcoords="offset points",
+                fontsize=6,
+                color=colour,
+                clip_on=True,
+                path_effects=[withStroke(linewidth=1.2, foreground="black")],
+            )
+
+
+def _draw_scene(
+    figure: Figure | SubFigure,
+    image: ImageArray,
+    model: ImageArray,
+    variance: ImageArray,
+    valid: BoolArray,
+    bands: Sequence[str],
+    origin: tuple[int, int],
+    peaks: FloatArray,
+    names: Sequence[Any],
+    colours: Sequence[str],
+    scale: ColourScale,
+) -> None:
+    """Draw image, model and residual side by side."""
+    extent = _extent(Box(*origin, *image.shape[1:]))
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    panels[0].imshow(lupton_rgb(image, bands, scale=scale, valid=valid), extent=extent, origin="lower")
+    _mark(panels[0], peaks, names, colours)
+    panels[0].set_title(f"image ({' '.join(bands)})")
+    panels[1].imshow(lupton_rgb(model, bands, scale=scale), extent=extent, origin="lower")
+    panels[1].set_title("model")
+    residual = panels[2].imshow(
+        np.ma.masked_invalid(_significance(image, model, variance, valid)),
+        extent=extent,
+        origin="lower",
+        cmap="RdBu_r",
+        vmin=-_RESIDUAL_RANGE,
+        vmax=_RESIDUAL_RANGE,
+    )
+    panels[2].set_facecolor((_MID_GREY / 255,) * 3)
+    panels[2].set_title("residual")
+    figure.colorbar(residual, ax=panels[2], label="σ, all bands together", extend="both", shrink=0.8)
+    for panel in panels:
+        panel.tick_params(labelsize="small")
+    panels[0].set_xlabel("x [pixels]")
+    panels[0].set_ylabel("y [pixels]")
+
+
+def show_scene(
+    image: ArrayLike,
+    model: ArrayLike,
+    *,
+    variance: ArrayLike,
+    bands: Sequence[str],
+    valid: ArrayLike | None = None,
+    peaks: ArrayLike | None = None,
+    origin: tuple[int, int] = (0, 0),
+) -> Figure:
+    """Draw an image, its model, and what is left in units of the noise.
+
+    Parameters
+    ----------
+    image, model : array_like, shape (B, H, W)
+        Flux per pixel, the model as observed.
+    variance : array_like, shape (B, H, W) or what broadcasts to it
+        Variance of the image.
+    bands : sequence of str
+        Names of the bands.
+    valid : array_like, shape (B, H, W) or (H, W), optional
+        False where a pixel is not to be drawn, as are all that are not finite or have no positive variance.
+    peaks : array_like, shape (N, 2), optional
+        Positions (y, x) to mark and to number from 0, in the coordinates of `origin`.
+    origin : tuple of int, optional
+        Coordinates (y, x) of the first pixel.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+        The residual is the sum over the bands of residual / sigma, divided by the root of their number: noise has a
+        width of 1. Pixels that are valid in no band are grey.
+
+    Raises
+    ------
+    ShapeError
+        If the arrays do not fit together.
+    """
+    array, good = _checked(image, bands, valid)
+    modelled = np.asarray(model, dtype=np.float64)
+    if modelled.shape != array.shape:
+        raise ShapeError(f"model must have the shape of image {array.shape}, got {modelled.shape}")
+    try:
+        spread = np.broadcast_to(np.asarray(variance, dtype=np.float64), array.shape)
+    except ValueError:
+        raise ShapeError(f"variance must have the shape of image {array.shape}, got {np.shape(variance)}") from None
+    good &= np.isfinite(spread) & (spread > 0)
+    positions = np.asarray([] if peaks is None else peaks, dtype=np.float64).reshape(-1, 2)
+    scale = colour_scale(array, bands, noise=_typical_noise(spread, good), valid=good)
+    figure = _new_figure(12.0, 4.2)
+    colours = ["white"] * len(positions)
+    _draw_scene(figure, array, modelled, spread, good, bands, origin, positions, range(len(positions)), colours, scale)
+    return figure
+
+
+# ---------------------------------------------------------------- results
+
+
+def _brightest(result: Result, n: int) -> list[int]:
+    """Numbers of the `n` objects with the most light, each band in units of its median error."""
+    brightness = np.zeros(len(result.objects))
+    for band in result.bands:
+        flux = np.asarray(result.objects[f"{band}_flux"], dtype=np.float64)
+        error = np.asarray(result.objects[f"{band}_flux_err"], dtype=np.float64)
+        usable = error[np.isfinite(error) & (error > 0)]
+        brightness += np.nan_to_num(flux / np.median(usable) if len(usable) else flux, posinf=0.0, neginf=0.0)
+    order = np.argsort(-brightness, kind="stable")[:n]
+    return [int(number) for number in np.asarray(result.objects["object_id"])[order]]
+
+
+def _stamp_image(stamps: Sequence[Any], box: Box) -> FloatArray:
+    """Copy stamps of all bands onto `box`, shape (B, h, w), NaN where they do not reach."""
+    image = np.full((len(stamps), *box.shape), np.nan)
+    for plane, stamp in zip(image, stamps, strict=True):
+        plane[stamp.box.within(box)] = stamp.array[box.within(stamp.box)]
+    return image
+
+
+def _close_up(model: FloatArray, box: Box, noise: FloatArray, peak: tuple[float, float]) -> Box:
+    """Square around an object, as large as its model is above half the noise, 10 to 60 pixels to each side."""
+    y, x = (round(position) for position in peak)
+    bright = np.asarray((model > 0.5 * noise[:, None, None]).any(axis=0))
+    seen = Box.where(bright).shift(*box.origin)
+    reach = 0 if seen.is_empty else max(y - seen.y0, seen.y1 - y, x - seen.x0, seen.x1 - x)
+    square = Box(y, x, 1, 1).grow(int(np.clip(reach, 10, 60)))
+    return square & box if (y, x) in box else square
+
+
+def _draw_spectrum(axes: Axes, result: Result, row: Any) -> None:
+    """Draw the flux of one object in each band, with its error."""
+    bands = [result.bands[b] for b in wavelength_order(result.bands)]
+    places = np.arange(len(bands))
+    for kind, style in (("flux", "o-"), ("redistributed_flux", "s")):
+        if f"{bands[0]}_{kind}" not in row.colnames:
+            continue
+        flux = np.array([row[f"{band}_{kind}"] for band in bands], dtype=np.float64)
+        error = np.array([row[f"{band}_{kind}_err"] for band in bands], dtype=np.float64)
+        label = "model" if kind == "flux" else "re-distributed"
+        axes.errorbar(places, flux, yerr=np.where(error > 0, error, 0.0), fmt=style, markersize=3, lw=1, label=label)
+    axes.axhline(0.0, color="0.7", lw=0.7, zorder=0)
+    axes.set_xticks(places, bands, fontsize="small")
+    axes.tick_params(axis="y", labelsize="x-small")
+    axes.margins(x=0.15)
+    unit = result.objects[f"{bands[0]}_flux"].unit
+    axes.set_ylabel("flux" + (f" [{unit}]" if unit else ""), fontsize="small")
+
+
+def _draw_object(panels: Sequence[Axes], obj: ObjectHandle, result: Result, scale: ColourScale, first: bool) -> None:
+    """Fill one strip; without a coadd there are only model and spectrum."""
+    coadd, bands, row = result.coadd, result.bands, obj.row
+    models = [obj.model(band) for band in bands]
+    peak = float(row["y"]), float(row["x"])
+    view = _close_up(np.array([stamp.array for stamp in models]), models[0].box, scale.noise, peak)
+    model = np.nan_to_num(_stamp_image(models, view))
+
+    images = {"model": model}
+    if coadd is not None:
+        observed = np.full(model.shape, np.nan)
+        source, target = view.within(coadd.box), coadd.box.within(view)
+        pixels, valid = coadd.images[(slice(None), *source)], coadd.valid[(slice(None), *source)]
+        observed[(slice(None), *target)] = np.where(valid, pixels, np.nan)
+        unknown = np.isnan(observed)
+        images = {"image": observed, "model": model}
+        for title, kind in (("re-distributed", obj.redistributed), ("neighbours subtracted", obj.neighbor_subtracted)):
+            images[title] = np.where(unknown, np.nan, _stamp_image([kind(band) for band in bands], view))
+    own = replace(scale, white=colour_scale(model, bands, noise=scale.noise).white)
+    for axes, (title, image) in zip(panels[:-1], images.items(), strict=True):
+        axes.imshow(lupton_rgb(image, bands, scale=own), extent=_extent(view), origin="lower")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if first:
+            axes.set_title(title, fontsize="medium")
+    _mark(panels[0], np.array([peak]), [""], ["white"])
+    panels[0].set_ylabel(f"object {obj.object_id}\n{row['outcome']}", fontsize="small")
+    _draw_spectrum(panels[-1], result, row)
+    if first:
+        panels[-1].set_title("spectrum", fontsize="medium")
+        panels[-1].legend(fontsize="x-small", frameon=False)
+
+
+def _result_scale(result: Result) -> ColourScale:
+    """Scale from the images, or from the model where there are none."""
+    coadd = result.coadd
+    if coadd is None:
+        return colour_scale(result.model_image(), result.bands)
+    noise = _typical_noise(coadd.variance, coadd.valid)
+    return colour_scale(coadd.images, coadd.bands, noise=noise, valid=coadd.valid)
+
+
+def _draw_objects(figure: Figure | SubFigure, result: Result, ids: Sequence[int], scale: ColourScale) -> None:
+    n_images = 4 if result.coadd is not None else 1
+    panels = figure.subplots(len(ids), n_images + 1, squeeze=False, width_ratios=[1.0] * n_images + [1.4])
+    for k, object_id in enumerate(ids):
+        _draw_object(panels[k], result[object_id], result, scale, first=k == 0)
+
+
+def show_objects(result: Result, ids: Sequence[int] | None = None, n: int = 5) -> Figure:
+    """Draw objects one by one: image, model, re-distributed flux, neighbours subtracted, and spectrum.
+
+    Parameters
+    ----------
+    result : Result
+        Without a coadd only model and spectrum are drawn.
+    ids : sequence of int, optional
+        Values of `object_id`, in the order of the strips. None: the brightest.
+    n : int, optional
+        How many of the brightest.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+        One strip per object, on one scale of brightness; at most 121 pixels wide around its peak.
+
+    Raises
+    ------
+    InputError
+        If an object is not in the result.
+    """
+    chosen = _brightest(result, n) if ids is None else [int(object_id) for object_id in ids]
+    figure = _new_figure(12.0 if result.coadd is not None else 5.5, _STRIP_HEIGHT * max(len(chosen), 1) + 0.3)
+    if chosen:
+        _draw_objects(figure, result, chosen, _result_scale(result))
+    return figure
+
+
+def show_result(result: Result, n: int = 5) -> Figure:
+    """Draw a whole result: image, model, residual, and strips of the brightest objects.
+
+    Parameters
+    ----------
+    result : Result
+    n : int, optional
+        How many objects get a strip.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+        Objects are marked and numbered by `object_id`; orange: not modelled in full, see the column ``outcome``.
+
+    Raises
+    ------
+    InputError
+        If the result has no coadd.
+    """
+    coadd = result.coadd
+    if coadd is None:
+        raise InputError("result must have its images to be drawn: open it with coadd=, got none")
+    chosen, scale = _brightest(result, n), _result_scale(result)
+    height, width = result.shape
+    scene_height = float(np.clip(12.0 / 3.3 * height / width + 0.6, 2.5, 10.0))
+    strips_height = _STRIP_HEIGHT * len(chosen) + 0.3
+    figure = _new_figure(12.0, scene_height + strips_height)
+    scene_part: Figure | SubFigure = figure
+    if chosen:
+        parts: Any = figure.subfigures(2, 1, height_ratios=[scene_height, strips_height])
+        scene_part = parts[0]
+        _draw_objects(parts[1], result, chosen, scale)
+    objects = result.objects
+    _draw_scene(
+        scene_part,
+        coadd.images,
+        result.model_image(),
+        coadd.variance,
+        coadd.valid,
+        result.bands,
+        result.origin,
+        np.stack([np.asarray(objects["y"], dtype=float), np.asarray(objects["x"], dtype=float)], axis=1),
+        list(objects["object_id"]),
+        ["white" if str(outcome) == "full" else "orange" for outcome in objects["outcome"]],
+        scale,
+    )
+    return figure
