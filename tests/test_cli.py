@@ -90,11 +90,11 @@ def test_the_summary_says_what_came_out(archive, tmp_path, capsys):
 
 
 def test_settings_are_taken_from_file_and_options(archive, tmp_path):
-    (tmp_path / "my.toml").write_text("fit.max_iterations = 3\nfit.min_iterations = 1\n")
+    (tmp_path / "my.toml").write_text("fit.max_iterations = 3\nfit.patience = 1\n")
     options = ["--config", str(tmp_path / "my.toml"), "--set", "fit.max_iterations=2", "--model", "scarlet-lite"]
     assert cli.run(["deblend", str(archive), "-o", str(tmp_path / "out"), "--no-picture", *options]) == 0
     config = kermes.open(tmp_path / "out").config
-    assert (config.fit.max_iterations, config.fit.min_iterations) == (2, 1)
+    assert (config.fit.max_iterations, config.fit.patience) == (2, 1)
 
 
 def test_the_number_of_workers_does_not_change_the_files(archive, output, tmp_path):

@@ -86,11 +86,11 @@ class FitConfig:
     max_iterations: int = 100
     """Give up after this many iterations."""
 
-    min_iterations: int = 5
-    """Do at least this many."""
+    patience: int = 10
+    """The fit has converged when over so many iterations the loss has fallen by less than `tolerance`."""
 
     tolerance: float = 1e-3
-    """Converged when the loss changes by less than this fraction of itself between two iterations."""
+    """Smallest fall of the loss, half of chi2, that counts, for each used pixel."""
 
     spectrum_step: float = 1e-2
     """Step of the spectra, relative to their mean over the bands."""
@@ -114,7 +114,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         _check(self.max_iterations >= 0, f"fit.max_iterations must be >= 0, got {self.max_iterations}")
-        _check(self.min_iterations >= 0, f"fit.min_iterations must be >= 0, got {self.min_iterations}")
+        _check(self.patience >= 1, f"fit.patience must be >= 1, got {self.patience}")
         _check(0 < self.tolerance < 1, f"fit.tolerance must lie between 0 and 1, got {self.tolerance}")
         _check(self.spectrum_step > 0, f"fit.spectrum_step must be positive, got {self.spectrum_step}")
         _check(self.morphology_step > 0, f"fit.morphology_step must be positive, got {self.morphology_step}")

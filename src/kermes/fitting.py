@@ -25,10 +25,10 @@ class Fit:
     """Fitted components."""
 
     losses: NDArray[np.float64]
-    """Half the sum of weight * (model - image)^2 before each step, shape (n_iterations,)."""
+    """Half the sum of weight * (model - image)^2 at the start and after each step, shape (n_iterations + 1,)."""
 
     converged: bool
-    """Whether the loss stopped changing before the iterations ran out."""
+    """Whether the loss stopped falling before the iterations ran out."""
 
 
 @lru_cache(maxsize=8)
@@ -73,7 +73,7 @@ def fit_packed(packed: Packed, blend: Blend, difference: NDArray[np.float64], co
         np.maximum(packed.spectra, np.float32(1e-20)),
         _monotonic_weights(radius),
         config.max_iterations,
-        config.min_iterations,
+        config.patience,
         config.tolerance,
         config.spectrum_step,
         config.morphology_step,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from astropy.table import Table
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
@@ -369,12 +370,17 @@ def show_scene(
 # ---------------------------------------------------------------- results
 
 
+def _column(table: Table, name: str) -> FloatArray:
+    """One column as floats, NaN where it is masked."""
+    return np.asarray(np.ma.filled(np.ma.asarray(table[name]).astype(np.float64), np.nan))
+
+
 def _brightest(result: Result, n: int) -> list[int]:
     """Numbers of the `n` objects with the most light, each band in units of its median error."""
     brightness = np.zeros(len(result.objects))
     for band in result.bands:
-        flux = np.asarray(result.objects[f"{band}_flux"], dtype=np.float64)
-        error = np.asarray(result.objects[f"{band}_flux_err"], dtype=np.float64)
+        flux = _column(result.objects, f"{band}_flux")
+        error = _column(result.objects, f"{band}_flux_err")
         usable = error[np.isfinite(error) & (error > 0)]
         brightness += np.nan_to_num(flux / np.median(usable) if len(usable) else flux, posinf=0.0, neginf=0.0)
     order = np.argsort(-brightness, kind="stable")[:n]
@@ -399,22 +405,23 @@ def _close_up(model: FloatArray, box: Box, noise: FloatArray, peak: tuple[float,
     return square & box if (y, x) in box else square
 
 
-def _draw_spectrum(axes: Axes, result: Result, row: Any) -> None:
-    """Draw the flux of one object in each band, with its error."""
+def _draw_spectrum(axes: Axes, result: Result, index: int) -> None:
+    """Draw the fluxes of one row of the objects, with their errors."""
+    objects = result.objects
     bands = [result.bands[b] for b in wavelength_order(result.bands)]
     places = np.arange(len(bands))
     for kind, style in (("flux", "o-"), ("redistributed_flux", "s")):
-        if f"{bands[0]}_{kind}" not in row.colnames:
+        if f"{bands[0]}_{kind}" not in objects.colnames:
             continue
-        flux = np.array([row[f"{band}_{kind}"] for band in bands], dtype=np.float64)
-        error = np.array([row[f"{band}_{kind}_err"] for band in bands], dtype=np.float64)
+        flux = np.array([_column(objects, f"{band}_{kind}")[index] for band in bands])
+        error = np.array([_column(objects, f"{band}_{kind}_err")[index] for band in bands])
         label = "model" if kind == "flux" else "re-distributed"
         axes.errorbar(places, flux, yerr=np.where(error > 0, error, 0.0), fmt=style, markersize=3, lw=1, label=label)
     axes.axhline(0.0, color="0.7", lw=0.7, zorder=0)
     axes.set_xticks(places, bands, fontsize="small")
     axes.tick_params(axis="y", labelsize="x-small")
     axes.margins(x=0.15)
-    unit = result.objects[f"{bands[0]}_flux"].unit
+    unit = objects[f"{bands[0]}_flux"].unit
     axes.set_ylabel("flux" + (f" [{unit}]" if unit else ""), fontsize="small")
 
 
@@ -445,7 +452,7 @@ def _draw_object(panels: Sequence[Axes], obj: ObjectHandle, result: Result, scal
             axes.set_title(title, fontsize="medium")
     _mark(panels[0], np.array([peak]), [""], ["white"])
     panels[0].set_ylabel(f"object {obj.object_id}\n{row['outcome']}", fontsize="small")
-    _draw_spectrum(panels[-1], result, row)
+    _draw_spectrum(panels[-1], result, row.index)
     if first:
         panels[-1].set_title("spectrum", fontsize="medium")
         panels[-1].legend(fontsize="x-small", frameon=False)
@@ -482,7 +489,7 @@ def show_objects(result: Result, ids: Sequence[int] | None = None, n: int = 5) -
     Returns
     -------
     figure : matplotlib.figure.Figure
-        One strip per object, on one scale of brightness; at most 121 pixels wide around its peak.
+        One strip per object, each on one scale of brightness; at most 121 pixels wide around its peak.
 
     Raises
     ------
@@ -537,7 +544,7 @@ def show_result(result: Result, n: int = 5) -> Figure:
         coadd.valid,
         result.bands,
         result.origin,
-        np.stack([np.asarray(objects["y"], dtype=float), np.asarray(objects["x"], dtype=float)], axis=1),
+        np.stack([_column(objects, "y"), _column(objects, "x")], axis=1),
         list(objects["object_id"]),
         ["white" if str(outcome) == "full" else "orange" for outcome in objects["outcome"]],
         scale,

@@ -256,7 +256,7 @@ def _model_blend(outer: Blend, box: Box, config: Config) -> _Modelled:
     iterations, converged = 0, True
     if config.fit.max_iterations > 0:
         fit = fit_packed(packed, blend, difference, config.fit)
-        packed, iterations, converged = fit.packed, len(fit.losses), fit.converged
+        packed, iterations, converged = fit.packed, len(fit.losses) - 1, fit.converged
     moved = _moved(packed, box.y0 - outer.box.y0, box.x0 - outer.box.x0)
     fluxes = measure_fluxes(moved, len(outer.peaks), outer, difference)
     if not np.isfinite(fluxes.flux).all():

@@ -90,6 +90,16 @@ def project_morphology(morphology, height, width, cy, cx, limit, monotonic, symm
 
 
 @kernel
+def count_positive(weights):
+    """Number of positive values of (B, H, W)."""
+    n = 0
+    for value in weights.flat:
+        if value > 0:
+            n += 1
+    return n
+
+
+@kernel
 def background_limit(spectrum, noise, background_threshold):
     """Value of a morphology below which it is fainter than the threshold [sigma] in every band."""
     limit = np.inf
@@ -138,7 +148,7 @@ def fit_components(
     spectra,
     monotonic_weights,
     max_iterations,
-    min_iterations,
+    patience,
     tolerance,
     spectrum_step,
     morphology_step,
@@ -160,7 +170,9 @@ def fit_components(
     two padded planes and five values per component pixel. Cost per iteration: four transforms per band and a
     few operations per component pixel and band.
 
-    Returns (boxes, offsets, morphologies, spectra, losses, converged), losses those before each step.
+    Converged means that over the last `patience` iterations the best loss fell by less than `tolerance` per used
+    pixel. Returns (boxes, offsets, morphologies, spectra, losses, converged): the best state seen, and the loss before each
+    step.
     """
     n_bands, h, w = images.shape
     n_components = len(boxes)
@@ -178,11 +190,15 @@ def fit_components(
     spectra_first = np.zeros_like(spectra)
     spectra_second = np.zeros_like(spectra)
     spectra_largest = np.zeros_like(spectra)
-    losses = np.empty(max_iterations, dtype=np.float64)
+    losses = np.empty(max_iterations + 1, dtype=np.float64)
+    best_losses = np.empty(max_iterations + 1, dtype=np.float64)
+    best_boxes, best_offsets = boxes, offsets
+    best_morphologies, best_spectra = morphologies.copy(), spectra.copy()
+    enough = tolerance * count_positive(weights)
     converged = False
     n_done = 0
 
-    for iteration in range(max_iterations):
+    for iteration in range(max_iterations + 1):
         loss = 0.0
         gradient[:] = 0.0
         for b in range(n_bands):
@@ -201,6 +217,20 @@ def fit_components(
                 )
         losses[iteration] = loss
         n_done = iteration + 1
+        if iteration == 0 or loss < best_losses[iteration - 1]:
+            best_losses[iteration] = loss
+            if len(best_morphologies) != len(morphologies):
+                best_morphologies = np.empty_like(morphologies)
+            best_morphologies[:] = morphologies
+            best_spectra[:] = spectra
+            best_boxes, best_offsets = boxes, offsets
+        else:
+            best_losses[iteration] = best_losses[iteration - 1]
+        if iteration >= patience and best_losses[iteration - patience] - best_losses[iteration] < enough:
+            converged = True
+            break
+        if iteration == max_iterations:
+            break
 
         scale = np.float32(0.1) if iteration == 0 else np.float32(1.0)
         for k in range(n_components):
@@ -251,8 +281,4 @@ def fit_components(
             largest = repack(largest, boxes, offsets, new_boxes, new_offsets)
             gradient = np.zeros_like(morphologies)
             boxes, offsets = new_boxes, new_offsets
-
-        if n_done > min_iterations and abs(losses[iteration] - losses[iteration - 1]) < tolerance * abs(loss):
-            converged = True
-            break
-    return boxes, offsets, morphologies, spectra, losses[:n_done], converged
+    return best_boxes, best_offsets, best_morphologies, best_spectra, losses[:n_done], converged
