@@ -31,7 +31,7 @@ def source(*components):
 
 
 def three_sources(shape=(32, 27)):
-    """Make a scene of three bands: two sources on top of each other's wings, the first of two components, and one apart."""
+    """Make a scene of three bands: two sources that overlap, the first of two components, and one apart."""
     return Scene(
         sources=(
             source(gaussian(12, 10, 2.0, [60, 90, 120], shape), gaussian(12, 10, 0.9, [90, 80, 60], shape, reach=5)),

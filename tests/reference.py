@@ -1,4 +1,7 @@
-"""Slow twins: the same mathematics as the compiled kernels, written to be obviously right, in double precision."""
+"""Slow twins: the same mathematics as the compiled kernels, written to be obviously right, in double precision.
+
+A component has a box (y0, x0, height, width) inside the blend and a morphology (height, width).
+"""
 
 import numpy as np
 import scipy.signal
@@ -6,7 +9,9 @@ import scipy.signal
 
 def convolve(image, kernels):
     """Convolve each band of (B, H, W) directly; zero outside."""
-    return np.array([scipy.signal.convolve(band, kernel, mode="same", method="direct") for band, kernel in zip(image, kernels, strict=True)])
+    return np.array(
+        [scipy.signal.convolve(band, k, mode="same", method="direct") for band, k in zip(image, kernels, strict=True)]
+    )
 
 
 def correlate(image, kernels):
@@ -14,38 +19,91 @@ def correlate(image, kernels):
     return convolve(image, kernels[:, ::-1, ::-1])
 
 
+def whole(box, morphology, shape):
+    """Place a morphology into an empty image."""
+    y0, x0, height, width = box
+    image = np.zeros(shape)
+    image[y0 : y0 + height, x0 : x0 + width] = morphology
+    return image
+
+
+# ---------------------------------------------------------------- constraints
+
+
 def make_monotonic(morphology, cy, cx):
     """Weighted monotonicity, pixel by pixel in order of radius."""
     h, w = morphology.shape
     out = np.array(morphology, dtype=float)
-    pixels = sorted(((y - cy) ** 2 + (x - cx) ** 2, y, x) for y in range(h) for x in range(w))
+
+    def radius2(y, x):
+        return (y - cy) ** 2 + (x - cx) ** 2
 
     def angle(y, x):
         return 0.0 if (y, x) == (cy, cx) else np.arctan2(y - cy, x - cx)
 
-    for radius2, y, x in pixels[1:]:
-        weights, values = [], []
-        for ny in (y - 1, y, y + 1):
-            for nx in (x - 1, x, x + 1):
-                if (ny - cy) ** 2 + (nx - cx) ** 2 < radius2:
-                    weights.append(abs(np.cos(angle(y, x) - angle(ny, nx))))
-                    values.append(out[ny, nx] if 0 <= ny < h and 0 <= nx < w else 0.0)
+    for y, x in sorted(np.ndindex(h, w), key=lambda pixel: radius2(*pixel))[1:]:
+        around = [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        inner = [pixel for pixel in around if radius2(*pixel) < radius2(y, x)]
+        weights = [abs(np.cos(angle(y, x) - angle(*pixel))) for pixel in inner]
+        values = [out[p, q] if 0 <= p < h and 0 <= q < w else 0.0 for p, q in inner]
         out[y, x] = min(out[y, x], np.average(values, weights=weights))
     return out
+
+
+def make_symmetric(morphology, cy, cx):
+    """Smaller of each pixel and its mirror; zero without a mirror."""
+    h, w = morphology.shape
+    out = np.zeros((h, w))
+    for y, x in np.ndindex(h, w):
+        if 0 <= 2 * cy - y < h and 0 <= 2 * cx - x < w:
+            out[y, x] = min(morphology[y, x], morphology[2 * cy - y, 2 * cx - x])
+    return out
+
+
+def falling_pixels(image, cy, cx, limit=0.0):
+    """Pixels above `limit` that a path of falling values joins to (cy, cx): spread until nothing changes."""
+    h, w = image.shape
+    reached = np.zeros((h, w), dtype=bool)
+    reached[cy, cx] = True
+    while True:
+        before = reached.sum()
+        for y, x in np.ndindex(h, w):
+            for p, q in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if 0 <= p < h and 0 <= q < w and reached[p, q] and limit < image[y, x] <= image[p, q]:
+                    reached[y, x] = True
+        if reached.sum() == before:
+            return reached
+
+
+# ---------------------------------------------------------------- initialization
+
+
+def signal_to_noise(images, weights, psfs, cy, cx):
+    """Matched filter of all bands at one pixel: sum(I P) / sqrt(sum(P^2 V)) over the usable pixels."""
+    delta = np.zeros(images.shape)
+    delta[:, cy, cx] = 1
+    shape = convolve(delta, psfs)
+    usable = weights > 0
+    return (images * shape)[usable].sum() / np.sqrt((shape[usable] ** 2 / weights[usable]).sum())
+
+
+def first_morphology(image, cy, cx, limit):
+    """Symmetric, falling part of a detection image above `limit`, largest value 1; None when the peak is not."""
+    if not image[cy, cx] > limit:
+        return None
+    symmetric = make_symmetric(image, cy, cx)
+    return np.where(falling_pixels(symmetric, cy, cx, limit), symmetric, 0) / image[cy, cx]
+
+
+# ---------------------------------------------------------------- fit
 
 
 def project_morphology(morphology, cy, cx, spectrum, noise, background_threshold):
     """Project one morphology as scarlet lite does: monotonic, above the background, centre positive, peak 1."""
     h, w = morphology.shape
-    _, by, bx = max(
-        (morphology[y, x], y == cy and x == cx, (y, x))
-        for y in range(max(cy - 1, 0), min(cy + 2, h))
-        for x in range(max(cx - 1, 0), min(cx + 2, w))
-    )[0], *max(
-        ((morphology[y, x], y == cy and x == cx, y, x)
-        for y in range(max(cy - 1, 0), min(cy + 2, h))
-        for x in range(max(cx - 1, 0), min(cx + 2, w)))
-    )[2:]
+    near = [(y, x) for y, x in np.ndindex(h, w) if max(abs(y - cy), abs(x - cx)) <= 1]
+    # Among equals the centre wins.
+    by, bx = max(near, key=lambda pixel: (morphology[pixel], pixel == (cy, cx)))
     out = make_monotonic(morphology, by, bx)
     faint = np.all(spectrum[:, None, None] * out < background_threshold * noise[:, None, None], axis=0)
     out[faint | (out < 0)] = 0.0
@@ -53,33 +111,61 @@ def project_morphology(morphology, cy, cx, spectrum, noise, background_threshold
     return out / out.max()
 
 
+class AmsGrad:
+    """Steps of AMSGrad for one array, without bias correction."""
+
+    def __init__(self, values):
+        self.first, self.second, self.largest = np.zeros((3, *values.shape))
+
+    def step(self, gradient):
+        """Direction of the next step, to be multiplied by its length."""
+        self.first = 0.1 * gradient + 0.9 * self.first
+        self.second = 0.001 * gradient**2 + 0.999 * self.second
+        self.largest = np.maximum(self.largest, self.second)
+        return self.first / np.sqrt(np.maximum(self.largest, 1e-8))
+
+
 def fit(images, weights, kernels, noise, boxes, centers, morphologies, spectra, n_iterations, background_threshold):
-    """AdaProx with AMSGrad, boxes fixed; returns losses before each step, morphologies, spectra."""
-    spectra = [np.array(s, dtype=float) for s in spectra]
-    morphologies = [np.array(m, dtype=float) for m in morphologies]
-    moments = [[[np.zeros_like(x) for _ in range(3)] for x in (s, m)] for s, m in zip(spectra, morphologies, strict=True)]
+    """AdaProx with AMSGrad, boxes fixed; returns the losses at the start and after each step, morphologies, spectra."""
+    spectra = [np.array(spectrum, dtype=float) for spectrum in spectra]
+    morphologies = [np.array(morphology, dtype=float) for morphology in morphologies]
+    of_spectra, of_morphologies = [AmsGrad(s) for s in spectra], [AmsGrad(m) for m in morphologies]
     losses = []
-
-    def step(x, g, state, alpha):
-        state[0] = 0.1 * g + 0.9 * state[0]
-        state[1] = 0.001 * g**2 + 0.999 * state[1]
-        state[2] = np.maximum(state[2], state[1])
-        return x - alpha * state[0] / np.sqrt(np.maximum(state[2], 1e-8))
-
-    for iteration in range(n_iterations):
-        model = np.zeros_like(images, dtype=float)
-        for (y0, x0, h, w), s, m in zip(boxes, spectra, morphologies, strict=True):
-            model[:, y0 : y0 + h, x0 : x0 + w] += s[:, None, None] * m
+    for iteration in range(n_iterations + 1):
+        model = np.zeros(images.shape)
+        for box, spectrum, morphology in zip(boxes, spectra, morphologies, strict=True):
+            model += spectrum[:, None, None] * whole(box, morphology, images.shape[1:])
         residual = convolve(model, kernels) - images
         losses.append(0.5 * np.sum(weights * residual**2))
+        if iteration == n_iterations:
+            break
         gradient = correlate(weights * residual, kernels)
         scale = 0.1 if iteration == 0 else 1.0
-        for k, ((y0, x0, h, w), (cy, cx)) in enumerate(zip(boxes, centers, strict=True)):
-            part = gradient[:, y0 : y0 + h, x0 : x0 + w]
+        for k, ((y0, x0, height, width), (cy, cx)) in enumerate(zip(boxes, centers, strict=True)):
+            part = gradient[:, y0 : y0 + height, x0 : x0 + width]
             for_spectrum = np.einsum("bhw,hw->b", part, morphologies[k])
             for_morphology = np.einsum("bhw,b->hw", part, spectra[k])
-            alpha = scale * np.maximum(0.1 * noise, 0.01 * spectra[k].mean())
-            spectra[k] = np.maximum(step(spectra[k], for_spectrum, moments[k][0], alpha), 1e-20)
-            moved = step(morphologies[k], for_morphology, moments[k][1], scale * 0.01)
+            length = scale * np.maximum(0.1 * noise, 0.01 * spectra[k].mean())
+            spectra[k] = np.maximum(spectra[k] - length * of_spectra[k].step(for_spectrum), 1e-20)
+            moved = morphologies[k] - scale * 0.01 * of_morphologies[k].step(for_morphology)
             morphologies[k] = project_morphology(moved, cy - y0, cx - x0, spectra[k], noise, background_threshold)
     return losses, morphologies, spectra
+
+
+# ---------------------------------------------------------------- fluxes and metrics
+
+
+def normal_equations(planes, image, weights):
+    """Matrix sum(W C_i C_j) and right side sum(W C_i I) of planes C (K, H, W)."""
+    return np.einsum("iyx,jyx,yx->ij", planes, planes, weights), np.einsum("iyx,yx,yx->i", planes, image, weights)
+
+
+def blend_metrics(models):
+    """Overlap metrics of source models (S, B, H, W): four (S, B)."""
+    others = models.sum(axis=0) - models
+    pixels = (models > 0).any(axis=1, keepdims=True)
+    largest = np.where(pixels, others, 0).max(axis=(2, 3))
+    overlap = np.where(pixels, others, 0).sum(axis=(2, 3))
+    fraction = overlap / models.sum(axis=(2, 3))
+    blendedness = 1 - (models**2).sum(axis=(2, 3)) / ((models + others) * models).sum(axis=(2, 3))
+    return largest, overlap, fraction, blendedness

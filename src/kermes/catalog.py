@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 from astropy import units
-from astropy.table import Column, Table
-from numpy.typing import ArrayLike, DTypeLike
+from astropy.table import Table
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
 class Outcome(StrEnum):
@@ -50,8 +50,8 @@ FLAG_DESCRIPTIONS: Mapping[Flag, str] = {
     Flag.DUPLICATE_PEAK: "an earlier peak has the same pixel",
     Flag.EDGE: "the box of the source touches the edge of the image",
     Flag.OUTSIDE_FOOTPRINT: "the peak lies in no footprint",
-    Flag.MISSING_BAND: "at least one band has no valid pixel in the blend",
-    Flag.NO_DATA: "no band has a valid pixel in the blend",
+    Flag.MISSING_BAND: "at least one band has no valid pixel or no PSF in the blend",
+    Flag.NO_DATA: "no band has valid pixels and a PSF in the blend",
     Flag.NOT_CONVERGED: "the fit stopped before it converged",
     Flag.NULL_MODEL: "the model has no light",
 }
@@ -145,6 +145,15 @@ BLEND_COLUMNS = (
 """Columns of `blends`, in order."""
 
 
+def empty_columns(definitions: Sequence[ColumnDefinition], n_rows: int) -> dict[str, NDArray[Any]]:
+    """Make columns that are yet to be filled: NaN, 0, False or empty text (of at most 16 letters)."""
+    columns = {}
+    for item in definitions:
+        dtype = np.dtype("U16" if item.dtype is np.str_ else item.dtype)
+        columns[item.name] = np.full(n_rows, np.nan, dtype) if dtype.kind == "f" else np.zeros(n_rows, dtype)
+    return columns
+
+
 def _make_table(
     columns: Mapping[str, ArrayLike], definitions: Sequence[ColumnDefinition], flux_unit: units.UnitBase | None
 ) -> Table:
@@ -152,16 +161,18 @@ def _make_table(
     assert set(columns) == set(names), (
         f"columns missing: {sorted(set(names) - set(columns))}; unknown: {sorted(set(columns) - set(names))}"
     )
-    return Table(
-        [_make_column(np.asarray(columns[item.name]), item, flux_unit) for item in definitions], names=names, copy=False
-    )
+    table = Table({item.name: _values(columns[item.name], item) for item in definitions}, copy=False)
+    for item in definitions:
+        column = table.columns[item.name]
+        column.description = item.description
+        column.unit = {"": None, "flux": flux_unit}.get(item.unit, item.unit)
+    return table
 
 
-def _make_column(values: Any, definition: ColumnDefinition, flux_unit: units.UnitBase | None) -> Column:
-    unit = {"": None, "flux": flux_unit}.get(definition.unit, definition.unit)
-    values = values.astype(definition.dtype, casting="same_kind" if values.size else "unsafe")
-    assert values.ndim == 1, f"column {definition.name} has shape {values.shape}"
-    return Column(values, name=definition.name, unit=unit, description=definition.description)
+def _values(values: ArrayLike, definition: ColumnDefinition) -> NDArray[Any]:
+    array = np.asarray(values)
+    assert array.ndim == 1, f"column {definition.name} has shape {array.shape}"
+    return array.astype(definition.dtype, casting="same_kind" if array.size else "unsafe", copy=False)
 
 
 def make_objects(columns: Mapping[str, ArrayLike], bands: Sequence[str], unit: units.UnitBase | None) -> Table:

@@ -275,11 +275,20 @@ class Coadd:
         Returns
         -------
         psfs : ndarray, shape (B, P, Q)
-            Odd sides, each band sums to one.
+            Odd sides, each band sums to one. Zero in a band in which a PSF field has no stamp there: it raises an
+            ArithmeticError, LookupError or ValueError, or returns nothing that is positive.
         """
         if not callable(self.psfs):
             return np.asarray(self.psfs)
-        return stack_psfs([normalized_psf(self.psfs(y, x, band), band) for band in self.bands])
+        return stack_psfs([self._field_stamp(y, x, band) for band in self.bands])
+
+    def _field_stamp(self, y: float, x: float, band: str) -> NDArray[np.float64]:
+        assert callable(self.psfs)
+        try:
+            return normalized_psf(self.psfs(y, x, band), band)
+        except (ArithmeticError, LookupError, ValueError) as error:
+            logger.info("%s: no PSF in band %s at y = %.1f, x = %.1f: %s", self.name, band, y, x, error)
+            return np.zeros((1, 1))
 
     def sky(self, *, y: ArrayLike, x: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Right ascension and declination [deg] of positions in the coadd's coordinates; NaN without a WCS."""
@@ -644,10 +653,10 @@ class Blend:
     """Inverse variance [1 / unit^2], shape (B, H, W); zero where the pixel is not used."""
 
     noise_rms: FloatArray
-    """Noise of each band, mean over the valid pixels [unit], shape (B,); NaN for a band without a valid pixel."""
+    """Noise of each band, mean over the valid pixels [unit], shape (B,); NaN for a band without weight."""
 
     psfs: NDArray[np.float64]
-    """PSF of each band, shape (B, P, Q), odd sides, each sums to one."""
+    """PSF of each band, shape (B, P, Q), odd sides, each sums to one; zero in a band that cannot be used."""
 
     box: Box
     """Where the pixels lie, as array index of the coadd (its origin not added)."""
@@ -656,7 +665,20 @@ class Blend:
     """Peaks (K, 2) of the sources, array index (y, x) of the cut-out."""
 
 
-def cut_blend(coadd: Coadd, box: Box, peaks: NDArray[np.int64], usable: NDArray[np.bool_] | None = None) -> Blend:
+def psf_of_box(coadd: Coadd, box: Box) -> NDArray[np.float64]:
+    """Evaluate the PSF (B, P, Q) at the centre of a box, given as array index of the coadd."""
+    return coadd.psf_at(
+        y=box.y0 + 0.5 * (box.height - 1) + coadd.origin[0], x=box.x0 + 0.5 * (box.width - 1) + coadd.origin[1]
+    )
+
+
+def cut_blend(
+    coadd: Coadd,
+    box: Box,
+    peaks: NDArray[np.int64],
+    usable: NDArray[np.bool_] | None = None,
+    psfs: NDArray[np.float64] | None = None,
+) -> Blend:
     """Cut the pixels of one blend out of a coadd.
 
     Parameters
@@ -668,31 +690,30 @@ def cut_blend(coadd: Coadd, box: Box, peaks: NDArray[np.int64], usable: NDArray[
         Peaks as array index of the coadd.
     usable : ndarray, shape (h, w), optional
         Pixels of `box` that may be used; the others get no weight. None: all.
+    psfs : ndarray, shape (B, P, Q), optional
+        PSF of each band, zero in one that gets no weight. None: that at the centre of the box.
 
     Returns
     -------
     blend : Blend
-        The PSF is that at the centre of the box.
     """
     box = box & Box.of_shape(coadd.shape)
+    if psfs is None:
+        psfs = psf_of_box(coadd, box)
     window = (slice(None), box.y, box.x)
-    valid = coadd.valid[window]
+    valid = coadd.valid[window] & psfs.any(axis=(1, 2))[:, None, None]
+    used = valid if usable is None else valid & usable
     noise = np.full(coadd.n_bands, np.nan, dtype=np.float32)
-    for b, (band_valid, variance) in enumerate(zip(valid, coadd.variance[window], strict=True)):
-        if band_valid.any():
-            noise[b] = np.mean(np.sqrt(variance[band_valid]), dtype=np.float64)
-    if usable is not None:
-        valid = valid & usable
-    weights = np.zeros(valid.shape, dtype=np.float32)
-    np.divide(1.0, coadd.variance[window], out=weights, where=valid)
+    for b, variance in enumerate(coadd.variance[window]):
+        if used[b].any():
+            noise[b] = np.mean(np.sqrt(variance[valid[b]]), dtype=np.float64)
+    weights = np.zeros(used.shape, dtype=np.float32)
+    np.divide(1.0, coadd.variance[window], out=weights, where=used)
     return Blend(
-        images=np.where(valid, coadd.images[window], np.float32(0)),
+        images=np.where(used, coadd.images[window], np.float32(0)),
         weights=weights,
         noise_rms=noise,
-        psfs=coadd.psf_at(
-            y=box.y0 + 0.5 * (box.height - 1) + coadd.origin[0],
-            x=box.x0 + 0.5 * (box.width - 1) + coadd.origin[1],
-        ),
+        psfs=psfs,
         box=box,
         peaks=np.asarray(peaks, dtype=np.int64).reshape(-1, 2) - np.array(box.origin),
     )

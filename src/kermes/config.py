@@ -56,7 +56,7 @@ class InitializationConfig:
     threshold: float = 1.0
     """First shapes end where the detection image falls below this many sigma."""
 
-    min_snr: float = 50.0
+    min_snr: float = 25.0
     """Sources above twice this signal-to-noise get two components."""
 
     max_components: int = 2
@@ -86,7 +86,10 @@ class FitConfig:
     max_iterations: int = 100
     """Give up after this many iterations."""
 
-    patience: int = 10
+    exact_every: int = 3
+    """The model is compared with the pixels each time after this many iterations; see the fit for what happens between."""
+
+    patience: int = 9
     """The fit has converged when over so many iterations the loss has fallen by less than `tolerance`."""
 
     tolerance: float = 1e-3
@@ -98,7 +101,7 @@ class FitConfig:
     morphology_step: float = 1e-2
     """Step of the morphologies, relative to their peak."""
 
-    background_threshold: float = 0.25
+    background_threshold: float = 0.5
     """A pixel of a morphology fainter than this many sigma in every band is set to zero."""
 
     resize_every: int = 3
@@ -114,6 +117,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         _check(self.max_iterations >= 0, f"fit.max_iterations must be >= 0, got {self.max_iterations}")
+        _check(self.exact_every >= 1, f"fit.exact_every must be >= 1, got {self.exact_every}")
         _check(self.patience >= 1, f"fit.patience must be >= 1, got {self.patience}")
         _check(0 < self.tolerance < 1, f"fit.tolerance must lie between 0 and 1, got {self.tolerance}")
         _check(self.spectrum_step > 0, f"fit.spectrum_step must be positive, got {self.spectrum_step}")

@@ -12,6 +12,7 @@ from kermes.coadd import Blend
 from kermes.config import FitConfig
 from kermes.kernels import constraints as kernels_constraints
 from kermes.kernels import fitting as kernels
+from kermes.psf import truncated, truncated_radius
 from kermes.rendering import Convolution, Packed
 
 FloatArray = NDArray[np.float32]
@@ -25,7 +26,10 @@ class Fit:
     """Fitted components."""
 
     losses: NDArray[np.float64]
-    """Half the sum of weight * (model - image)^2 at the start and after each step, shape (n_iterations + 1,)."""
+    """Half the sum of weight * (model - image)^2 at each comparison with the pixels, from the start to the end."""
+
+    iterations: int
+    """Number of steps taken."""
 
     converged: bool
     """Whether the loss stopped falling before the iterations ran out."""
@@ -35,6 +39,15 @@ class Fit:
 def _monotonic_weights(radius: int) -> FloatArray:
     weights: FloatArray = kernels_constraints.monotonic_weights(radius)
     return weights
+
+
+def fit_radius(blend: Blend, difference: NDArray[np.float64]) -> int:
+    """Choose how far kernels reach during the fit: what is cut off stays below a tenth of the noise."""
+    peak = blend.images.max(axis=(1, 2), initial=0.0)
+    # The brightest pixel of a point source holds this share of its flux.
+    share = blend.psfs.max(axis=(1, 2), initial=0.0)
+    flux = np.divide(peak, share, out=np.zeros(len(peak)), where=share > 0)
+    return max(truncated_radius(difference, flux, blend.noise_rms), 3)
 
 
 def fit_packed(packed: Packed, blend: Blend, difference: NDArray[np.float64], config: FitConfig) -> Fit:
@@ -56,11 +69,12 @@ def fit_packed(packed: Packed, blend: Blend, difference: NDArray[np.float64], co
         Components in the order of `packed`.
     """
     shape = (blend.images.shape[1], blend.images.shape[2])
-    convolution = Convolution.of(difference, shape)
+    reach = fit_radius(blend, difference)
+    convolution = Convolution.of(truncated(difference, reach), shape)
     noise = np.nan_to_num(blend.noise_rms, nan=1.0).astype(np.float32)
     # Sizes in steps of powers of two: few tables, shared by all blends.
     radius = 1 << max(int(max(shape)) - 1, 31).bit_length()
-    boxes, offsets, morphologies, spectra, losses, converged = kernels.fit_components(
+    boxes, offsets, morphologies, spectra, losses, iterations, converged = kernels.fit_components(
         blend.images,
         blend.weights,
         convolution.transforms,
@@ -73,6 +87,7 @@ def fit_packed(packed: Packed, blend: Blend, difference: NDArray[np.float64], co
         np.maximum(packed.spectra, np.float32(1e-20)),
         _monotonic_weights(radius),
         config.max_iterations,
+        config.exact_every,
         config.patience,
         config.tolerance,
         config.spectrum_step,
@@ -86,4 +101,4 @@ def fit_packed(packed: Packed, blend: Blend, difference: NDArray[np.float64], co
     fitted = Packed(
         boxes=boxes, offsets=offsets, morphologies=morphologies, spectra=spectra, sources=packed.sources
     )
-    return Fit(packed=fitted, losses=losses, converged=bool(converged))
+    return Fit(packed=fitted, losses=losses, iterations=int(iterations), converged=bool(converged))

@@ -39,6 +39,13 @@ def redistribute(images: FloatArray, valid: NDArray[np.bool_], model: FloatArray
     return share
 
 
+def add_positive(total: FloatArray, models: SourceModels) -> FloatArray:
+    """Add the positive parts of the models (S sources) to their sum so far, shape (B, h, w), and return the new sum."""
+    total = total.copy()
+    kernels.add_positive_models(total, models.pixels, models.boxes, models.offsets)
+    return total
+
+
 def shared_fluxes(
     coadd: Coadd, box: Box, total: FloatArray, models: SourceModels
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

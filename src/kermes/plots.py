@@ -103,7 +103,8 @@ def _channels(images: ImageArray, bands: Sequence[str], noise: FloatArray, valid
     """Red, green and blue in units of the noise, shape (H, W, 3); NaN where no band is valid."""
     channels = np.zeros((*images.shape[1:], 3), dtype=np.float32)
     covered = np.zeros_like(channels)
-    for image, good, sigma, weights in zip(images, valid, noise, _channel_weights(bands).T, strict=True):
+    shares = _channel_weights(bands).T.astype(np.float32)
+    for image, good, sigma, weights in zip(images, valid, noise.astype(np.float32), shares, strict=True):
         channels += (np.where(good, image, 0.0) / sigma)[..., None] * weights
         covered += good[..., None] * weights
     channels = np.divide(channels, covered, out=np.full_like(channels, np.nan), where=covered > 0)
@@ -210,7 +211,8 @@ def lupton_rgb(
     scale = colour_scale(array, bands, valid=good) if scale is None else scale
     channels = _channels(array, bands, scale.noise, good)
     bad = np.asarray(np.isnan(channels).any(axis=2))
-    shifted = np.where(bad[..., None], 0.0, channels) * scale.gains - _BLACK
+    channels[bad] = 0.0
+    shifted = channels * scale.gains.astype(np.float32) - np.float32(_BLACK)
     brightness = np.maximum(shifted.mean(axis=2, keepdims=True), 1e-6)
     factor = np.arcsinh(brightness / _SOFTENING) / np.arcsinh((scale.white - _BLACK) / _SOFTENING) / brightness
     rgb = np.maximum(shifted * factor, 0.0)

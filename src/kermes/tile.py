@@ -4,40 +4,49 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kermes.catalog import Flag, Outcome, make_blends, make_objects, make_parents
-from kermes.coadd import Blend, Coadd, cut_blend, label_image, normalize_peaks
+from kermes import catalog
+from kermes.catalog import Flag, Outcome
+from kermes.coadd import Blend, Coadd, cut_blend, label_image, normalize_peaks, psf_of_box
 from kermes.config import Config
 from kermes.detection import detect, footprints_of_peaks
 from kermes.errors import BlendError, InputError
 from kermes.fitting import fit_packed
-from kermes.flux import shared_fluxes
+from kermes.flux import add_positive, shared_fluxes
 from kermes.geometry import Box
 from kermes.initialization import initialize
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import metrics as kernels_metrics
 from kermes.measurement import Fluxes, measure_fluxes
-from kermes.metrics import BlendMetrics, blend_metrics
+from kermes.metrics import blend_metrics
 from kermes.partition import Parent, partition
-from kermes.psf import difference_kernels, model_psf
-from kermes.rendering import Packed, SourceModels, combine_sources, unpack
+from kermes.psf import amplify, difference_kernels, model_psf
+from kermes.rendering import SourceModels, combine_sources, unpack
 from kermes.result import Result
-from kermes.scene import Scene
+from kermes.scene import Scene, Source
 
 logger = logging.getLogger(__name__)
 
 DoubleArray = NDArray[np.float64]
 FloatArray = NDArray[np.float32]
+LabelArray = NDArray[np.int64]
 
 MARGIN = 10
 """Pixels of background around a footprint that are fitted too, so that the wings of the models are held down."""
+
+RUNGS = (Outcome.FULL, Outcome.SINGLE, Outcome.POINT)
+"""Models that are tried, one after the other, until one works."""
+
+LARGE = 0.01
+"""Blends that take more than this part of the work are done first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,10 +54,13 @@ class BlendTask:
     """One blend that is to be fitted."""
 
     index: int
-    """Place in the plan."""
+    """Number of the blend, counted from 0."""
 
     parent: Parent
-    """Footprint it belongs to, with its peaks."""
+    """Footprint it belongs to."""
+
+    members: LabelArray
+    """Rows of its sources in the list of peaks, shape (S,), in the order of their positions."""
 
     box: Box
     """Pixels to fit, array index of the coadd."""
@@ -56,8 +68,14 @@ class BlendTask:
     outer: Box
     """Pixels that its models can reach, array index of the coadd."""
 
-    alone: bool
-    """Whether no other blend reaches into `outer`."""
+    psfs: DoubleArray
+    """PSF of each band, shape (B, P, Q); zero in a band that cannot be used."""
+
+    kernels: DoubleArray
+    """Difference kernels, shape (B, P, Q); zero likewise."""
+
+    last_neighbor: int
+    """Place in the plan of the last blend whose models can reach `outer`, itself included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,17 +84,17 @@ class TilePlan:
 
     coadd: Coadd
     config: Config
-    peaks: NDArray[np.int64]
+    peaks: LabelArray
     """Peaks (N, 2), array index (y, x)."""
 
-    labels: NDArray[np.int64]
+    labels: LabelArray
     """Footprint of each pixel, shape (H, W)."""
 
     background: bool
     """Whether pixels outside all footprints may be used."""
 
     tasks: tuple[BlendTask, ...]
-    """One per blend."""
+    """One per blend, in the order in which they are done."""
 
     @property
     def n_blends(self) -> int:
@@ -91,44 +109,27 @@ class TilePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlendOutcome:
-    """What became of one blend; arrays follow the sources in the order of `members`."""
+    """What became of one blend; arrays follow the sources in the order of `task.members`."""
 
-    index: int
-    """Place of the blend in the plan."""
-
-    members: NDArray[np.int64]
-    """Row of each source in the list of peaks."""
-
-    outcome: Outcome
-    """Rung of the ladder."""
-
-    reason: str
-    """Why it is not full; empty when it is."""
-
+    task: BlendTask
     scene: Scene
-    psfs: DoubleArray
-    flux: DoubleArray
-    flux_err: DoubleArray
-    metrics: BlendMetrics
-    chi2: DoubleArray
-    total: FloatArray
-    """Sum of the positive parts of the models, on the outer box of the task, shape (B, h, w)."""
+    models: SourceModels
+    """Sources as observed, in pixels of `task.outer`."""
 
-    models: SourceModels | None
-    """Sources as observed, kept only while other blends share their pixels."""
-
-    shared_flux: DoubleArray | None
-    """Re-distributed flux and its error, when no other blend shares the pixels."""
-
-    shared_flux_err: DoubleArray | None
-    n_pixels: int
-    blend_chi2: float
-    iterations: int
-    converged: bool
     missing: NDArray[np.bool_]
-    """True for the bands without a valid pixel."""
+    """True for the bands that could not be used, shape (B,)."""
+
+    per_band: Mapping[str, DoubleArray]
+    """Columns of `objects` that each band has, without its name, shape (S, B)."""
+
+    per_source: Mapping[str, ArrayLike]
+    """Columns of `objects`, shape (S,), or one value for all sources."""
+
+    per_blend: Mapping[str, ArrayLike]
+    """Columns of `blends`."""
 
     seconds: float
+    """How long it took."""
 
 
 def plan_tile(
@@ -137,11 +138,49 @@ def plan_tile(
     footprints: ArrayLike | None = None,
     config: Config | None = None,
 ) -> TilePlan:
-    """Decide which peaks are fitted together on which pixels.
+    """Decide which peaks are fitted together on which pixels, and in which order.
 
     Parameters and errors are those of `deblend`.
     """
-    config = config or Config()
+    config = Config() if config is None else config
+    if not isinstance(config, Config):
+        raise InputError(f"config must be a kermes.Config, got {type(config).__name__}")
+    positions, labels, given = _peaks_and_footprints(coadd, peaks, footprints, config)
+    image_box = Box.of_shape(coadd.shape)
+    parents = partition(labels, positions, coadd.shape).parents
+    members = [_by_position(parent.peaks, positions) for parent in parents]
+    boxes = [parent.box.grow(MARGIN) & image_box for parent in parents]
+    psfs = _psfs_of_blends(coadd, boxes, config.model_psf_sigma)
+    outers = [box.grow(max(psf.shape[1:]) // 2) & image_box for box, (psf, _) in zip(boxes, psfs, strict=True)]
+
+    # What decides about the order is the same for peaks in any order.
+    costs = [box.area * len(rows) for box, rows in zip(boxes, members, strict=True)]
+    first = [positions[rows[0]].tolist() for rows in members]
+    limit = LARGE * sum(costs)
+    order = sorted(range(len(boxes)), key=lambda k: (-costs[k] if costs[k] > limit else 0, *boxes[k].origin, *first[k]))
+    latest = np.zeros(coadd.shape, dtype=np.int64)
+    for place, k in enumerate(order):
+        latest[outers[k].y, outers[k].x] = place
+    tasks = tuple(
+        BlendTask(
+            index=k,
+            parent=parents[k],
+            members=members[k],
+            box=boxes[k],
+            outer=outers[k],
+            psfs=psfs[k][0],
+            kernels=psfs[k][1],
+            last_neighbor=int(latest[outers[k].y, outers[k].x].max()),
+        )
+        for k in order
+    )
+    return TilePlan(coadd=coadd, config=config, peaks=positions, labels=labels, background=not given, tasks=tasks)
+
+
+def _peaks_and_footprints(
+    coadd: Coadd, peaks: Any, footprints: ArrayLike | None, config: Config
+) -> tuple[LabelArray, LabelArray, bool]:
+    """Peaks (N, 2) as array index, footprint labels (H, W), and whether the footprints were given."""
     if isinstance(peaks, str):
         if peaks != "detect":
             raise InputError(f"peaks must be positions, None or 'detect', got {peaks!r}")
@@ -149,55 +188,70 @@ def plan_tile(
         peaks = coadd.peaks
     if footprints is None:
         footprints = coadd.footprints
-
     labels = None if footprints is None else label_image(footprints, coadd.shape)
-    if peaks is None or isinstance(peaks, str):
-        detection = detect(coadd, config.detection)
-        positions = detection.peaks
-        if labels is not None:
-            positions = positions[labels[positions[:, 0], positions[:, 1]] > 0]
-        used = detection.footprints if labels is None else labels
-    else:
+    if peaks is not None and not isinstance(peaks, str):
         positions = normalize_peaks(peaks, coadd)
-        used = footprints_of_peaks(coadd, positions, config.detection) if labels is None else labels
-    parents = partition(used, positions, coadd.shape).parents
-
-    half = max(coadd.psf_at(y=coadd.origin[0], x=coadd.origin[1]).shape[-2:]) // 2
-    image_box = Box.of_shape(coadd.shape)
-    boxes = [parent.box.grow(MARGIN) & image_box for parent in parents]
-    outers = [box.grow(half) & image_box for box in boxes]
-    reached = np.zeros(coadd.shape, dtype=np.int32)
-    for outer in outers:
-        reached[outer.y, outer.x] += 1
-    tasks = tuple(
-        BlendTask(
-            index=index,
-            parent=parent,
-            box=box,
-            outer=outer,
-            alone=bool((reached[outer.y, outer.x] == 1).all()),
-        )
-        for index, (parent, box, outer) in enumerate(zip(parents, boxes, outers, strict=True))
-    )
-    return TilePlan(
-        coadd=coadd,
-        config=config,
-        peaks=positions,
-        labels=used,
-        background=labels is None,
-        tasks=tasks,
-    )
+        if labels is None:
+            return positions, footprints_of_peaks(coadd, positions, config.detection), False
+        return positions, labels, True
+    detection = detect(coadd, config.detection)
+    if labels is None:
+        return detection.peaks, detection.footprints, False
+    return detection.peaks[labels[detection.peaks[:, 0], detection.peaks[:, 1]] > 0], labels, True
 
 
-def _usable(plan: TilePlan, task: BlendTask, box: Box) -> NDArray[np.bool_]:
-    """Pixels of `box` that the blend may use: its footprint, and background where that is allowed."""
-    labels = plan.labels[box.y, box.x]
-    usable = (labels == task.parent.label) & (labels > 0)
+def _by_position(rows: LabelArray, peaks: LabelArray) -> LabelArray:
+    """Put rows of the list of peaks into the order of y, then x, then their own."""
+    return rows[np.lexsort((rows, peaks[rows, 1], peaks[rows, 0]))]
+
+
+def _psfs_of_blends(coadd: Coadd, boxes: list[Box], sigma: float) -> list[tuple[DoubleArray, DoubleArray]]:
+    """PSFs and difference kernels at the centre of each box; equal PSFs are one array.
+
+    Bands without a PSF there, or with one narrower than that of the model frame, are zero.
+    """
+    target = model_psf(sigma)
+    known: dict[tuple[Any, ...], tuple[DoubleArray, DoubleArray, NDArray[np.bool_]]] = {}
+    found = []
+    for box in boxes:
+        psfs = psf_of_box(coadd, box)
+        key = (psfs.shape, psfs.tobytes())
+        if key not in known:
+            kernels = difference_kernels(psfs, target)
+            narrow = amplify(kernels)
+            if narrow.any():
+                psfs, kernels = (np.where(narrow[:, None, None], 0.0, stamps) for stamps in (psfs, kernels))
+            known[key] = psfs, kernels, narrow
+        found.append(known[key])
+    for b, band in enumerate(coadd.bands):
+        n_narrow = sum(narrow[b] for _, _, narrow in found)
+        n_unusable = sum(not psfs[b].any() for psfs, _, _ in found)
+        if found and n_narrow == len(found):
+            raise InputError(
+                f"psfs must be wider than the PSF of the model frame, a Gaussian of model_psf_sigma = {sigma:g} "
+                f"pixels; that of band {band!r} is narrower: choose a smaller model_psf_sigma or leave the band out"
+            )
+        if n_unusable:
+            logger.warning(
+                "%s: band %s is not used in %d of %d blends, %d of them because its PSF is narrower than the model PSF",
+                coadd.name,
+                band,
+                n_unusable,
+                len(found),
+                n_narrow,
+            )
+    return [(psfs, kernels) for psfs, kernels, _ in found]
+
+
+def _usable(plan: TilePlan, task: BlendTask) -> NDArray[np.bool_]:
+    """Pixels of `task.outer` that may be fitted: the footprint, and background where that is allowed."""
+    window = task.box.within(task.outer)
+    labels = plan.labels[task.box.y, task.box.x]
+    usable = np.zeros(task.outer.shape, dtype=bool)
+    usable[window] = (labels == task.parent.label) & (labels > 0)
     if plan.background:
-        usable |= labels == 0
-    inside = np.zeros(box.shape, dtype=bool)
-    inside[task.box.within(box)] = True
-    return usable & inside
+        usable[window] |= labels == 0
+    return usable
 
 
 def _window(blend: Blend, box: Box) -> Blend:
@@ -210,10 +264,6 @@ def _window(blend: Blend, box: Box) -> Blend:
         box=box,
         peaks=blend.peaks + np.array(blend.box.origin) - np.array(box.origin),
     )
-
-
-def _moved(packed: Packed, dy: int, dx: int) -> Packed:
-    return replace(packed, boxes=packed.boxes + np.array([dy, dx, 0, 0]))
 
 
 def _scaled(blend: Blend, unit: float) -> Blend:
@@ -242,138 +292,148 @@ def _settings(config: Config, rung: Outcome) -> Config:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Modelled:
+    rung: Outcome
     fluxes: Fluxes
     iterations: int
     converged: bool
 
 
-def _model_blend(outer: Blend, box: Box, config: Config) -> _Modelled:
+def _model_blend(outer: Blend, task: BlendTask, config: Config, rung: Outcome) -> _Modelled:
     """Initialize, fit and measure one blend; raises BlendError when the answer is not finite."""
-    blend = _window(outer, box)
-    target = model_psf(config.model_psf_sigma)
-    difference = difference_kernels(blend.psfs, target)
-    packed = initialize(blend, difference, target, config.initialization)
+    config = _settings(config, rung)
+    blend = _window(outer, task.box)
+    packed = initialize(blend, task.kernels, model_psf(config.model_psf_sigma), config.initialization)
     iterations, converged = 0, True
     if config.fit.max_iterations > 0:
-        fit = fit_packed(packed, blend, difference, config.fit)
-        packed, iterations, converged = fit.packed, len(fit.losses) - 1, fit.converged
-    moved = _moved(packed, box.y0 - outer.box.y0, box.x0 - outer.box.x0)
-    fluxes = measure_fluxes(moved, len(outer.peaks), outer, difference)
+        fit = fit_packed(packed, blend, task.kernels, config.fit)
+        packed, iterations, converged = fit.packed, fit.iterations, fit.converged
+    shift = np.array([task.box.y0 - task.outer.y0, task.box.x0 - task.outer.x0, 0, 0])
+    moved = replace(packed, boxes=packed.boxes + shift)
+    fluxes = measure_fluxes(moved, len(task.members), outer, task.kernels)
     if not np.isfinite(fluxes.flux).all():
         raise BlendError("the fitted fluxes are not finite")
-    return _Modelled(fluxes=fluxes, iterations=iterations, converged=converged)
+    return _Modelled(rung=rung, fluxes=fluxes, iterations=iterations, converged=converged)
 
 
 def fit_blend(plan: TilePlan, task: BlendTask) -> BlendOutcome:
-    """Model one blend on the highest rung of the ladder that works.
-
-    Sources are put into the order of their positions first, so that the order of the peaks does not matter.
-    """
+    """Model one blend on the highest rung of the ladder that works."""
     start = time.perf_counter()
-    coadd, config = plan.coadd, plan.config
-    members = np.asarray(task.parent.peaks, dtype=np.int64)
-    members = members[np.lexsort((members, plan.peaks[members, 1], plan.peaks[members, 0]))]
-    cut = cut_blend(coadd, task.outer, plan.peaks[members], _usable(plan, task, task.outer))
-    missing = ~np.isfinite(cut.noise_rms) | ~(cut.weights > 0).any(axis=(1, 2))
-    unit = 1.0 if missing.all() else float(np.median(cut.noise_rms[~missing]))
-    outer = _scaled(cut, unit)
-
-    reason = ""
-    rungs = (Outcome.FULL, Outcome.SINGLE, Outcome.POINT)
+    cut = cut_blend(plan.coadd, task.outer, plan.peaks[task.members], _usable(plan, task), task.psfs)
+    missing = np.isnan(cut.noise_rms)
     if missing.all():
-        rungs, reason = (), "no_data"
-    modelled = None
-    outcome = Outcome.PEAK
-    for rung in rungs:
-        try:
-            modelled = _model_blend(outer, task.box, _settings(config, rung))
-            outcome = rung
-            break
-        except BlendError as error:
-            reason = "not_finite"
-            logger.warning("blend %d: %s; trying a simpler model", task.index + 1, error)
-    if modelled is None:
-        return _without_model(task, members, cut, missing, reason, time.perf_counter() - start)
+        outcome = _without_model(task, cut, missing, "no_data")
+    else:
+        unit = float(np.median(cut.noise_rms[~missing]))
+        scaled = _scaled(cut, unit)
+        reason = ""
+        for rung in RUNGS:
+            try:
+                modelled = _model_blend(scaled, task, plan.config, rung)
+            except BlendError as error:
+                logger.warning("blend %d is not modelled as %s: %s", task.index + 1, rung, error)
+                reason = "not_finite"
+            else:
+                outcome = _with_model(plan, task, cut, missing, modelled, unit, reason)
+                break
+        else:
+            outcome = _without_model(task, cut, missing, reason)
+    return replace(outcome, seconds=time.perf_counter() - start)
 
-    fluxes = modelled.fluxes
+
+def _with_model(
+    plan: TilePlan,
+    task: BlendTask,
+    cut: Blend,
+    missing: NDArray[np.bool_],
+    modelled: _Modelled,
+    unit: float,
+    reason: str,
+) -> BlendOutcome:
+    """Describe a blend whose fluxes were found, in a unit of flux."""
+    fluxes, n_sources = modelled.fluxes, len(task.members)
     packed = replace(fluxes.packed, spectra=fluxes.packed.spectra * np.float32(unit))
-    metrics = blend_metrics(packed, len(members), task.outer.shape)
-    models = combine_sources(packed, fluxes.rendered, len(members))
+    models = combine_sources(packed, fluxes.rendered, n_sources)
     residual = cut.images.copy()
     kernels_flux.subtract_models(residual, models.pixels, models.boxes, models.offsets)
-    own_boxes, _ = kernels_flux.source_boxes(packed.boxes, packed.sources, len(members))
+    boxes, _ = kernels_flux.source_boxes(packed.boxes, packed.sources, n_sources)
     whole = np.array([[0, 0, *task.outer.shape]], dtype=np.int64)
-    chi2 = kernels_metrics.mean_chi2(residual, cut.weights, np.concatenate([own_boxes, whole]))
-    total = np.zeros(cut.images.shape, dtype=np.float32)
-    kernels_flux.add_positive_models(total, models.pixels, models.boxes, models.offsets)
-    shared = shared_fluxes(coadd, task.outer, total, models) if task.alone else None
-    absent = np.where(missing, np.nan, unit)
+    chi2 = kernels_metrics.mean_chi2(residual, cut.weights, np.concatenate([boxes, whole]))
+
+    metrics = blend_metrics(packed, n_sources, task.outer.shape)
+    flux = fluxes.flux * unit
+    top, left = boxes[:, 0] + task.outer.y0, boxes[:, 1] + task.outer.x0
+    bottom, right = top + boxes[:, 2], left + boxes[:, 3]
+    height, width = plan.coadd.shape
+    n_pixels = np.count_nonzero(cut.weights)
+    common = {"iterations": modelled.iterations, "converged": modelled.converged}
     return BlendOutcome(
-        index=task.index,
-        members=members,
-        outcome=outcome,
-        reason=reason,
+        task=task,
         scene=unpack(packed, cut.peaks, task.outer),
-        psfs=cut.psfs,
-        flux=fluxes.flux * absent,
-        flux_err=fluxes.flux_err * absent,
-        metrics=metrics,
-        chi2=chi2[:-1],
-        total=total,
-        models=None if task.alone else models,
-        shared_flux=None if shared is None else shared[0],
-        shared_flux_err=None if shared is None else shared[1],
-        n_pixels=int((cut.weights > 0).sum()),
-        blend_chi2=float(chi2[-1]),
-        iterations=modelled.iterations,
-        converged=modelled.converged,
+        models=models,
         missing=missing,
-        seconds=time.perf_counter() - start,
+        per_band={
+            "flux": flux,
+            "flux_err": fluxes.flux_err * unit,
+            "max_overlap": metrics.max_overlap,
+            "flux_overlap": metrics.flux_overlap,
+            "flux_overlap_fraction": metrics.flux_overlap_fraction,
+            "blendedness": metrics.blendedness,
+        },
+        per_source={
+            **_band_flags(missing),
+            **common,
+            "n_components": np.bincount(packed.sources, minlength=n_sources),
+            "chi2": chi2[:-1],
+            "outcome": modelled.rung.value,
+            "reason": reason,
+            Flag.NOT_CONVERGED: not modelled.converged,
+            Flag.NULL_MODEL: ~(flux > 0).any(axis=1),
+            Flag.EDGE: (boxes[:, 2] > 0) & ((top == 0) | (left == 0) | (bottom == height) | (right == width)),
+        },
+        per_blend={
+            **common,
+            "n_components": len(packed),
+            "chi2": chi2[-1],
+            "n_pixels": n_pixels,
+            "loss": 0.5 * chi2[-1] * n_pixels,
+            f"n_{modelled.rung}": n_sources,
+        },
+        seconds=np.nan,
     )
 
 
-def _without_model(
-    task: BlendTask, members: NDArray[np.int64], cut: Blend, missing: NDArray[np.bool_], reason: str, seconds: float
-) -> BlendOutcome:
-    """Outcome of a blend that no rung could model: rows without fluxes."""
-    shape = (len(members), len(cut.images))
-    unknown = np.full(shape, np.nan)
-    empty = np.zeros((0, 4), dtype=np.int64)
-    nothing = Packed(
-        boxes=empty,
-        offsets=np.zeros(1, dtype=np.int64),
-        morphologies=np.zeros(0, dtype=np.float32),
-        spectra=np.zeros((0, shape[1]), dtype=np.float32),
-        sources=np.zeros(0, dtype=np.int64),
-    )
+def _band_flags(missing: NDArray[np.bool_]) -> dict[str, bool]:
+    return {Flag.MISSING_BAND: bool(missing.any()), Flag.NO_DATA: bool(missing.all())}
+
+
+def _without_model(task: BlendTask, cut: Blend, missing: NDArray[np.bool_], reason: str) -> BlendOutcome:
+    """Describe a blend that no rung could model: sources without light or fluxes."""
+    n_sources = len(task.members)
+    sources = tuple(Source(peak=(y + task.outer.y0, x + task.outer.x0), components=()) for y, x in cut.peaks.tolist())
     return BlendOutcome(
-        index=task.index,
-        members=members,
-        outcome=Outcome.PEAK,
-        reason=reason,
-        scene=unpack(nothing, cut.peaks, task.outer),
-        psfs=cut.psfs,
-        flux=unknown,
-        flux_err=unknown,
-        metrics=BlendMetrics(
-            max_overlap=unknown, flux_overlap=unknown, flux_overlap_fraction=unknown, blendedness=unknown
+        task=task,
+        scene=Scene(sources=sources, box=task.outer),
+        models=SourceModels(
+            boxes=np.zeros((n_sources, 4), dtype=np.int64),
+            offsets=np.zeros(n_sources + 1, dtype=np.int64),
+            pixels=np.zeros((len(missing), 0), dtype=np.float32),
         ),
-        chi2=np.full(shape[0], np.nan),
-        total=np.zeros(cut.images.shape, dtype=np.float32),
-        models=None,
-        shared_flux=unknown,
-        shared_flux_err=unknown,
-        n_pixels=int((cut.weights > 0).sum()),
-        blend_chi2=np.nan,
-        iterations=0,
-        converged=False,
         missing=missing,
-        seconds=seconds,
+        per_band={},
+        per_source={
+            **_band_flags(missing),
+            "outcome": Outcome.PEAK.value,
+            "reason": reason,
+            Flag.NOT_CONVERGED: True,
+            Flag.NULL_MODEL: True,
+        },
+        per_blend={"n_pixels": np.count_nonzero(cut.weights), f"n_{Outcome.PEAK}": n_sources},
+        seconds=np.nan,
     )
 
 
 def fit_blends(plan: TilePlan, workers: int | None = None) -> Iterator[BlendOutcome]:
-    """Model all blends, the largest first.
+    """Model all blends.
 
     Parameters
     ----------
@@ -381,24 +441,30 @@ def fit_blends(plan: TilePlan, workers: int | None = None) -> Iterator[BlendOutc
     workers : int, optional
         Number of blends in work at the same time; None: one. The answer does not depend on it.
 
-    Yields
+    Returns
+    -------
+    outcomes : iterator of BlendOutcome
+        One per blend, in the order of the plan.
+
+    Raises
     ------
-    BlendOutcome
-        One per blend, in the order in which they are done.
+    InputError
+        If workers is not a whole number of at least 1.
     """
-    n_workers = 1 if workers is None else int(workers)
-    if n_workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}")
-    tasks = sorted(plan.tasks, key=lambda task: (-task.box.area * len(task.parent.peaks), task.index))
+    n_workers = 1 if workers is None else workers
+    if not isinstance(n_workers, int | np.integer) or n_workers < 1:
+        raise InputError(f"workers must be a whole number, at least 1, got {workers!r}")
     if n_workers == 1:
-        for task in tasks:
-            yield fit_blend(plan, task)
-        return
+        return (fit_blend(plan, task) for task in plan.tasks)
+    return _fit_in_threads(plan, int(n_workers))
+
+
+def _fit_in_threads(plan: TilePlan, n_workers: int) -> Iterator[BlendOutcome]:
     with ThreadPoolExecutor(n_workers) as pool:
-        futures = [pool.submit(fit_blend, plan, task) for task in tasks]
+        futures = deque(pool.submit(fit_blend, plan, task) for task in plan.tasks)
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            while futures:
+                yield futures.popleft().result()
         finally:
             for future in futures:
                 future.cancel()
@@ -407,11 +473,14 @@ def fit_blends(plan: TilePlan, workers: int | None = None) -> Iterator[BlendOutc
 def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     """Put the outcomes of all blends together.
 
+    Pixels are shared among the sources of a blend as soon as all blends that reach into them are there, so that only
+    the models of blends that wait for a neighbour are held.
+
     Parameters
     ----------
     plan : TilePlan
     outcomes : iterable of BlendOutcome
-        One per blend of the plan, in any order.
+        One per blend, in the order of the plan.
 
     Returns
     -------
@@ -419,125 +488,92 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         One row per peak, in the order of the peaks.
     """
     start = time.perf_counter()
-    done = sorted(outcomes, key=lambda outcome: outcome.index)
-    assert [outcome.index for outcome in done] == list(range(plan.n_blends)), "one outcome per blend"
-    coadd, n_peaks, n_bands = plan.coadd, plan.n_peaks, plan.coadd.n_bands
-
+    coadd = plan.coadd
+    objects = _object_columns(plan)
+    blends = _blend_columns(plan)
+    models: dict[int, Source] = {}
     total = np.zeros(coadd.images.shape, dtype=np.float32)
-    for outcome in done:
-        outer = plan.tasks[outcome.index].outer
-        total[:, outer.y, outer.x] += outcome.total
+    waiting: list[BlendOutcome] = []
+    n_done, blend_seconds, seconds = 0, np.zeros(plan.n_blends), time.perf_counter() - start
+    for outcome in outcomes:
+        start = time.perf_counter()
+        task = outcome.task
+        assert task is plan.tasks[n_done], "one outcome per blend, in the order of the plan"
+        _fill(objects, outcome, outcome.per_band, coadd.bands)
+        for name, values in outcome.per_source.items():
+            objects[name][task.members] = values
+        for name, value in outcome.per_blend.items():
+            blends[name][task.index] = value
+        models.update(zip((task.members + 1).tolist(), outcome.scene.sources, strict=True))
+        window = (slice(None), task.outer.y, task.outer.x)
+        total[window] = add_positive(total[window], outcome.models)
 
-    per_band = {
-        name: np.full((n_peaks, n_bands), np.nan)
-        for name in (
-            "flux",
-            "flux_err",
-            "redistributed_flux",
-            "redistributed_flux_err",
-            "max_overlap",
-            "flux_overlap",
-            "flux_overlap_fraction",
-            "blendedness",
-        )
-    }
-    rows: dict[str, NDArray[Any]] = {
-        "parent_id": np.zeros(n_peaks, dtype=np.int64),
-        "blend_id": np.zeros(n_peaks, dtype=np.int64),
-        "n_components": np.zeros(n_peaks, dtype=np.int64),
-        "chi2": np.full(n_peaks, np.nan),
-        "iterations": np.zeros(n_peaks, dtype=np.int64),
-        "converged": np.zeros(n_peaks, dtype=bool),
-        "outcome": np.full(n_peaks, "", dtype="<U16"),
-        "reason": np.full(n_peaks, "", dtype="<U16"),
-    }
-    flags = {flag: np.zeros(n_peaks, dtype=bool) for flag in Flag}
-    models, psfs = {}, {}
-    image_box = Box.of_shape(coadd.shape)
-    for outcome in done:
-        task, members = plan.tasks[outcome.index], outcome.members
-        shared = (outcome.shared_flux, outcome.shared_flux_err)
-        if outcome.models is not None:
-            shared = shared_fluxes(coadd, task.outer, total[:, task.outer.y, task.outer.x], outcome.models)
-        per_band["flux"][members] = outcome.flux
-        per_band["flux_err"][members] = outcome.flux_err
-        per_band["redistributed_flux"][members] = np.where(outcome.missing, np.nan, shared[0])
-        per_band["redistributed_flux_err"][members] = np.where(outcome.missing, np.nan, shared[1])
-        for name in ("max_overlap", "flux_overlap", "flux_overlap_fraction", "blendedness"):
-            per_band[name][members] = np.where(outcome.missing, np.nan, getattr(outcome.metrics, name))
-        rows["parent_id"][members] = task.parent.parent_id + 1
-        rows["blend_id"][members] = outcome.index + 1
-        rows["n_components"][members] = [len(source.components) for source in outcome.scene.sources]
-        rows["chi2"][members] = outcome.chi2
-        rows["iterations"][members] = outcome.iterations
-        rows["converged"][members] = outcome.converged
-        rows["outcome"][members] = outcome.outcome.value
-        rows["reason"][members] = outcome.reason
-        flags[Flag.NOT_CONVERGED][members] = not outcome.converged
-        flags[Flag.MISSING_BAND][members] = outcome.missing.any()
-        flags[Flag.NO_DATA][members] = outcome.missing.all()
-        flags[Flag.NULL_MODEL][members] = ~(np.nan_to_num(outcome.flux) > 0).any(axis=1)
-        psfs[outcome.index + 1] = outcome.psfs
-        for member, source in zip(members.tolist(), outcome.scene.sources, strict=True):
-            models[member + 1] = source
-            grown = source.box.grow(1)
-            flags[Flag.EDGE][member] = not source.box.is_empty and (grown & image_box) != grown
+        waiting.append(outcome)
+        for complete in [waits for waits in waiting if waits.task.last_neighbor <= n_done]:
+            outer = complete.task.outer
+            flux, flux_err = shared_fluxes(coadd, outer, total[:, outer.y, outer.x], complete.models)
+            shared = {"redistributed_flux": flux, "redistributed_flux_err": flux_err}
+            _fill(objects, complete, shared, coadd.bands)
+        waiting = [waits for waits in waiting if waits.task.last_neighbor > n_done]
+        n_done += 1
+        blend_seconds[task.index] = outcome.seconds
+        seconds += time.perf_counter() - start
+    assert n_done == plan.n_blends, "one outcome per blend"
 
-    y, x = plan.peaks[:, 0], plan.peaks[:, 1]
-    _, first, inverse = np.unique(plan.peaks, axis=0, return_index=True, return_inverse=True)
-    flags[Flag.DUPLICATE_PEAK][:] = first[inverse.reshape(-1)] != np.arange(n_peaks)
-    flags[Flag.MASKED_PEAK][:] = ~coadd.valid[:, y, x].any(axis=0)
-    flags[Flag.OUTSIDE_FOOTPRINT][:] = plan.labels[y, x] == 0
-    right_ascension, declination = coadd.sky(y=y + coadd.origin[0], x=x + coadd.origin[1])
-    objects = make_objects(
-        {
-            "object_id": np.arange(1, n_peaks + 1),
-            "peak_index": np.arange(n_peaks),
-            "y": (y + coadd.origin[0]).astype(np.float64),
-            "x": (x + coadd.origin[1]).astype(np.float64),
-            "ra": right_ascension,
-            "dec": declination,
-            **{f"{band}_{name}": values[:, b] for name, values in per_band.items() for b, band in enumerate(coadd.bands)},
-            **rows,
-            **{flag.value: values for flag, values in flags.items()},
-        },
-        coadd.bands,
-        coadd.unit,
-    )
-    seconds = {outcome.index + 1: outcome.seconds for outcome in done}
+    start = time.perf_counter()
+    tables = {
+        "objects": catalog.make_objects(objects, coadd.bands, coadd.unit),
+        "parents": catalog.make_parents(_parent_columns(plan)),
+        "blends": catalog.make_blends(blends),
+    }
+    seconds += time.perf_counter() - start
     return Result(
-        objects=objects,
-        parents=_parents_table(plan),
-        blends=_blends_table(plan, done),
+        **tables,
         bands=coadd.bands,
         config=plan.config,
         models={object_id: models[object_id] for object_id in sorted(models)},
-        psfs=psfs,
+        psfs={task.index + 1: task.psfs for task in _by_index(plan)},
         shape=coadd.shape,
         origin=coadd.origin,
         unit=coadd.unit,
         zero_point=coadd.zero_point,
         wcs=coadd.wcs,
         coadd=coadd,
-        timings={"blends": seconds, "collect": time.perf_counter() - start},
+        timings={"blends": blend_seconds.tolist(), "collect": seconds},
         total=total,
     )
 
 
-def _parents_table(plan: TilePlan) -> Any:
-    parents = [task.parent for task in plan.tasks]
-    return make_parents(
-        {
-            "parent_id": np.array([parent.parent_id + 1 for parent in parents], dtype=np.int64),
-            **_box_columns([parent.box for parent in parents], plan.coadd),
-            "n_peaks": np.array([len(parent.peaks) for parent in parents], dtype=np.int64),
-            "n_blends": np.ones(len(parents), dtype=np.int64),
-            "area": np.array(
-                [int((plan.labels[p.box.y, p.box.x] == p.label).sum()) if p.label else 0 for p in parents],
-                dtype=np.int64,
-            ),
-        }
-    )
+def _fill(
+    objects: Mapping[str, NDArray[Any]], outcome: BlendOutcome, values: Mapping[str, DoubleArray], bands: Sequence[str]
+) -> None:
+    """Write values (S, B) of the sources of a blend into the columns of `objects`, but for bands that were not used."""
+    for b, band in enumerate(bands):
+        if not outcome.missing[b]:
+            for name, value in values.items():
+                objects[f"{band}_{name}"][outcome.task.members] = value[:, b]
+
+
+def _by_index(plan: TilePlan) -> list[BlendTask]:
+    return sorted(plan.tasks, key=lambda task: task.index)
+
+
+def _object_columns(plan: TilePlan) -> dict[str, NDArray[Any]]:
+    """Columns of `objects`, with what is known of the peaks and the blends before any fit."""
+    coadd, (y, x) = plan.coadd, plan.peaks.T
+    columns = catalog.empty_columns(catalog.object_columns(coadd.bands), plan.n_peaks)
+    columns["object_id"][:] = np.arange(1, plan.n_peaks + 1)
+    columns["peak_index"][:] = np.arange(plan.n_peaks)
+    columns["y"][:], columns["x"][:] = y + coadd.origin[0], x + coadd.origin[1]
+    columns["ra"][:], columns["dec"][:] = coadd.sky(y=columns["y"], x=columns["x"])
+    for task in plan.tasks:
+        columns["parent_id"][task.members] = task.parent.parent_id + 1
+        columns["blend_id"][task.members] = task.index + 1
+    _, first, inverse = np.unique(plan.peaks, axis=0, return_index=True, return_inverse=True)
+    columns[Flag.DUPLICATE_PEAK][:] = first[inverse.reshape(-1)] != np.arange(plan.n_peaks)
+    columns[Flag.MASKED_PEAK][:] = ~coadd.valid[:, y, x].any(axis=0)
+    columns[Flag.OUTSIDE_FOOTPRINT][:] = plan.labels[y, x] == 0
+    return columns
 
 
 def _box_columns(boxes: list[Box], coadd: Coadd) -> dict[str, NDArray[np.int64]]:
@@ -550,29 +586,34 @@ def _box_columns(boxes: list[Box], coadd: Coadd) -> dict[str, NDArray[np.int64]]
     }
 
 
-def _blends_table(plan: TilePlan, done: list[BlendOutcome]) -> Any:
-    tasks = plan.tasks
-    n_sources = np.array([len(outcome.members) for outcome in done], dtype=np.int64)
-    chi2 = np.array([outcome.blend_chi2 for outcome in done], dtype=np.float64)
-    n_pixels = np.array([outcome.n_pixels for outcome in done], dtype=np.int64)
-    return make_blends(
-        {
-            "blend_id": np.arange(1, len(done) + 1),
-            "parent_id": np.array([task.parent.parent_id + 1 for task in tasks], dtype=np.int64),
-            **_box_columns([task.box for task in tasks], plan.coadd),
-            "n_sources": n_sources,
-            "n_components": np.array([len(outcome.scene.components) for outcome in done], dtype=np.int64),
-            "n_pixels": n_pixels,
-            "chi2": chi2,
-            "loss": 0.5 * chi2 * n_pixels,
-            "iterations": np.array([outcome.iterations for outcome in done], dtype=np.int64),
-            "converged": np.array([outcome.converged for outcome in done], dtype=bool),
-            **{
-                f"n_{rung.value}": np.where([outcome.outcome is rung for outcome in done], n_sources, 0)
-                for rung in Outcome
-            },
-        }
-    )
+def _parent_columns(plan: TilePlan) -> dict[str, NDArray[np.int64]]:
+    parents = [task.parent for task in _by_index(plan)]
+    return {
+        "parent_id": np.arange(1, len(parents) + 1),
+        **_box_columns([parent.box for parent in parents], plan.coadd),
+        "n_peaks": np.array([len(parent.peaks) for parent in parents], dtype=np.int64),
+        "n_blends": np.ones(len(parents), dtype=np.int64),
+        "area": np.array([_area(plan, parent) for parent in parents], dtype=np.int64),
+    }
+
+
+def _area(plan: TilePlan, parent: Parent) -> int:
+    """Number of pixels of a footprint; 0 for a peak outside."""
+    if parent.is_outside:
+        return 0
+    return int(np.count_nonzero(plan.labels[parent.box.y, parent.box.x] == parent.label))
+
+
+def _blend_columns(plan: TilePlan) -> dict[str, NDArray[Any]]:
+    """Columns of `blends`, with what is known before any fit."""
+    tasks = _by_index(plan)
+    return {
+        **catalog.empty_columns(catalog.BLEND_COLUMNS, len(tasks)),
+        "blend_id": np.arange(1, len(tasks) + 1),
+        "parent_id": np.array([task.parent.parent_id + 1 for task in tasks], dtype=np.int64),
+        **_box_columns([task.box for task in tasks], plan.coadd),
+        "n_sources": np.array([len(task.members) for task in tasks], dtype=np.int64),
+    }
 
 
 def deblend(
@@ -620,5 +661,7 @@ def deblend(
     """
     start = time.perf_counter()
     plan = plan_tile(coadd, peaks, footprints, config)
+    planned = time.perf_counter()
     result = collect(plan, fit_blends(plan, workers))
-    return replace(result, timings={**result.timings, "total": time.perf_counter() - start})
+    timings = {"plan": planned - start, **result.timings, "total": time.perf_counter() - start}
+    return replace(result, timings=timings)

@@ -61,6 +61,37 @@ def brightest_near(morphology, cy, cx, first_wins):
 
 
 @kernel
+def cap_octant(flat, center, step_a, step_b, a, start, stop, limit, weights):
+    """Cap the pixels center + a step_a + b step_b for start <= b < stop; see make_monotonic.
+
+    `limit` is the first b outside the array.
+    """
+    ring = center + a * step_a
+    inner = ring - step_a
+    for b in range(start, stop):
+        here = ring + b * step_b
+        cap = weights[a, b, 1] * flat[inner + b * step_b]
+        if b > 0:
+            cap += weights[a, b, 0] * flat[inner + (b - 1) * step_b] + weights[a, b, 3] * flat[here - step_b]
+        if b + 1 < limit:
+            cap += weights[a, b, 2] * flat[inner + (b + 1) * step_b]
+        flat[here] = min(flat[here], cap)
+
+
+@kernel
+def cap_axis(flat, center, step_a, step_b, a, room_before, room_after, weights):
+    """Cap the pixel center + a step_a on an axis, whose neighbours may lie to either side of it."""
+    inner = center + (a - 1) * step_a
+    cap = weights[a, 0, 1] * flat[inner]
+    if room_before:
+        cap += weights[a, 0, 0] * flat[inner - step_b]
+    if room_after:
+        cap += weights[a, 0, 2] * flat[inner + step_b]
+    here = inner + step_a
+    flat[here] = min(flat[here], cap)
+
+
+@kernel
 def make_monotonic(morphology, cy, cx, weights):
     """Cap every pixel at the weighted mean of its neighbours closer to (cy, cx), in place.
 
@@ -69,51 +100,27 @@ def make_monotonic(morphology, cy, cx, weights):
     Cost O(h w).
     """
     h, w = morphology.shape
-    reach = max(max(cy, h - 1 - cy), max(cx, w - 1 - cx))
-    for a in range(1, reach + 1):
-        for b in range(a + 1):
-            w0, w1, w2, w3 = weights[a, b, 0], weights[a, b, 1], weights[a, b, 2], weights[a, b, 3]
-            for side in range(4):
-                sign_a = 1 if side % 2 == 0 else -1
-                vertical = side < 2
-                if vertical:
-                    y = cy + sign_a * a
-                    if y < 0 or y >= h:
-                        continue
-                else:
-                    x = cx + sign_a * a
-                    if x < 0 or x >= w:
-                        continue
-                for turn in range(1 if b == 0 else 2):
-                    sign_b = 1 if turn == 0 else -1
-                    if vertical:
-                        x = cx + sign_b * b
-                        if x < 0 or x >= w:
-                            continue
-                        inner = y - sign_a
-                        cap = w1 * morphology[inner, x]
-                        if w0 > 0 and 0 <= x - sign_b < w:
-                            cap += w0 * morphology[inner, x - sign_b]
-                        if w2 > 0 and 0 <= x + sign_b < w:
-                            cap += w2 * morphology[inner, x + sign_b]
-                        if w3 > 0:
-                            cap += w3 * morphology[y, x - sign_b]
-                    else:
-                        if b == a:
-                            continue  # corners belong to the vertical sides
-                        y = cy + sign_b * b
-                        if y < 0 or y >= h:
-                            continue
-                        inner = x - sign_a
-                        cap = w1 * morphology[y, inner]
-                        if w0 > 0 and 0 <= y - sign_b < h:
-                            cap += w0 * morphology[y - sign_b, inner]
-                        if w2 > 0 and 0 <= y + sign_b < h:
-                            cap += w2 * morphology[y + sign_b, inner]
-                        if w3 > 0:
-                            cap += w3 * morphology[y - sign_b, x]
-                    if morphology[y, x] > cap:
-                        morphology[y, x] = cap
+    flat = morphology.reshape(h * w)
+    center = cy * w + cx
+    # Room from the centre to the edge, its own pixel included, in the directions +y, -y, +x, -x.
+    room = (h - cy, cy + 1, w - cx, cx + 1)
+    step = (w, -w, 1, -1)
+    for a in range(1, max(max(room[0], room[1]), max(room[2], room[3]))):
+        for along in range(4):
+            if a < room[along]:
+                across = 2 - 2 * (along // 2)
+                cap_axis(flat, center, step[along], step[across], a, room[across + 1] > 1, room[across] > 1, weights)
+        for along in range(4):
+            if a < room[along]:
+                for side in range(2):
+                    across = 2 - 2 * (along // 2) + side
+                    stop = min(a, room[across])
+                    cap_octant(flat, center, step[along], step[across], a, 1, stop, room[across], weights)
+        for along in range(2):  # the corners, once
+            if a < room[along]:
+                for across in range(2, 4):
+                    if a < room[across]:
+                        cap_octant(flat, center, step[along], step[across], a, a, a + 1, room[across], weights)
 
 
 @kernel

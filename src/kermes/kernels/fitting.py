@@ -1,10 +1,11 @@
 """The fit of one blend with factorized components, in one call."""
 
 import numpy as np
+from rocket_fft import c2r, r2c
 
 from kermes.kernels.components import add_component, add_gradient, positive_bounds, repack
 from kermes.kernels.constraints import brightest_near, make_monotonic, make_symmetric
-from kermes.kernels.convolution import convolve_plane
+from kermes.kernels.convolution import multiply, multiply_conjugate
 from kermes.kernels.decorator import fast_kernel, kernel
 
 BETA_1 = np.float32(0.9)
@@ -90,16 +91,6 @@ def project_morphology(morphology, height, width, cy, cx, limit, monotonic, symm
 
 
 @kernel
-def count_positive(weights):
-    """Number of positive values of (B, H, W)."""
-    n = 0
-    for value in weights.flat:
-        if value > 0:
-            n += 1
-    return n
-
-
-@kernel
 def background_limit(spectrum, noise, background_threshold):
     """Value of a morphology below which it is fainter than the threshold [sigma] in every band."""
     limit = np.inf
@@ -134,6 +125,37 @@ def resized(morphologies, boxes, offsets, centers, pad, shape):
     return new_boxes, new_offsets
 
 
+@fast_kernel
+def kernel_power(kernel_fft, scale):
+    """Transform of the kernel's autocorrelation: scale * |kernel_fft|^2, float32."""
+    power = np.empty(kernel_fft.shape, dtype=np.float32)
+    for y in range(kernel_fft.shape[0]):
+        for x in range(kernel_fft.shape[1]):
+            value = kernel_fft[y, x]
+            power[y, x] = scale * (value.real * value.real + value.imag * value.imag)
+    return power
+
+
+@fast_kernel
+def extrapolate_gradient(transformed, reference, gradient, power):
+    """transformed = gradient + power * (transformed - reference), in place, element by element."""
+    for y in range(transformed.shape[0]):
+        for x in range(transformed.shape[1]):
+            transformed[y, x] = gradient[y, x] + power[y, x] * (transformed[y, x] - reference[y, x])
+
+
+@kernel
+def mean_positive(weights):
+    """Mean of the positive values of (H, W) and their number; 0 if there are none."""
+    total, count = 0.0, 0
+    for y in range(weights.shape[0]):
+        for x in range(weights.shape[1]):
+            if weights[y, x] > 0:
+                total += weights[y, x]
+                count += 1
+    return np.float32(total / max(count, 1)), count
+
+
 @kernel
 def fit_components(
     images,
@@ -148,6 +170,7 @@ def fit_components(
     spectra,
     monotonic_weights,
     max_iterations,
+    exact_every,
     patience,
     tolerance,
     spectrum_step,
@@ -164,21 +187,35 @@ def fit_components(
     scarlet lite: spectra first, then morphologies, whose gradient uses the spectra before the step and whose
     projection those after it.
 
+    Every `exact_every`-th iteration the model is compared with the pixels: four transforms per band, and the loss. In
+    between the gradient is carried on as if the weight of a band were the same in all pixels,
+    g = g_0 + w K^T K (m - m_0), which is exact where it is, and takes two transforms; the next comparison makes good
+    what masks, edges and varying weights add. With 1 all are exact.
+
     images, weights (B, H, W) float32; kernel_fft (B, h, padded_width // 2 + 1) from transform_kernels; noise (B,);
     components packed as in kernels/components.py with centers (K, 2) in pixels of the blend and spectra (K, B).
-    `boxes`, `offsets`, `morphologies`, `spectra` are not changed. One band is in work at a time, so that memory is
-    two padded planes and five values per component pixel. Cost per iteration: four transforms per band and a
-    few operations per component pixel and band.
+    `boxes`, `offsets`, `morphologies`, `spectra` are not changed.
 
     Converged means that over the last `patience` iterations the best loss fell by less than `tolerance` per used
-    pixel. Returns (boxes, offsets, morphologies, spectra, losses, converged): the best state seen, and the loss before each
-    step.
+    pixel. Returns (boxes, offsets, morphologies, spectra, losses, n_iterations, converged): the best state seen, the loss
+    at each comparison, and the number of steps taken.
     """
     n_bands, h, w = images.shape
     n_components = len(boxes)
-    plane = np.zeros((kernel_fft.shape[1], padded_width), dtype=np.float32)
-    transformed = np.empty((kernel_fft.shape[1], padded_width // 2 + 1), dtype=np.complex64)
+    padded_height, half_width = kernel_fft.shape[1], padded_width // 2 + 1
+    plane = np.zeros((padded_height, padded_width), dtype=np.float32)
+    transformed = np.empty((padded_height, half_width), dtype=np.complex64)
     axes = np.arange(2)
+    n_kept = n_bands if exact_every > 1 else 0
+    reference = np.empty((n_kept, padded_height, half_width), dtype=np.complex64)
+    known = np.empty((n_kept, padded_height, half_width), dtype=np.complex64)
+    power = np.empty((n_kept, padded_height, half_width), dtype=np.float32)
+    n_pixels = 0
+    for b in range(n_bands):
+        weight, count = mean_positive(weights[b])
+        n_pixels += count
+        if exact_every > 1:
+            power[b] = kernel_power(kernel_fft[b], weight * np.float32(padded_height * padded_width))
 
     spectra = spectra.copy()
     morphologies = morphologies.copy()
@@ -190,15 +227,18 @@ def fit_components(
     spectra_first = np.zeros_like(spectra)
     spectra_second = np.zeros_like(spectra)
     spectra_largest = np.zeros_like(spectra)
-    losses = np.empty(max_iterations + 1, dtype=np.float64)
-    best_losses = np.empty(max_iterations + 1, dtype=np.float64)
+    losses = np.empty(max_iterations // exact_every + 2)
+    best_losses = np.empty_like(losses)
     best_boxes, best_offsets = boxes, offsets
     best_morphologies, best_spectra = morphologies.copy(), spectra.copy()
-    enough = tolerance * count_positive(weights)
+    n_patience = max((patience + exact_every - 1) // exact_every, 1)
+    n_exact = 0
     converged = False
     n_done = 0
 
-    for iteration in range(max_iterations + 1):
+    while True:
+        # The last state is compared, too.
+        exact = n_done % exact_every == 0 or n_done == max_iterations
         loss = 0.0
         gradient[:] = 0.0
         for b in range(n_bands):
@@ -206,33 +246,42 @@ def fit_components(
             for k in range(n_components):
                 y0, x0, height, width = boxes[k]
                 add_component(plane, y0, x0, height, width, morphologies[offsets[k] : offsets[k + 1]], spectra[k, b])
-            convolve_plane(plane, transformed, kernel_fft[b], False, axes)
-            loss += weighted_residual(plane, images[b], weights[b])
-            convolve_plane(plane, transformed, kernel_fft[b], True, axes)
+            r2c(plane, transformed, axes, True, 1.0, 1)
+            if exact:
+                if exact_every > 1:
+                    reference[b] = transformed
+                multiply(transformed, kernel_fft[b])
+                c2r(transformed, plane, axes, False, 1.0, 1)
+                loss += weighted_residual(plane, images[b], weights[b])
+                r2c(plane, transformed, axes, True, 1.0, 1)
+                multiply_conjugate(transformed, kernel_fft[b])
+                if exact_every > 1:
+                    known[b] = transformed
+            else:
+                extrapolate_gradient(transformed, reference[b], known[b], power[b])
+            c2r(transformed, plane, axes, False, 1.0, 1)
             for k in range(n_components):
                 y0, x0, height, width = boxes[k]
                 part = slice(offsets[k], offsets[k + 1])
                 spectra_gradient[k, b] = add_gradient(
                     plane, y0, x0, height, width, morphologies[part], spectra[k, b], gradient[part]
                 )
-        losses[iteration] = loss
-        n_done = iteration + 1
-        if iteration == 0 or loss < best_losses[iteration - 1]:
-            best_losses[iteration] = loss
-            if len(best_morphologies) != len(morphologies):
-                best_morphologies = np.empty_like(morphologies)
-            best_morphologies[:] = morphologies
-            best_spectra[:] = spectra
-            best_boxes, best_offsets = boxes, offsets
-        else:
-            best_losses[iteration] = best_losses[iteration - 1]
-        if iteration >= patience and best_losses[iteration - patience] - best_losses[iteration] < enough:
-            converged = True
-            break
-        if iteration == max_iterations:
-            break
+        if exact:
+            losses[n_exact] = loss
+            if n_exact == 0 or loss < best_losses[n_exact - 1]:
+                best_losses[n_exact] = loss
+                best_morphologies = morphologies.copy()
+                best_spectra[:] = spectra
+                best_boxes, best_offsets = boxes, offsets
+            else:
+                best_losses[n_exact] = best_losses[n_exact - 1]
+            n_exact += 1
+            if n_exact > n_patience:
+                converged = best_losses[n_exact - 1 - n_patience] - best_losses[n_exact - 1] < tolerance * n_pixels
+            if converged or n_done == max_iterations:
+                break
 
-        scale = np.float32(0.1) if iteration == 0 else np.float32(1.0)
+        scale = np.float32(0.1) if n_done == 0 else np.float32(1.0)
         for k in range(n_components):
             mean = np.float32(0.0)
             for b in range(n_bands):
@@ -273,7 +322,7 @@ def fit_components(
                 monotonic_weights,
             )
 
-        if resize_every > 0 and iteration > 0 and iteration % resize_every == 0:
+        if resize_every > 0 and n_done > 0 and n_done % resize_every == 0:
             new_boxes, new_offsets = resized(morphologies, boxes, offsets, centers, 5, (h, w))
             morphologies = repack(morphologies, boxes, offsets, new_boxes, new_offsets)
             first = repack(first, boxes, offsets, new_boxes, new_offsets)
@@ -281,4 +330,5 @@ def fit_components(
             largest = repack(largest, boxes, offsets, new_boxes, new_offsets)
             gradient = np.zeros_like(morphologies)
             boxes, offsets = new_boxes, new_offsets
-    return best_boxes, best_offsets, best_morphologies, best_spectra, losses[:n_done], converged
+        n_done += 1
+    return best_boxes, best_offsets, best_morphologies, best_spectra, losses[:n_exact], n_done, converged

@@ -148,43 +148,82 @@ def solve_spectra(rendered, boxes, offsets, images, weights, spectra, max_sweeps
 
 
 @kernel
+def inverse_corner(block, size):
+    """First element of the inverse of the positive definite block[:size, :size], which is overwritten.
+
+    Cholesky factorisation with the order reversed, so that the corner is the last pivot: its inverse square is the answer.
+    """
+    for j in range(size - 1, -1, -1):
+        for k in range(j + 1, size):
+            block[j, j] -= block[j, k] * block[j, k]
+        if not block[j, j] > 0:
+            return np.inf
+        block[j, j] = np.sqrt(block[j, j])
+        for i in range(j):
+            for k in range(j + 1, size):
+                block[i, j] -= block[i, k] * block[j, k]
+            block[i, j] /= block[j, j]
+    return 1.0 / (block[0, 0] * block[0, 0])
+
+
+@kernel
+def strongest_partners(starts, columns, values, i, members):
+    """Write the components most degenerate with i, A_ij^2 / (A_ii A_jj), into members[1:], the strongest first.
+
+    Returns how many members there are with i itself, members[0]; at most len(members).
+    """
+    coupling = np.empty(len(members))
+    members[0] = i
+    count = 1
+    for entry in range(starts[i] + 1, starts[i + 1]):
+        diagonal = values[starts[columns[entry]]]
+        if not diagonal > 0:
+            continue
+        strength = values[entry] * values[entry] / diagonal
+        if count == len(members) and (count == 1 or strength <= coupling[count - 1]):
+            continue
+        place = count if count < len(members) else count - 1
+        while place > 1 and coupling[place - 1] < strength:
+            coupling[place] = coupling[place - 1]
+            members[place] = members[place - 1]
+            place -= 1
+        coupling[place] = strength
+        members[place] = columns[entry]
+        count = min(count + 1, len(members))
+    return count
+
+
+@kernel
 def marginal_variance(starts, columns, values, max_neighbours):
     """Variance of every flux with those of its neighbours free: the diagonal of the inverse of A.
 
     For component i, from the inverse of the block of i and the `max_neighbours` components that are most
-    degenerate with it, A_ij^2 / (A_ii A_jj); exact when all are among them. Infinite for a component without
-    pixels. A prior of 1e-6 of the diagonal keeps equal components solvable. Cost O(K max_neighbours^3).
+    degenerate with it; exact when all are among them. Infinite for a component without pixels. A prior of 1e-6 of
+    the diagonal keeps equal components solvable. Cost O(K max_neighbours^3).
     """
     n = len(starts) - 1
-    out = np.full(n, np.inf)
-    place = np.full(n, -1, dtype=np.int64)
+    out = np.empty(n)
+    place = np.zeros(n, dtype=np.int64)  # position in the block plus one; 0: not in it
+    members = np.empty(max_neighbours + 1, dtype=np.int64)
+    block = np.empty((max_neighbours + 1, max_neighbours + 1))
     for i in range(n):
         if values[starts[i]] <= 0:
+            out[i] = np.inf
             continue
-        n_partners = starts[i + 1] - starts[i]
-        coupling = np.zeros(n_partners)
-        for m in range(1, n_partners):
-            entry = starts[i] + m
-            diagonal = values[starts[columns[entry]]]
-            if diagonal > 0:
-                coupling[m] = -values[entry] * values[entry] / diagonal
-        coupling[0] = -np.inf
-        order = np.argsort(coupling)[: max_neighbours + 1]
-        size = len(order)
+        size = strongest_partners(starts, columns, values, i, members)
         for m in range(size):
-            place[columns[starts[i] + order[m]]] = m
-        block = np.zeros((size, size))
+            place[members[m]] = m + 1
         for m in range(size):
-            j = columns[starts[i] + order[m]]
+            j = members[m]
+            for c in range(size):
+                block[m, c] = 0.0
             for entry in range(starts[j], starts[j + 1]):
-                if place[columns[entry]] >= 0:
-                    block[m, place[columns[entry]]] = values[entry]
-            block[m, m] = block[m, m] * (1.0 + 1e-6) if block[m, m] > 0 else 1.0
+                if place[columns[entry]] > 0:
+                    block[m, place[columns[entry]] - 1] = values[entry]
+            block[m, m] *= 1.0 + 1e-6
         for m in range(size):
-            place[columns[starts[i] + order[m]]] = -1
-        unit = np.zeros(size)
-        unit[0] = 1.0
-        out[i] = np.linalg.solve(block, unit)[0]
+            place[members[m]] = 0
+        out[i] = inverse_corner(block, size)
     return out
 
 
