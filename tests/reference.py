@@ -126,7 +126,10 @@ class AmsGrad:
 
 
 def fit(images, weights, kernels, noise, boxes, centers, morphologies, spectra, n_iterations, background_threshold):
-    """AdaProx with AMSGrad, boxes fixed; returns the losses at the start and after each step, morphologies, spectra."""
+    """AdaProx with AMSGrad, boxes fixed.
+
+    Returns the losses at the start and after each step, and the morphologies and spectra with the smallest one.
+    """
     spectra = [np.array(spectrum, dtype=float) for spectrum in spectra]
     morphologies = [np.array(morphology, dtype=float) for morphology in morphologies]
     of_spectra, of_morphologies = [AmsGrad(s) for s in spectra], [AmsGrad(m) for m in morphologies]
@@ -137,8 +140,10 @@ def fit(images, weights, kernels, noise, boxes, centers, morphologies, spectra, 
             model += spectrum[:, None, None] * whole(box, morphology, images.shape[1:])
         residual = convolve(model, kernels) - images
         losses.append(0.5 * np.sum(weights * residual**2))
+        if losses[-1] == min(losses):
+            best = list(morphologies), list(spectra)
         if iteration == n_iterations:
-            break
+            return losses, *best
         gradient = correlate(weights * residual, kernels)
         scale = 0.1 if iteration == 0 else 1.0
         for k, ((y0, x0, height, width), (cy, cx)) in enumerate(zip(boxes, centers, strict=True)):
@@ -149,7 +154,6 @@ def fit(images, weights, kernels, noise, boxes, centers, morphologies, spectra, 
             spectra[k] = np.maximum(spectra[k] - length * of_spectra[k].step(for_spectrum), 1e-20)
             moved = morphologies[k] - scale * 0.01 * of_morphologies[k].step(for_morphology)
             morphologies[k] = project_morphology(moved, cy - y0, cx - x0, spectra[k], noise, background_threshold)
-    return losses, morphologies, spectra
 
 
 # ---------------------------------------------------------------- fluxes and metrics

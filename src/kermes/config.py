@@ -71,7 +71,8 @@ class InitializationConfig:
         _check(self.threshold >= 0, f"initialization.threshold must be >= 0, got {self.threshold}")
         _check(self.min_snr > 0, f"initialization.min_snr must be positive, got {self.min_snr}")
         _check(
-            self.max_components in (0, 1, 2), f"initialization.max_components must be 0, 1 or 2, got {self.max_components}"
+            self.max_components in (0, 1, 2),
+            f"initialization.max_components must be 0, 1 or 2, got {self.max_components}",
         )
         _check(
             0 < self.disk_percentile < 100,
@@ -111,7 +112,24 @@ class FitConfig:
     """Whether morphologies fall monotonically from their centre."""
 
     symmetric: bool = False
-    """Whether morphologies are symmetric about their centre."""
+    """Whether morphologies are symmetric about their centre: of a pixel and its mirror the smaller one counts."""
+
+    scheme: Literal["amsgrad", "adam", "nadam", "padam", "adamx", "radam", "fista"] = "amsgrad"
+    """How steps follow from gradients: six schemes of AdaProx, or FISTA. The steps of padam grow with the signal."""
+
+    monotonic_weighting: Literal["angle", "flat", "nearest"] = "angle"
+    """Which of its neighbours closer to the centre a pixel must not exceed: their mean weighted by direction, their
+    plain mean, or the one towards the centre alone."""
+
+    min_gradient: float = 0.0
+    """Share by which monotonic morphologies fall at least from one pixel to the next."""
+
+    symmetry_strength: float = 0.0
+    """How far each step pulls a morphology to the mean of itself and its mirror image, 0 to 1; instead of
+    `symmetric`."""
+
+    connected: bool = False
+    """Whether pixels of a morphology that no path of light joins to its centre are set to zero."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
@@ -122,8 +140,19 @@ class FitConfig:
         _check(0 < self.tolerance < 1, f"fit.tolerance must lie between 0 and 1, got {self.tolerance}")
         _check(self.spectrum_step > 0, f"fit.spectrum_step must be positive, got {self.spectrum_step}")
         _check(self.morphology_step > 0, f"fit.morphology_step must be positive, got {self.morphology_step}")
-        _check(self.background_threshold >= 0, f"fit.background_threshold must be >= 0, got {self.background_threshold}")
+        _check(
+            self.background_threshold >= 0, f"fit.background_threshold must be >= 0, got {self.background_threshold}"
+        )
         _check(self.resize_every >= 0, f"fit.resize_every must be >= 0, got {self.resize_every}")
+        _check(0 <= self.min_gradient < 1, f"fit.min_gradient must be >= 0 and below 1, got {self.min_gradient}")
+        _check(
+            0 <= self.symmetry_strength <= 1,
+            f"fit.symmetry_strength must lie between 0 and 1, got {self.symmetry_strength}",
+        )
+        _check(
+            not (self.symmetric and self.symmetry_strength > 0),
+            f"fit.symmetry_strength must be 0 when fit.symmetric is true, got {self.symmetry_strength}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,6 @@ from kermes.coadd import Blend
 from kermes.config import FitConfig
 from kermes.kernels import constraints as kernels_constraints
 from kermes.kernels import fitting as kernels
-from kermes.psf import truncated, truncated_radius
 from kermes.rendering import Convolution, Packed
 
 FloatArray = NDArray[np.float32]
@@ -41,16 +40,7 @@ def _monotonic_weights(radius: int) -> FloatArray:
     return weights
 
 
-def fit_radius(blend: Blend, difference: NDArray[np.float64]) -> int:
-    """Choose how far kernels reach during the fit: what is cut off stays below a tenth of the noise."""
-    peak = blend.images.max(axis=(1, 2), initial=0.0)
-    # The brightest pixel of a point source holds this share of its flux.
-    share = blend.psfs.max(axis=(1, 2), initial=0.0)
-    flux = np.divide(peak, share, out=np.zeros(len(peak)), where=share > 0)
-    return max(truncated_radius(difference, flux, blend.noise_rms), 3)
-
-
-def fit_packed(packed: Packed, blend: Blend, difference: NDArray[np.float64], config: FitConfig) -> Fit:
+def fit_packed(packed: Packed, blend: Blend, convolution: Convolution, config: FitConfig) -> Fit:
     """Fit spectra and morphologies of all components of a blend together.
 
     Parameters
@@ -59,8 +49,8 @@ def fit_packed(packed: Packed, blend: Blend, difference: NDArray[np.float64], co
         Where to start; every component lies inside the blend.
     blend : Blend
         Pixels without weight are left out. Must be finite.
-    difference : ndarray, shape (B, P, Q)
-        Difference kernels.
+    convolution : Convolution
+        From the model frame to the pixels of the blend.
     config : FitConfig
 
     Returns
@@ -68,12 +58,9 @@ def fit_packed(packed: Packed, blend: Blend, difference: NDArray[np.float64], co
     fit : Fit
         Components in the order of `packed`.
     """
-    shape = (blend.images.shape[1], blend.images.shape[2])
-    reach = fit_radius(blend, difference)
-    convolution = Convolution.of(truncated(difference, reach), shape)
     noise = np.nan_to_num(blend.noise_rms, nan=1.0).astype(np.float32)
     # Sizes in steps of powers of two: few tables, shared by all blends.
-    radius = 1 << max(int(max(shape)) - 1, 31).bit_length()
+    radius = 1 << max(max(convolution.shape) - 1, 31).bit_length()
     boxes, offsets, morphologies, spectra, losses, iterations, converged = kernels.fit_components(
         blend.images,
         blend.weights,
@@ -98,7 +85,5 @@ def fit_packed(packed: Packed, blend: Blend, difference: NDArray[np.float64], co
         config.symmetric,
         False,
     )
-    fitted = Packed(
-        boxes=boxes, offsets=offsets, morphologies=morphologies, spectra=spectra, sources=packed.sources
-    )
+    fitted = Packed(boxes=boxes, offsets=offsets, morphologies=morphologies, spectra=spectra, sources=packed.sources)
     return Fit(packed=fitted, losses=losses, iterations=int(iterations), converged=bool(converged))

@@ -118,9 +118,7 @@ class Box:
 
     def grow(self, n_pixels: int) -> Box:
         """Add `n_pixels` on every side; negative shrinks, down to empty."""
-        return Box.from_bounds(
-            self.y0 - n_pixels, self.y1 + n_pixels, self.x0 - n_pixels, self.x1 + n_pixels
-        )
+        return Box.from_bounds(self.y0 - n_pixels, self.y1 + n_pixels, self.x0 - n_pixels, self.x1 + n_pixels)
 
     def shift(self, dy: int, dx: int) -> Box:
         """Move by whole pixels."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy.fft
 from numpy.typing import NDArray
 
 from kermes.coadd import Blend
 from kermes.config import InitializationConfig
 from kermes.kernels import initialization as kernels
 from kermes.kernels import spectra as kernels_spectra
-from kermes.rendering import Packed, padded_side, render_packed
-
-FloatArray = NDArray[np.float32]
+from kermes.rendering import Convolution, Packed, render_packed
 
 PAD = 4
 """Pixels that a first box holds beyond the first morphology [pixels]."""
@@ -33,7 +30,7 @@ def chi2_image(blend: Blend) -> tuple[NDArray[np.float64], float]:
 
 
 def deconvolved_image(
-    blend: Blend, difference: NDArray[np.float64], strength: float = 0.1
+    blend: Blend, convolution: Convolution, strength: float = 0.1
 ) -> tuple[NDArray[np.float64], float]:
     """Estimate the sum of all sources in the model frame, sharp enough to cut shapes from.
 
@@ -43,8 +40,8 @@ def deconvolved_image(
     Parameters
     ----------
     blend : Blend
-    difference : ndarray, shape (B, P, Q)
-        Difference kernels.
+    convolution : Convolution
+        From the model frame to the pixels of the blend.
     strength : float, optional
         Weight of the regularisation, relative to the information at the largest scale. Smaller is sharper
         and noisier.
@@ -56,38 +53,21 @@ def deconvolved_image(
     noise : float
         Its noise [same].
     """
-    _, height, width = blend.images.shape
     inverse = np.nan_to_num(1.0 / np.asarray(blend.noise_rms, dtype=np.float64) ** 2)
     if not inverse.any():
-        return np.zeros((height, width)), 0.0
-    _, p, q = difference.shape
-    shape = (padded_side(height, p), padded_side(width, q))
-    information = np.zeros((shape[0], shape[1] // 2 + 1), dtype=np.float32)
-    numerator = np.zeros(information.shape, dtype=np.complex64)
-    stamp = np.zeros(shape, dtype=np.float32)
-    for image, kernel, weight in zip(blend.images, difference, inverse / inverse.sum(), strict=True):
-        if weight == 0:
-            continue
-        stamp[:] = 0
-        rows = (np.arange(p) - p // 2) % shape[0]
-        columns = (np.arange(q) - q // 2) % shape[1]
-        np.add.at(stamp, (rows[:, None], columns[None, :]), kernel)
-        transform = scipy.fft.rfft2(stamp)
-        information += np.float32(weight) * np.abs(transform) ** 2
-        numerator += np.float32(weight) * np.conj(transform) * scipy.fft.rfft2(image, s=shape)
-    filtered = 1.0 / (information + strength * information[0, 0])
-    image = scipy.fft.irfft2(numerator * filtered, s=shape)[:height, :width]
-    # Each mode of the half plane stands for two, but for its first and, if the width is even, last column.
-    modes = np.full(information.shape[1], 2.0)
-    modes[0] = 1.0
-    if shape[1] % 2 == 0:
-        modes[-1] = 1.0
-    gain = float(np.sum(information * filtered**2 * modes, dtype=np.float64)) / (shape[0] * shape[1])
+        return np.zeros(convolution.shape), 0.0
+    image, gain = kernels.deconvolve(
+        blend.images, inverse / inverse.sum(), convolution.transforms, convolution.width, strength
+    )
     return image.astype(np.float64), float(np.sqrt(gain / inverse.sum()))
 
 
 def initialize(
-    blend: Blend, difference: NDArray[np.float64], target: NDArray[np.float64], config: InitializationConfig
+    blend: Blend,
+    difference: NDArray[np.float64],
+    convolution: Convolution,
+    target: NDArray[np.float64],
+    config: InitializationConfig,
 ) -> Packed:
     """Make a first model of every source: shapes from a detection image, fluxes solved jointly.
 
@@ -101,6 +81,8 @@ def initialize(
     blend : Blend
     difference : ndarray, shape (B, P, Q)
         Difference kernels.
+    convolution : Convolution
+        The same, for the pixels of the blend.
     target : ndarray, shape (p, p)
         PSF of the model frame, odd side.
     config : InitializationConfig
@@ -110,47 +92,26 @@ def initialize(
     packed : Packed
         At least one component per source. Spectra are zero in bands without valid pixels.
     """
-    n_bands, height, width = blend.images.shape
     if config.detection_image == "chi2":
         image, noise = chi2_image(blend)
     else:
-        image, noise = deconvolved_image(blend, difference)
+        image, noise = deconvolved_image(blend, convolution)
     peaks = np.ascontiguousarray(blend.peaks)
-    snr = kernels.signal_to_noise(blend.images, blend.weights, np.ascontiguousarray(blend.psfs), peaks)
-    limit = config.threshold * noise
-    boxes, offsets, pixels = kernels.first_morphologies(image, peaks, limit, PAD)
-
-    parts: list[FloatArray] = []
-    part_boxes: list[tuple[int, int, int, int]] = []
-    sources: list[int] = []
-
-    def add(source: int, box: tuple[int, int, int, int], morphology: FloatArray) -> None:
-        sources.append(source)
-        part_boxes.append(box)
-        parts.append((morphology / morphology.max()).ravel())
-
-    for k, (y, x) in enumerate(peaks.tolist()):
-        if offsets[k + 1] == offsets[k] or config.max_components == 0:
-            y0, y1 = max(y - target.shape[0] // 2, 0), min(y + target.shape[0] // 2 + 1, height)
-            x0, x1 = max(x - target.shape[1] // 2, 0), min(x + target.shape[1] // 2 + 1, width)
-            top, left = y0 - y + target.shape[0] // 2, x0 - x + target.shape[1] // 2
-            stamp = target[top : top + y1 - y0, left : left + x1 - x0]
-            add(k, (y0, x0, y1 - y0, x1 - x0), stamp.astype(np.float32))
-            continue
-        box = (int(boxes[k, 0]), int(boxes[k, 1]), int(boxes[k, 2]), int(boxes[k, 3]))
-        morphology = pixels[offsets[k] : offsets[k + 1]]
-        if snr[k] < 2 * config.min_snr or config.max_components < 2:
-            add(k, box, morphology)
-        else:
-            level = np.float32(config.disk_percentile / 100)
-            add(k, box, np.minimum(morphology, level))
-            add(k, box, np.maximum(morphology - level, 0))
+    bright = np.zeros(len(peaks), dtype=np.bool_)
+    limit = np.inf if config.max_components == 0 else config.threshold * noise
+    if config.max_components > 1:
+        snr = kernels.signal_to_noise(blend.images, blend.weights, np.ascontiguousarray(blend.psfs), peaks)
+        bright = snr >= 2 * config.min_snr
+    first = kernels.first_morphologies(image, peaks, limit, PAD)
+    boxes, offsets, morphologies, sources = kernels.first_components(
+        *first, peaks, target, config.disk_percentile / 100, bright, convolution.shape
+    )
     packed = Packed(
-        boxes=np.array(part_boxes, dtype=np.int64).reshape(-1, 4),
-        offsets=np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
-        morphologies=np.concatenate([np.empty(0, np.float32), *parts]),
-        spectra=np.zeros((len(parts), n_bands), dtype=np.float32),
-        sources=np.array(sources, dtype=np.int64),
+        boxes=boxes,
+        offsets=offsets,
+        morphologies=morphologies,
+        spectra=np.zeros((len(boxes), len(blend.images)), dtype=np.float32),
+        sources=sources,
     )
     return with_solved_spectra(packed, blend, difference)
 

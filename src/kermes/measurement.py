@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kermes.coadd import Blend
 from kermes.kernels import spectra as kernels_spectra
-from kermes.rendering import Packed, Rendered, render_packed
+from kermes.rendering import Packed, render_packed
 
 DoubleArray = NDArray[np.float64]
 
@@ -29,9 +29,6 @@ class Fluxes:
 
     flux_err: DoubleArray
     """Its standard deviation with the neighbours free [unit], shape (S, B); NaN without valid pixels."""
-
-    rendered: Rendered
-    """Components as observed, for a spectrum of one."""
 
 
 def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, difference: NDArray[np.float64]) -> Fluxes:
@@ -88,5 +85,4 @@ def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, difference: NDA
         ),
         flux=flux,
         flux_err=np.sqrt(variance),
-        rendered=rendered,
     )

@@ -129,10 +129,29 @@ def truncated_radius(kernels: ArrayLike, peak_flux: ArrayLike, noise_rms: ArrayL
     return int(distance[error >= fraction].max(initial=0))
 
 
+def sufficient_kernels(
+    kernels: DoubleArray, psfs: DoubleArray, images: NDArray[np.float32], noise_rms: NDArray[np.float32]
+) -> DoubleArray:
+    """Cut difference kernels as short as the brightest source of an image allows.
+
+    What is cut off a point source as bright as the brightest pixel of each band stays below a tenth of the noise.
+
+    Parameters
+    ----------
+    kernels, psfs : ndarray, shape (B, P, Q)
+    images : ndarray, shape (B, H, W)
+        Flux per pixel [any unit].
+    noise_rms : ndarray, shape (B,)
+        Noise of a pixel [same unit].
+    """
+    peak = images.max(axis=(1, 2), initial=0.0)
+    share = psfs.max(axis=(1, 2), initial=0.0)  # of its flux, in the brightest pixel of a point source
+    flux = np.divide(peak, share, out=np.zeros(len(peak)), where=share > 0)
+    return truncated(kernels, max(truncated_radius(kernels, flux, noise_rms), 3))
+
+
 def truncated(kernels: DoubleArray, radius: int) -> DoubleArray:
     """Cut kernels (B, P, Q) to the central square of 2 `radius` + 1 pixels; smaller sides stay as they are."""
     half_height, half_width = kernels.shape[1] // 2, kernels.shape[2] // 2
     rows, columns = max(half_height - radius, 0), max(half_width - radius, 0)
-    return np.ascontiguousarray(
-        kernels[:, rows : kernels.shape[1] - rows, columns : kernels.shape[2] - columns]
-    )
+    return np.ascontiguousarray(kernels[:, rows : kernels.shape[1] - rows, columns : kernels.shape[2] - columns])

@@ -28,8 +28,8 @@ from kermes.kernels import metrics as kernels_metrics
 from kermes.measurement import Fluxes, measure_fluxes
 from kermes.metrics import blend_metrics
 from kermes.partition import Parent, partition
-from kermes.psf import amplify, difference_kernels, model_psf
-from kermes.rendering import SourceModels, combine_sources, unpack
+from kermes.psf import amplify, difference_kernels, model_psf, sufficient_kernels
+from kermes.rendering import Convolution, SourceModels, combine_sources, render_packed, unpack
 from kermes.result import Result
 from kermes.scene import Scene, Source
 
@@ -302,14 +302,14 @@ def _model_blend(outer: Blend, task: BlendTask, config: Config, rung: Outcome) -
     """Initialize, fit and measure one blend; raises BlendError when the answer is not finite."""
     config = _settings(config, rung)
     blend = _window(outer, task.box)
-    packed = initialize(blend, task.kernels, model_psf(config.model_psf_sigma), config.initialization)
+    kernels = sufficient_kernels(task.kernels, blend.psfs, blend.images, blend.noise_rms)
+    convolution = Convolution.of(kernels, task.box.shape)
+    packed = initialize(blend, kernels, convolution, model_psf(config.model_psf_sigma), config.initialization)
     iterations, converged = 0, True
     if config.fit.max_iterations > 0:
-        fit = fit_packed(packed, blend, task.kernels, config.fit)
+        fit = fit_packed(packed, blend, convolution, config.fit)
         packed, iterations, converged = fit.packed, fit.iterations, fit.converged
-    shift = np.array([task.box.y0 - task.outer.y0, task.box.x0 - task.outer.x0, 0, 0])
-    moved = replace(packed, boxes=packed.boxes + shift)
-    fluxes = measure_fluxes(moved, len(task.members), outer, task.kernels)
+    fluxes = measure_fluxes(packed, len(task.members), blend, kernels)
     if not np.isfinite(fluxes.flux).all():
         raise BlendError("the fitted fluxes are not finite")
     return _Modelled(rung=rung, fluxes=fluxes, iterations=iterations, converged=converged)
@@ -351,8 +351,9 @@ def _with_model(
 ) -> BlendOutcome:
     """Describe a blend whose fluxes were found, in a unit of flux."""
     fluxes, n_sources = modelled.fluxes, len(task.members)
-    packed = replace(fluxes.packed, spectra=fluxes.packed.spectra * np.float32(unit))
-    models = combine_sources(packed, fluxes.rendered, n_sources)
+    shift = np.array([task.box.y0 - task.outer.y0, task.box.x0 - task.outer.x0, 0, 0])
+    packed = replace(fluxes.packed, boxes=fluxes.packed.boxes + shift, spectra=fluxes.packed.spectra * np.float32(unit))
+    models = combine_sources(packed, render_packed(packed, task.kernels, task.outer.shape), n_sources)
     residual = cut.images.copy()
     kernels_flux.subtract_models(residual, models.pixels, models.boxes, models.offsets)
     boxes, _ = kernels_flux.source_boxes(packed.boxes, packed.sources, n_sources)

@@ -20,7 +20,8 @@ def _shifted(image: FloatArray, shift: int, axis: int) -> FloatArray:
     """Shift along an axis; what comes in from outside is the mirror image."""
     n = image.shape[axis]
     place = (np.arange(n) + shift) % (2 * n)
-    return np.take(image, np.minimum(place, 2 * n - 1 - place), axis=axis)
+    shifted: FloatArray = np.take(image, np.minimum(place, 2 * n - 1 - place), axis=axis)
+    return shifted
 
 
 def _smooth(image: FloatArray, step: int) -> FloatArray:
@@ -117,7 +118,7 @@ def inverse_starlet_transform(planes: ArrayLike, generation: Generation = 2) -> 
     if planes.ndim < 3 or planes.size == 0:
         raise ShapeError(f"planes must have shape (scales + 1, ..., height, width) and pixels, got {planes.shape}")
     _check_generation(generation)
-    image = planes[-1].astype(np.result_type(planes, np.float32))
+    image: FloatArray = planes[-1].astype(np.result_type(planes, np.float32))
     for j in reversed(range(len(planes) - 1)):
         image = (image if generation == 1 else _smooth(image, 2**j)) + planes[j]
     return image
@@ -128,13 +129,14 @@ def _noise_of_planes(scales: int, generation: Generation) -> NDArray[np.float64]
     reach = 3 * 2**scales
     point = np.zeros((2 * reach + 1, 2 * reach + 1))
     point[reach, reach] = 1.0
-    noise: NDArray[np.float64] = np.sqrt((starlet_transform(point, scales, generation) ** 2).sum(axis=(1, 2)))
+    power = np.sum(starlet_transform(point, scales, generation)[:-1] ** 2, axis=(1, 2), dtype=np.float64)
+    noise: NDArray[np.float64] = np.sqrt(power)
     noise.setflags(write=False)
     return noise
 
 
 def noise_of_planes(scales: int, generation: Generation = 2) -> NDArray[np.float64]:
-    """Noise of each plane for white noise of one in the image.
+    """Noise of each plane of detail, for white noise of one in the image.
 
     Parameters
     ----------
@@ -145,9 +147,8 @@ def noise_of_planes(scales: int, generation: Generation = 2) -> NDArray[np.float
 
     Returns
     -------
-    noise : ndarray, shape (scales + 1,)
-        Standard deviation, away from the edges by the reach of the plane; read-only. Where the noise of neighbouring
-        pixels is correlated, as in most coadds, it is not this: `multiresolution_support` measures it.
+    noise : ndarray, shape (scales,)
+        Standard deviation, away from the edges by the reach of the plane; read-only.
     """
     return _noise_of_planes(scales, generation)
 
@@ -160,62 +161,79 @@ class Support:
     """True where they do, the shape of the planes; True everywhere in the smooth rest."""
 
     noise_rms: NDArray[np.float64]
-    """Noise of each plane of detail, shape (scales, ...) [unit of the planes]."""
+    """Noise of each plane of detail [unit of the planes], shape (scales, ...)."""
 
     converged: bool
-    """Whether the noise had settled."""
+    """Whether the measured noise has settled; True for a noise that was given."""
 
 
 def multiresolution_support(
-    planes: ArrayLike, *, threshold: float = 3.0, tolerance: float = 0.01, max_iterations: int = 20
+    planes: ArrayLike,
+    noise_rms: ArrayLike | None = None,
+    *,
+    threshold: float = 3.0,
+    tolerance: float = 0.01,
+    max_iterations: int = 20,
 ) -> Support:
-    """Find the coefficients that stand out of the noise, and the noise of each plane with it.
-
-    For images whose noise is not known or correlated between pixels (from the ground, resampled, deconvolved).
+    """Find the coefficients that stand out of the noise, and measure the noise if it is not known.
 
     Parameters
     ----------
     planes : array_like, shape (scales + 1, ..., H, W)
         From `starlet_transform`.
+    noise_rms : array_like, shape (scales, ...), optional
+        Noise of each plane of detail [unit of the planes], such as the noise of the image times `noise_of_planes`.
+        None: measured, which also holds where the noise of neighbouring pixels is correlated; but in a plane in which
+        most coefficients belong to sources, as the coarse planes of a blend, it comes out too large.
     threshold : float, optional
         A coefficient is significant above this many sigma of its plane, of either sign.
     tolerance : float, optional
-        The noise has settled when no plane changes it by more than this fraction.
+        The measured noise has settled when no plane changes it by more than this fraction.
     max_iterations : int, optional
-        Give up after this many estimates.
+        Give up after this many measurements.
 
     Returns
     -------
     support : Support
-        In a plane with a coefficient that is not a number, the noise is NaN and nothing is significant.
+        In a plane with a coefficient that is not a number, the measured noise is NaN and nothing is significant.
 
     Notes
     -----
-    The noise starts at 1.48 times the median size of the coefficients; then coefficients above the threshold are left
-    out, and the rest is measured, until it settles (Starck and Murtagh 1998, where the tolerance is 0.1). What the
-    threshold cuts off a Gaussian is made up for, so that white noise gets its true noise, and
-    erfc(threshold / sqrt(2)) of its pixels are significant: 0.27 per cent at 3. In a plane in which most coefficients
-    belong to sources the noise comes out too large.
+    The measurement (Starck and Murtagh 1998, where the tolerance is 0.1) starts at 1.48 times the median size of the
+    coefficients; then those above the threshold are left out, and the rest is measured, until it settles. What the
+    threshold cuts off a Gaussian is made up for, so that white noise gets its true noise, and erfc(threshold / sqrt(2))
+    of its pixels are significant: 0.27 per cent at 3.
     """
-    details = np.asarray(planes, dtype=np.float64)[:-1]
-    inside = math.erf(threshold / math.sqrt(2.0))
-    left = 1.0 - math.sqrt(2.0 / math.pi) * threshold * math.exp(-0.5 * threshold**2) / inside
-    sigma = 1.4826 * np.median(np.abs(details), axis=(-2, -1), keepdims=True)
-    converged = False
-    for _ in range(max_iterations):
-        faint = np.abs(details) <= threshold * sigma
-        n_faint = np.maximum(faint.sum(axis=(-2, -1), keepdims=True), 1)
-        power = np.square(details, where=faint, out=np.zeros(details.shape)).sum(axis=(-2, -1), keepdims=True)
-        before, sigma = sigma, np.where(np.isnan(sigma), np.nan, np.sqrt(power / n_faint / left))
-        converged = bool((np.abs(sigma - before) <= tolerance * before)[np.isfinite(sigma)].all())
-        if converged:
-            break
+    details = np.asarray(planes)[:-1]
+    if noise_rms is None:
+        sigma, converged = _measured_noise(details, threshold, tolerance, max_iterations)
+    else:
+        sigma, converged = np.broadcast_to(noise_rms, details.shape[:-2]).astype(np.float64), True
     significant = np.ones(np.shape(planes), dtype=bool)
-    significant[:-1] = np.abs(details) > threshold * sigma
-    return Support(significant=significant, noise_rms=sigma[..., 0, 0], converged=converged)
+    significant[:-1] = np.abs(details) > threshold * sigma[..., None, None]
+    return Support(significant=significant, noise_rms=sigma, converged=converged)
 
 
-def denoise(image: ArrayLike, scales: int, *, threshold: float = 3.0, iterations: int = 20) -> FloatArray:
+def _measured_noise(
+    details: FloatArray, threshold: float, tolerance: float, max_iterations: int
+) -> tuple[NDArray[np.float64], bool]:
+    """Noise of each plane without what is above the threshold, and whether it has settled."""
+    inside = math.erf(threshold / math.sqrt(2.0))
+    kept = 1.0 - math.sqrt(2.0 / math.pi) * threshold * math.exp(-0.5 * threshold**2) / inside
+    sizes = np.abs(details).astype(np.float64)
+    sigma = 1.4826 * np.median(sizes, axis=(-2, -1))
+    for _ in range(max_iterations):
+        faint = ~(sizes > threshold * sigma[..., None, None])
+        power = np.sum(sizes**2, axis=(-2, -1), where=faint) / np.maximum(faint.sum(axis=(-2, -1)), 1)
+        before, sigma = sigma, np.sqrt(power / kept)
+        if (np.abs(sigma - before) <= tolerance * before)[~np.isnan(sigma)].all():
+            return sigma, True
+    return sigma, False
+
+
+def denoise(
+    image: ArrayLike, scales: int, noise_rms: ArrayLike | None = None, *, threshold: float = 3.0, iterations: int = 20
+) -> FloatArray:
     """Find the positive image that has the significant starlet coefficients of another one, and little else.
 
     For looking and for starting values, not for measuring: faint light is lost.
@@ -226,6 +244,8 @@ def denoise(image: ArrayLike, scales: int, *, threshold: float = 3.0, iterations
         Any unit, finite.
     scales : int
         Number of planes of detail.
+    noise_rms : array_like, shape (scales, ...), optional
+        Noise of each plane of detail, as for `multiresolution_support`; None: measured.
     threshold : float, optional
         Coefficients above this many sigma are kept.
     iterations : int, optional
@@ -242,7 +262,7 @@ def denoise(image: ArrayLike, scales: int, *, threshold: float = 3.0, iterations
     inverse and M the multi-resolution support (Starck, Murtagh and Bertero 2011).
     """
     wanted = starlet_transform(image, scales)
-    significant = multiresolution_support(wanted, threshold=threshold).significant
+    significant = multiresolution_support(wanted, noise_rms, threshold=threshold).significant
     result = np.zeros(wanted.shape[1:], dtype=wanted.dtype)
     for _ in range(iterations):
         missing = np.where(significant, wanted - starlet_transform(result, scales), 0)

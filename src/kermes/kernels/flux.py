@@ -48,7 +48,11 @@ def combine_components(pixels, boxes, offsets, sources, spectra, joined, joined_
             for y in range(height):
                 start = joined_offsets[s] + (y0 + y - joined[s, 0]) * joined[s, 3] + x0 - joined[s, 1]
                 source = offsets[k] + y * width
-                add_scaled(out[b, start : start + width], pixels[min(b, len(pixels) - 1), source : source + width], spectra[k, b])
+                add_scaled(
+                    out[b, start : start + width],
+                    pixels[min(b, len(pixels) - 1), source : source + width],
+                    spectra[k, b],
+                )
     return out
 
 

@@ -1,8 +1,55 @@
 """First shapes of sources: symmetric, monotonic pieces of a detection image."""
 
 import numpy as np
+from rocket_fft import c2r, r2c
 
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import fast_kernel, kernel
+
+
+@fast_kernel
+def accumulate_band(transformed, kernel_fft, weight, information, numerator):
+    """information += weight |K|^2 and numerator += weight conj(K) F, element by element."""
+    for y in range(transformed.shape[0]):
+        for x in range(transformed.shape[1]):
+            value = kernel_fft[y, x]
+            information[y, x] += weight * (value.real * value.real + value.imag * value.imag)
+            numerator[y, x] += weight * (np.conj(value) * transformed[y, x])
+
+
+@kernel
+def deconvolve(images, band_weights, kernel_fft, width, strength):
+    """Wiener filter of all bands together, for sources of equal flux in all of them.
+
+    images (B, H, W); band_weights (B,) sum to one; kernel_fft (B, h, width // 2 + 1) from transform_kernels. Returns the
+    image (H, W) float32 and the sum of its squared response to noise, for noise of variance 1 / band_weights.
+    """
+    n_bands, h, w = images.shape
+    height = kernel_fft.shape[1]
+    plane = np.zeros((height, width), dtype=np.float32)
+    transformed = np.empty((height, width // 2 + 1), dtype=np.complex64)
+    numerator = np.zeros((height, width // 2 + 1), dtype=np.complex64)
+    information = np.zeros((height, width // 2 + 1), dtype=np.float32)
+    axes = np.arange(2)
+    size = np.float32(height * width)
+    for b in range(n_bands):
+        if band_weights[b] > 0:
+            plane[:] = 0.0
+            plane[:h, :w] = images[b]
+            r2c(plane, transformed, axes, True, 1.0, 1)
+            # The transforms of the kernels are divided by the number of pixels.
+            accumulate_band(transformed, kernel_fft[b], np.float32(band_weights[b]), information, numerator)
+    floor = np.float32(strength) * information[0, 0] * size * size
+    gain = 0.0
+    for y in range(height):
+        for x in range(width // 2 + 1):
+            power = information[y, x] * size * size
+            filtered = np.float32(1.0) / (power + floor)
+            numerator[y, x] *= filtered
+            # A mode of the half plane stands for two, but for its first and, if the width is even, last column.
+            once = x == 0 or 2 * x == width
+            gain += (1.0 if once else 2.0) * power * filtered * filtered
+    c2r(numerator, plane, axes, False, 1.0, 1)
+    return plane[:h, :w].copy(), gain / size
 
 
 @kernel
@@ -92,7 +139,7 @@ def first_morphologies(image, centers, limit, pad):
             x0, x1 = min(x0, x), max(x1, x + 1)
         y0, y1 = max(y0 - pad, 0), min(y1 + pad, h)
         x0, x1 = max(x0 - pad, 0), min(x1 + pad, w)
-        boxes[k] = (y0, x0, y1 - y0, x1 - x0)
+        boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3] = y0, x0, y1 - y0, x1 - x0
         end = offsets[k] + (y1 - y0) * (x1 - x0)
         offsets[k + 1] = end
         if end > len(packed):
@@ -104,3 +151,56 @@ def first_morphologies(image, centers, limit, pad):
             value = min(image[y, x], image[2 * cy - y, 2 * cx - x])
             packed[offsets[k] + (y - y0) * (x1 - x0) + x - x0] = value / image[cy, cx]
     return boxes, offsets, packed[: offsets[-1]].copy()
+
+
+@kernel
+def first_components(boxes, offsets, morphologies, centers, psf, level, two_components, shape):
+    """Make components of first morphologies: one, two, or the PSF of the model frame.
+
+    boxes (K, 4), offsets (K + 1,) and packed morphologies from first_morphologies; two_components (K,) says which sources
+    get the part of the morphology below `level` and the part above as two. A source without a morphology gets `psf`
+    (p, q), odd sides, centred on it and cut at the edge of the blend. Returns boxes, offsets, packed morphologies with
+    largest value 1, and the source of each component.
+    """
+    h, w = shape
+    p, q = psf.shape
+    n_components, n_pixels = 0, 0
+    for k in range(len(boxes)):
+        size = offsets[k + 1] - offsets[k]
+        count = 2 if size > 0 and two_components[k] else 1
+        n_components += count
+        n_pixels += count * size if size > 0 else p * q
+    new_boxes = np.empty((n_components, 4), dtype=np.int64)
+    new_offsets = np.zeros(n_components + 1, dtype=np.int64)
+    sources = np.empty(n_components, dtype=np.int64)
+    packed = np.empty(n_pixels, dtype=np.float32)
+    c = 0
+    for k in range(len(boxes)):
+        start, size = offsets[k], offsets[k + 1] - offsets[k]
+        begin = new_offsets[c]
+        if size == 0:
+            y0, x0 = max(centers[k, 0] - p // 2, 0), max(centers[k, 1] - q // 2, 0)
+            y1, x1 = min(centers[k, 0] + p // 2 + 1, h), min(centers[k, 1] + q // 2 + 1, w)
+            top = psf[p // 2, q // 2]
+            i = begin
+            for y in range(y0, y1):
+                for x in range(x0, x1):
+                    packed[i] = psf[y - centers[k, 0] + p // 2, x - centers[k, 1] + q // 2] / top
+                    i += 1
+            new_boxes[c, 0], new_boxes[c, 1], new_boxes[c, 2], new_boxes[c, 3] = y0, x0, y1 - y0, x1 - x0
+            new_offsets[c + 1] = i
+            sources[c] = k
+            c += 1
+            continue
+        for part in range(2 if two_components[k] else 1):
+            begin = new_offsets[c]
+            for i in range(size):
+                value = morphologies[start + i]
+                if two_components[k]:
+                    value = min(value / level, 1.0) if part == 0 else max(value - level, 0.0) / (1.0 - level)
+                packed[begin + i] = value
+            new_boxes[c] = boxes[k]
+            new_offsets[c + 1] = begin + size
+            sources[c] = k
+            c += 1
+    return new_boxes, new_offsets, packed[: new_offsets[-1]].copy(), sources

@@ -139,9 +139,7 @@ def solve_spectra(rendered, boxes, offsets, images, weights, spectra, max_sweeps
     starts, columns, mirror = overlapping_pairs(boxes)
     solution = np.empty(len(boxes))
     for b in range(len(images)):
-        values, right = normal_equations(
-            rendered[b], boxes, offsets, starts, columns, mirror, images[b], weights[b]
-        )
+        values, right = normal_equations(rendered[b], boxes, offsets, starts, columns, mirror, images[b], weights[b])
         solution[:] = spectra[:, b]
         solve_non_negative(starts, columns, values, right, solution, max_sweeps, tolerance)
         spectra[:, b] = solution
@@ -285,9 +283,7 @@ def solve_fluxes(
     variance = np.full((n_sources, n_bands), np.inf)
     equations = np.empty((n_bands, len(columns)))
     for b in range(n_bands):
-        values, right = normal_equations(
-            rendered[b], boxes, offsets, starts, columns, mirror, images[b], weights[b]
-        )
+        values, right = normal_equations(rendered[b], boxes, offsets, starts, columns, mirror, images[b], weights[b])
         solution[:] = spectra[:, b]
         solve_non_negative(starts, columns, values, right, solution, max_sweeps, tolerance)
         spectra[:, b] = solution
@@ -303,9 +299,7 @@ def solve_fluxes(
                 top = max(top, np.float32(1e-3) * spectra[k, c])
             mixture[k] = max(spectra[k, b], top)
             flux[sources[k]] += mixture[k] * sums[k]
-        s_starts, s_columns, s_values = source_matrix(
-            starts, columns, equations[b], sources, n_sources, mixture
-        )
+        s_starts, s_columns, s_values = source_matrix(starts, columns, equations[b], sources, n_sources, mixture)
         marginal = marginal_variance(s_starts, s_columns, s_values, max_neighbours)
         for s in range(n_sources):
             variance[s, b] = marginal[s] * flux[s] * flux[s]

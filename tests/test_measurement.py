@@ -1,0 +1,138 @@
+"""Fluxes are those of the linear problem, and their errors are as large as the scatter of the fluxes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from blends import KERNELS, blend_of, gaussian, observe, source, three_sources
+from kermes.geometry import Box
+from kermes.measurement import measure_fluxes
+from kermes.rendering import pack
+from kermes.scene import Scene, Source
+
+
+def neighbours():
+    """Make a scene of three overlapping sources of one component each."""
+    shape = (30, 34)
+    return Scene(
+        sources=(
+            source(gaussian(14, 12, 2.0, [60, 90, 120], shape)),
+            source(gaussian(15, 17, 1.5, [80, 50, 60], shape)),
+            source(gaussian(18, 22, 1.0, [90, 70, 90], shape)),
+        ),
+        box=Box.of_shape(shape),
+    )
+
+
+def flux_of(scene):
+    return np.array([s.flux(3) for s in scene.sources])
+
+
+def test_fluxes_of_a_scene_without_noise_are_recovered():
+    scene = three_sources()
+    packed, blend = observe(scene)
+    fluxes = measure_fluxes(replace(packed, spectra=np.ones_like(packed.spectra)), 3, blend, KERNELS)
+    # Solved to some tens of steps of a thousandth of an error.
+    assert (abs(fluxes.flux - flux_of(scene)) < 0.05 * fluxes.flux_err).all()
+
+
+def test_fluxes_are_those_of_the_components_that_are_returned():
+    packed, blend = observe(three_sources(), seed=1)
+    fluxes = measure_fluxes(packed, 3, blend, KERNELS)
+    total = np.zeros((3, 3))
+    for k, s in enumerate(packed.sources):
+        pixels = fluxes.packed.morphologies[packed.offsets[k] : packed.offsets[k + 1]]
+        total[s] += fluxes.packed.spectra[k] * pixels.sum(dtype=float)
+    np.testing.assert_allclose(fluxes.flux, total, rtol=1e-6)
+
+
+def test_flux_errors_are_as_large_as_the_scatter_of_the_fluxes():
+    scene, sigma, n = neighbours(), np.array([1.0, 2.0, 0.5]), 400
+    packed, blend = observe(scene, sigma)
+    rng = np.random.default_rng(1)
+    pulls = np.empty((n, 3, 3))
+    for i in range(n):
+        noise = rng.normal(size=blend.images.shape) * sigma[:, None, None]
+        fluxes = measure_fluxes(packed, 3, blend_of(blend.images + noise, blend.peaks, sigma), KERNELS)
+        pulls[i] = (fluxes.flux - flux_of(scene)) / fluxes.flux_err
+    # The scatter of a standard deviation from n numbers is 1 / sqrt(2 n) = 0.035; four times that for the worst of nine.
+    assert pulls.std(axis=0) == pytest.approx(np.ones((3, 3)), abs=4 * 0.035)
+    assert pulls.mean(axis=0) == pytest.approx(np.zeros((3, 3)), abs=4 / np.sqrt(n))
+
+
+def test_the_error_of_a_source_alone_is_that_of_its_matched_filter():
+    scene = Scene(sources=neighbours().sources[:1], box=neighbours().box)
+    packed, blend = observe(scene, sigma=2.0)
+    fluxes = measure_fluxes(packed, 1, blend, KERNELS)
+    profile = blend.images / flux_of(scene)[0][:, None, None]
+    expected = 2.0 / np.sqrt((profile**2).sum(axis=(1, 2)))
+    # The prior is a millionth; the rest is rounding of the image.
+    assert fluxes.flux_err[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_neighbour_makes_an_error_larger():
+    scene = neighbours()
+    packed, blend = observe(scene)
+    alone = observe(Scene(sources=scene.sources[:1], box=scene.box))[0]
+    crowded = measure_fluxes(packed, 3, blend, KERNELS).flux_err[0]
+    assert (crowded > measure_fluxes(alone, 1, blend, KERNELS).flux_err[0]).all()
+
+
+def test_scaling_image_and_noise_scales_fluxes_and_errors():
+    packed, blend = observe(neighbours(), seed=2)
+    scaled = replace(blend, images=8 * blend.images, weights=blend.weights / 64, noise_rms=8 * blend.noise_rms)
+    here = measure_fluxes(packed, 3, blend, KERNELS)
+    there = measure_fluxes(replace(packed, spectra=8 * packed.spectra), 3, scaled, KERNELS)
+    # A power of two, so that nothing is rounded differently.
+    np.testing.assert_allclose(there.flux, 8 * here.flux, rtol=1e-12)
+    np.testing.assert_allclose(there.flux_err, 8 * here.flux_err, rtol=1e-12)
+
+
+def test_a_band_without_weights_has_no_error_and_leaves_the_others_alone():
+    packed, blend = observe(neighbours(), seed=3)
+    weights = blend.weights.copy()
+    weights[1] = 0
+    expected = measure_fluxes(packed, 3, blend, KERNELS)
+    fluxes = measure_fluxes(packed, 3, replace(blend, weights=weights), KERNELS)
+    assert np.isnan(fluxes.flux_err[:, 1]).all()
+    np.testing.assert_array_equal(fluxes.flux[:, [0, 2]], expected.flux[:, [0, 2]])
+    np.testing.assert_array_equal(fluxes.flux_err[:, [0, 2]], expected.flux_err[:, [0, 2]])
+
+
+def test_masked_pixels_make_an_error_larger():
+    packed, blend = observe(neighbours(), seed=4)
+    weights = blend.weights.copy()
+    weights[:, 14:17, 10:13] = 0
+    masked = measure_fluxes(packed, 3, replace(blend, weights=weights), KERNELS)
+    assert (masked.flux_err[0] > measure_fluxes(packed, 3, blend, KERNELS).flux_err[0]).all()
+
+
+def test_a_source_without_components_has_no_flux_and_no_error():
+    scene = neighbours()
+    packed, blend = observe(scene, seed=5)
+    dark = Scene(sources=(Source(peak=(3, 3), components=()), *scene.sources), box=scene.box)
+    fluxes = measure_fluxes(pack(dark, 3), 4, blend, KERNELS)
+    assert (fluxes.flux[0] == 0).all()
+    assert np.isnan(fluxes.flux_err[0]).all()
+    np.testing.assert_array_equal(fluxes.flux[1:], measure_fluxes(packed, 3, blend, KERNELS).flux)
+
+
+def test_a_source_without_light_has_an_error():
+    scene = neighbours()
+    packed, blend = observe(scene, seed=6)
+    images = blend.images - observe(Scene(sources=scene.sources[:1], box=scene.box))[1].images
+    fluxes = measure_fluxes(packed, 3, replace(blend, images=images - 10), KERNELS)
+    assert (fluxes.flux[0] == 0).all()
+    assert (fluxes.flux_err[0] > 0).all()
+    assert np.isfinite(fluxes.flux_err[0]).all()
+
+
+def test_two_sources_on_one_pixel_keep_their_common_flux():
+    one = neighbours().sources[0]
+    _, blend = observe(Scene(sources=(one,), box=neighbours().box))
+    packed = pack(Scene(sources=(one, one), box=neighbours().box), 3)
+    fluxes = measure_fluxes(packed, 2, blend, KERNELS)
+    np.testing.assert_allclose(fluxes.flux.sum(axis=0), one.flux(3), rtol=1e-3)
+    # How much belongs to which is not known, and said so.
+    assert (fluxes.flux_err > 10 * fluxes.flux.sum(axis=0)).all()

@@ -1,0 +1,102 @@
+"""Overlap metrics have their analytic values, and agree with their slow twin."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from blends import gaussian, source, three_sources
+from kermes.geometry import Box
+from kermes.metrics import blend_metrics
+from kermes.rendering import pack
+from kermes.scene import Scene, Source
+
+pytestmark = pytest.mark.nojit
+
+NAMES = ("max_overlap", "flux_overlap", "flux_overlap_fraction", "blendedness")
+
+
+def metrics_of(*sources, shape, n_bands=2):
+    """All four metrics, shape (4, S, B)."""
+    scene = Scene(sources=sources, box=Box.of_shape(shape))
+    metrics = blend_metrics(pack(scene, n_bands), len(sources), shape)
+    return np.stack([getattr(metrics, name) for name in NAMES])
+
+
+def whole_models(scene, n_bands):
+    """Models of all sources on the whole image, shape (S, B, H, W)."""
+    models = np.zeros((len(scene.sources), n_bands, *scene.box.shape))
+    for model, one in zip(models, scene.sources, strict=True):
+        model[(slice(None), *one.box.within(scene.box))] = one.model(n_bands)
+    return models
+
+
+@pytest.mark.parametrize("distance", [0, 3, 6])
+def test_two_gaussians_have_the_overlap_of_their_integrals(distance):
+    shape, sigma = (61, 71), 2.0
+    a, b = np.array([5.0, 20.0]), np.array([10.0, 1.0])
+    sources = [source(gaussian(30, x, sigma, s, shape, reach=29)) for x, s in ((30, a), (30 + distance, b))]
+    largest, overlap, fraction, blendedness = metrics_of(*sources, shape=shape)[:, 0]
+    # A Gaussian of this width, summed over pixels, is its integral to double precision; the rest is float32.
+    product = np.exp(-(distance**2) / (4 * sigma**2))
+    np.testing.assert_allclose(largest, b, rtol=1e-6)
+    np.testing.assert_allclose(overlap, b * 2 * np.pi * sigma**2, rtol=1e-5)
+    np.testing.assert_allclose(fraction, b / a, rtol=1e-5)
+    np.testing.assert_allclose(blendedness, 1 - a / (a + b * product), rtol=1e-5)
+
+
+@given(st.integers(0, 99), st.integers(1, 4))
+def test_metrics_agree_with_the_slow_twin(seed, n_sources):
+    rng = np.random.default_rng(seed)
+    shape = (11, 9)
+    sources = tuple(
+        source(gaussian(rng.integers(11), rng.integers(9), rng.uniform(1, 3), rng.uniform(0, 9, 2), shape, reach=4))
+        for _ in range(n_sources)
+    )
+    expected = reference.blend_metrics(whole_models(Scene(sources=sources, box=Box.of_shape(shape)), 2))
+    # Models and their sum are in single precision, and the sum less one of them loses some of it.
+    got = metrics_of(*sources, shape=shape)
+    np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=4e-6 * 9)
+    np.testing.assert_allclose(got[1], expected[1], rtol=0, atol=81 * 4e-6 * 9)
+    np.testing.assert_allclose(got[2], expected[2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got[3], expected[3], rtol=0, atol=1e-5)
+
+
+def test_a_source_alone_is_not_blended():
+    shape = (32, 27)
+    assert (metrics_of(three_sources(shape).sources[0], shape=shape, n_bands=3) == 0).all()
+
+
+def test_sources_apart_are_not_blended():
+    shape = (20, 40)
+    sources = [source(gaussian(10, x, 1.5, [5, 8], shape, reach=5)) for x in (8, 30)]
+    assert (metrics_of(*sources, shape=shape) == 0).all()
+
+
+def test_a_source_without_components_is_not_blended():
+    shape = (20, 40)
+    dark = Source(peak=(10, 10), components=())
+    bright = source(gaussian(10, 12, 1.5, [5, 8], shape, reach=5))
+    assert (metrics_of(dark, bright, shape=shape) == 0).all()
+
+
+def test_a_source_without_flux_in_a_band_is_not_blended_there_but_overlapped():
+    shape = (20, 40)
+    red = source(gaussian(10, 12, 1.5, [0, 8], shape, reach=5))
+    blue = source(gaussian(10, 12, 1.5, [3, 3], shape, reach=5))
+    largest, overlap, fraction, blendedness = metrics_of(red, blue, shape=shape)[:, 0, 0]
+    assert largest == pytest.approx(3)
+    assert overlap == pytest.approx(3 * 2 * np.pi * 1.5**2, rel=1e-2)  # cut at 3.3 sigma
+    assert fraction == 0
+    assert blendedness == 0
+
+
+@given(st.permutations([0, 1, 2]))
+def test_order_of_the_sources_does_not_matter(order):
+    shape = (32, 27)
+    sources = three_sources(shape).sources
+    expected = metrics_of(*sources, shape=shape, n_bands=3)[:, order]
+    permuted = metrics_of(*(sources[i] for i in order), shape=shape, n_bands=3)
+    # Sums of three models in single precision in another order.
+    np.testing.assert_allclose(permuted, expected, rtol=1e-4, atol=1e-6 * expected.max())
