@@ -42,6 +42,11 @@ def three_sources(shape=(32, 27)):
     )
 
 
+def convolution_of(blend: Blend, kernels=KERNELS):
+    """From the model frame to the pixels of a blend."""
+    return Convolution.of(kernels, blend.box.shape)
+
+
 def observed(packed: Packed, shape, kernels=KERNELS):
     """Image (B, H, W) of packed components, without noise."""
     n_bands = len(kernels)

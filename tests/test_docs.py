@@ -21,6 +21,8 @@ MODULES = {
     if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").is_file())
 }
 
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.rst")) if ">>> " in page.read_text()]
+
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
@@ -31,11 +33,9 @@ def elsewhere(tmp_path, monkeypatch):
     plt.close("all")
 
 
-def test_tutorial_gives_what_it_shows(elsewhere):
-    outcome = doctest.testfile(
-        str(ROOT / "docs" / "tutorial.rst"), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE
-    )
-    assert outcome.attempted > 10
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_give_what_they_show(page, elsewhere):
+    outcome = doctest.testfile(str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert outcome.failed == 0
 
 

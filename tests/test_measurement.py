@@ -56,7 +56,7 @@ def test_flux_errors_are_as_large_as_the_scatter_of_the_fluxes():
         noise = rng.normal(size=blend.images.shape) * sigma[:, None, None]
         fluxes = measure_fluxes(packed, 3, blend_of(blend.images + noise, blend.peaks, sigma), KERNELS)
         pulls[i] = (fluxes.flux - flux_of(scene)) / fluxes.flux_err
-    # The scatter of a standard deviation from n numbers is 1 / sqrt(2 n) = 0.035; four times that for the worst of nine.
+    # The scatter of a standard deviation from n numbers is 1 / sqrt(2 n) = 0.035; four times that, for nine of them.
     assert pulls.std(axis=0) == pytest.approx(np.ones((3, 3)), abs=4 * 0.035)
     assert pulls.mean(axis=0) == pytest.approx(np.zeros((3, 3)), abs=4 / np.sqrt(n))
 
@@ -128,11 +128,12 @@ def test_a_source_without_light_has_an_error():
     assert np.isfinite(fluxes.flux_err[0]).all()
 
 
-def test_two_sources_on_one_pixel_keep_their_common_flux():
-    one = neighbours().sources[0]
-    _, blend = observe(Scene(sources=(one,), box=neighbours().box))
-    packed = pack(Scene(sources=(one, one), box=neighbours().box), 3)
-    fluxes = measure_fluxes(packed, 2, blend, KERNELS)
-    np.testing.assert_allclose(fluxes.flux.sum(axis=0), one.flux(3), rtol=1e-3)
-    # How much belongs to which is not known, and said so.
-    assert (fluxes.flux_err > 10 * fluxes.flux.sum(axis=0)).all()
+def test_two_sources_on_one_pixel_keep_their_common_flux_with_large_errors():
+    one, box = neighbours().sources[0], neighbours().box
+    packed, blend = observe(Scene(sources=(one,), box=box))
+    alone = measure_fluxes(packed, 1, blend, KERNELS)
+    fluxes = measure_fluxes(pack(Scene(sources=(one, one), box=box), 3), 2, blend, KERNELS)
+    np.testing.assert_allclose(fluxes.flux.sum(axis=0), one.flux(3), rtol=0, atol=0.01 * alone.flux_err.min())
+    # How much belongs to which is not known.
+    assert np.isfinite(fluxes.flux_err).all()
+    assert (fluxes.flux_err > 100 * alone.flux_err).all()

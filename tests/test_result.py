@@ -5,6 +5,7 @@ import pytest
 from astropy import units
 
 import kermes
+from kermes.flux import claimed
 from kermes.geometry import Box
 from kermes.psf import difference_kernels, model_psf
 from kermes.rendering import convolve
@@ -100,8 +101,9 @@ def test_shares_close_in_every_claimed_pixel(result):
     for handle in result:
         stamp = handle.redistributed("g")
         shares[stamp.box.within(result.coadd.box)] += stamp.array
-    claimed = (result.model_image(positive=True)[0] > 0) & result.coadd.valid[0]
-    expected = np.where(claimed, result.coadd.images[0], 0)
+    coadd = result.coadd
+    shared = claimed(coadd.variance, coadd.valid, result.model_image(positive=True))[0]
+    expected = np.where(shared, coadd.images[0], 0)
     # A few float32 roundings per pixel.
     np.testing.assert_allclose(shares, expected, rtol=1e-5, atol=1e-6)
 

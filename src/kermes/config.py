@@ -50,11 +50,12 @@ class DetectionConfig:
 class InitializationConfig:
     """How the first model of each source is made."""
 
-    detection_image: Literal["deconvolved", "chi2"] = "deconvolved"
-    """Image the first shapes are cut from: all bands deconvolved to the model PSF, or their plain chi2 sum."""
+    detection_image: Literal["deconvolved", "chi2", "wavelet"] = "deconvolved"
+    """Image the first shapes are cut from: all bands deconvolved to the model PSF, their plain chi2 sum, or what stands
+    out of the noise in its wavelet planes, the fine and the coarse ones apart for two components."""
 
     threshold: float = 1.0
-    """First shapes end where the detection image falls below this many sigma."""
+    """First shapes end where the detection image falls below this many sigma (wavelet planes: always below 3)."""
 
     min_snr: float = 25.0
     """Sources above twice this signal-to-noise get two components."""
@@ -63,11 +64,15 @@ class InitializationConfig:
     """At most this many components per source; 0: every source is a point source."""
 
     disk_percentile: float = 25.0
-    """Two components split the first shape at this percentage of its peak."""
+    """Two components split the first shape at this percentage of its peak (but for wavelets)."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _check(
+            self.detection_image in ("deconvolved", "chi2", "wavelet"),
+            f"initialization.detection_image must be 'deconvolved', 'chi2' or 'wavelet', got {self.detection_image!r}",
+        )
         _check(self.threshold >= 0, f"initialization.threshold must be >= 0, got {self.threshold}")
         _check(self.min_snr > 0, f"initialization.min_snr must be positive, got {self.min_snr}")
         _check(
@@ -88,13 +93,14 @@ class FitConfig:
     """Give up after this many iterations."""
 
     exact_every: int = 3
-    """The model is compared with the pixels each time after this many iterations; see the fit for what happens between."""
+    """The model is compared with the pixels each time after this many iterations; in between its gradient is carried on
+    as if all pixels of a band had the same weight. 1: always."""
 
     patience: int = 9
     """The fit has converged when over so many iterations the loss has fallen by less than `tolerance`."""
 
-    tolerance: float = 1e-3
-    """Smallest fall of the loss, half of chi2, that counts, for each used pixel."""
+    tolerance: float = 1e-2
+    """Smallest fall of the loss that counts, relative to itself or to what noise alone leaves if that is more."""
 
     spectrum_step: float = 1e-2
     """Step of the spectra, relative to their mean over the bands."""
@@ -144,6 +150,10 @@ class FitConfig:
             self.background_threshold >= 0, f"fit.background_threshold must be >= 0, got {self.background_threshold}"
         )
         _check(self.resize_every >= 0, f"fit.resize_every must be >= 0, got {self.resize_every}")
+        _check(
+            self.patience > 4 or self.scheme != "radam",
+            f"fit.patience must be > 4 with fit.scheme 'radam', which rests at first, got {self.patience}",
+        )
         _check(0 <= self.min_gradient < 1, f"fit.min_gradient must be >= 0 and below 1, got {self.min_gradient}")
         _check(
             0 <= self.symmetry_strength <= 1,
@@ -163,7 +173,12 @@ class Config:
     """What a source is modelled as."""
 
     model_psf_sigma: float = 0.8
-    """Width of the Gaussian PSF of the model frame [pixels]; must be narrower than every observed PSF."""
+    """Width of the Gaussian PSF of the model frame [pixels]; must be narrower than every observed PSF. 0: the widest
+    up to 0.8 that all observed PSFs permit, at least 0.5."""
+
+    kernel_regularization: float = 0.0
+    """Floor on the power of the model PSF, relative to its largest, where observed PSFs are divided by it; 0: none.
+    1e-4 tames the noise of measured PSFs."""
 
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     """Used when no peaks or footprints are given."""
@@ -179,8 +194,12 @@ class Config:
     def __post_init__(self) -> None:
         _check(self.model in ("scarlet-lite",), f"model must be 'scarlet-lite', got {self.model!r}")
         _check(
-            0.5 <= self.model_psf_sigma <= 10,
-            f"model_psf_sigma must lie between 0.5 and 10 pixels, got {self.model_psf_sigma}",
+            self.model_psf_sigma == 0 or 0.5 <= self.model_psf_sigma <= 10,
+            f"model_psf_sigma must be 0 or lie between 0.5 and 10 pixels, got {self.model_psf_sigma}",
+        )
+        _check(
+            0 <= self.kernel_regularization < 1,
+            f"kernel_regularization must be >= 0 and below 1, got {self.kernel_regularization}",
         )
 
 

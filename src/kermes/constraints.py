@@ -108,7 +108,7 @@ def brightest_near(morphology: ArrayLike, center: tuple[int, int]) -> tuple[int,
     Returns
     -------
     brightest : tuple of int
-        Pixel (y, x). NaN is never the brightest.
+        Pixel (y, x). A NaN wins at the centre, and nowhere else.
     """
     own = _morphology(morphology)
     y, x = kernels.brightest_near(own, *_inside(center, own.shape), False)
@@ -385,5 +385,5 @@ def normalised(morphology: ArrayLike, to: Literal["max", "sum"] = "max") -> Floa
     own = _morphology(morphology)
     if to not in ("max", "sum"):
         raise InputError(f"to must be 'max' or 'sum', got {to!r}")
-    total = own.max() if to == "max" else own.sum(dtype=np.float64)
-    return own * np.float32(1 / total) if total > 0 else own
+    total = own.max() if to == "max" else np.float32(own.sum(dtype=np.float64))
+    return own / total if total > 0 else own

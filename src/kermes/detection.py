@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +14,7 @@ from scipy.signal import fftconvolve
 from scipy.spatial import cKDTree
 from scipy.special import comb, gammaincc, ndtri_exp
 
-from kermes.coadd import Coadd
+from kermes.coadd import Coadd, stack_psfs
 from kermes.config import DetectionConfig
 from kermes.geometry import Box
 
@@ -43,25 +44,28 @@ def _contrast_kernel(psf: FloatArray) -> FloatArray:
     return np.asarray(kernel - kernel.mean())
 
 
-def _transforms(kernels: FloatArray, side: int) -> NDArray[np.complex128]:
-    """Transforms to multiply with in order to correlate with odd-sided kernels (K, P, Q) on a grid of `side` pixels."""
-    p, q = kernels.shape[-2:]
-    padded = np.zeros((len(kernels), side, side))
-    padded[:, :p, :q] = kernels
-    return np.asarray(np.conj(scipy.fft.rfft2(np.roll(padded, (-(p // 2), -(q // 2)), axis=(1, 2)))))
+def _transforms(kernels: list[FloatArray], side: int) -> NDArray[np.complex128]:
+    """Transforms to multiply with in order to correlate with odd-sided kernels (P, Q) on a grid of `side` pixels."""
+    p, q = kernels[0].shape
+    rows = scipy.fft.rfft(np.array(kernels), side)  # the other rows of the grid are zero
+    # The centre of the kernel comes to the first pixel by a phase.
+    phase_y = np.exp(-2j * np.pi / side * (p // 2) * np.arange(side))[:, None]
+    phase_x = np.exp(-2j * np.pi / side * (q // 2) * np.arange(side // 2 + 1))
+    return np.asarray(np.conj(scipy.fft.fft(rows, side, axis=1)) * (phase_y * phase_x))
 
 
-def _filtered(coadd: Coadd) -> tuple[FloatArray, FloatArray, NDArray[np.uint8]]:
+def _filtered(coadd: Coadd, with_contrast: bool) -> tuple[FloatArray, FloatArray, NDArray[np.uint8]]:
     """Filter each band with its PSF and with its contrast kernel, and add up the bands.
 
     Returns the sums over the bands of the squared signal-to-noise where it is positive, for the two filters, shape
-    (H, W), and the number of bands in the sums: one with too few valid pixels around is left out.
-    Works block by block, so that memory does not grow and transforms stay in the cache.
+    (H, W), and the number of bands in the sums: one with too few valid pixels around, or without a PSF, is left out.
+    The second is zero without contrast. Works block by block, so that memory does not grow and transforms stay in
+    the cache.
     """
     chi2, contrast = np.zeros(coadd.shape), np.zeros(coadd.shape)
     n_bands = np.zeros(coadd.shape, dtype=np.uint8)
     image_box = Box.of_shape(coadd.shape)
-    psfs = np.pad(_middle_psfs(coadd), ((0, 0), (1, 1), (1, 1)))  # so that a PSF of one pixel has surroundings
+    psfs = np.pad(_typical_psfs(coadd), ((0, 0), (1, 1), (1, 1)))  # so that a PSF of one pixel has surroundings
     margin = max(psfs.shape[1:]) // 2
     side = scipy.fft.next_fast_len(min(max(256, 8 * margin), max(coadd.shape) + 2 * margin), real=True)
     blocks = [
@@ -69,50 +73,73 @@ def _filtered(coadd: Coadd) -> tuple[FloatArray, FloatArray, NDArray[np.uint8]]:
         for y0 in range(0, coadd.shape[0], side - 2 * margin)
         for x0 in range(0, coadd.shape[1], side - 2 * margin)
     ]
+    weight, weighted = np.zeros((2, side, side))
+
+    def correlate(transformed: NDArray[np.complex128], to: NDArray[np.complex128], block: Box) -> FloatArray:
+        """Filtered pixels of a block that lie inside the image."""
+        filtered = scipy.fft.irfft2(transformed * to, s=(side, side), overwrite_x=True)
+        rows, columns = image_box.within(block)
+        return np.asarray(filtered[margin : side - margin, margin : side - margin][rows, columns])
+
     for image, variance, valid, psf in zip(coadd.images, coadd.variance, coadd.valid, psfs, strict=True):
-        if not valid.any():
+        if not (valid.any() and psf.any()):
             continue
-        kernel = _contrast_kernel(psf)
-        kernels = np.array([psf, kernel, psf**2, kernel**2])
-        least = _MIN_COVERAGE / float(np.median(variance[valid])) * kernels[2:].sum(axis=(1, 2))
-        to_all = _transforms(kernels, side)
-        to_psf, to_kernel = to_all[:2]
+        kernels = [psf, _contrast_kernel(psf)] if with_contrast else [psf]
+        transforms = _transforms([*kernels, *(kernel**2 for kernel in kernels)], side)
+        least = [_MIN_COVERAGE / float(np.median(variance[valid])) * (kernel**2).sum() for kernel in kernels]
         for block in blocks:
             around = block.grow(margin)
             source, target = around.within(image_box), image_box.within(around)
-            weight, weighted = np.zeros((2, side, side))
+            weight[:], weighted[:] = 0.0, 0.0
             np.divide(1.0, variance[source], out=weight[target], where=valid[source], dtype=np.float64)
             np.multiply(weight[target], image[source], out=weighted[target], where=valid[source])
             of_weight, of_image = scipy.fft.rfft2(weight), scipy.fft.rfft2(weighted)
-            products = [of_image * to_psf, of_image * to_kernel, *(of_weight * to for to in to_all)]
-            filtered = scipy.fft.irfft2(np.array(products), s=(side, side))[
-                :, margin : side - margin, margin : side - margin
-            ]
-            window = block.within(image_box)
-            signal, response, psf_sum, kernel_sum, psf_information, kernel_information = filtered[
-                (slice(None), *image_box.within(block))
-            ]
 
-            covered = psf_information > least[0]
+            window = block.within(image_box)
+            signal = correlate(of_image, transforms[0], block)
+            information = correlate(of_weight, transforms[len(kernels)], block)
+            covered = information > least[0]
             n_bands[window] += covered
-            chi2[window][covered] += np.maximum(signal[covered], 0.0) ** 2 / psf_information[covered]
+            chi2[window] += _squared(signal, information, covered)
+            if not with_contrast:
+                continue
+            response = correlate(of_image, transforms[1], block)
+            information = correlate(of_weight, transforms[3], block)
+            covered &= information > least[1]
             # Where pixels are missing the kernel does not sum to zero: what it sees of the local mean is taken out.
-            covered &= kernel_information > least[1]
-            response[covered] -= kernel_sum[covered] * signal[covered] / psf_sum[covered]
-            contrast[window][covered] += np.maximum(response[covered], 0.0) ** 2 / kernel_information[covered]
+            psf_sum, kernel_sum = (correlate(of_weight, to, block) for to in transforms[:2])
+            local = np.divide(kernel_sum * signal, psf_sum, out=np.zeros_like(signal), where=covered)
+            contrast[window] += _squared(response - local, information, covered)
     return chi2, contrast, n_bands
 
 
+def _squared(signal: FloatArray, information: FloatArray, covered: NDArray[np.bool_]) -> FloatArray:
+    """Square of the signal-to-noise where it is positive and the pixels are covered, else zero."""
+    positive = np.maximum(signal, 0.0)
+    return np.asarray(np.divide(positive * positive, information, out=np.zeros_like(signal), where=covered))
+
+
 def _mean_fwhm(coadd: Coadd) -> float:
-    """Mean over the bands of the width of a Gaussian with the effective area of the PSF [pixels]."""
-    area = 1.0 / (_middle_psfs(coadd) ** 2).sum(axis=(1, 2))
-    return float(np.mean(np.sqrt(area * 2.0 * np.log(2.0) / np.pi)))
+    """Mean over the bands of the width of a Gaussian with the effective area of the PSF [pixels]; 0 without a PSF."""
+    power = (_typical_psfs(coadd) ** 2).sum(axis=(1, 2))
+    area = 1.0 / power[power > 0]
+    return float(np.sqrt(area * (2.0 * np.log(2.0) / np.pi)).sum()) / max(len(area), 1)
 
 
-def _middle_psfs(coadd: Coadd) -> FloatArray:
-    """PSFs (B, P, Q) at the middle of the image, which detection uses everywhere."""
+def _typical_psfs(coadd: Coadd) -> FloatArray:
+    """PSFs (B, P, Q) at the middle of the image, which detection uses everywhere.
+
+    A band in which a PSF field has none there has that of another place; zero when none is found.
+    """
     (y0, x0), (height, width) = coadd.origin, coadd.shape
-    return coadd.psf_at(y=y0 + 0.5 * (height - 1), x=x0 + 0.5 * (width - 1))
+    places = [(0.5, 0.5), *itertools.product((0.25, 0.5, 0.75, 0.0, 1.0), repeat=2)]
+    found: dict[int, FloatArray] = {}
+    for y, x in places:
+        psfs = coadd.psf_at(y=y0 + y * (height - 1), x=x0 + x * (width - 1))
+        found = {b: psf for b, psf in enumerate(psfs) if psf.any()} | found
+        if len(found) == coadd.n_bands:
+            break
+    return stack_psfs([found.get(b, np.zeros((1, 1))) for b in range(coadd.n_bands)])
 
 
 @lru_cache(maxsize=32)
@@ -133,7 +160,10 @@ def _as_sigma(chi2: FloatArray, n_bands: NDArray[np.uint8]) -> FloatArray:
         here = root[n_bands == n]
         # Beyond the table the difference between the two falls as 1 / sqrt(chi2).
         far = here - (known[-1] - sigma[-1]) * known[-1] / np.maximum(here, 1.0)
-        result[n_bands == n] = np.where(here > known[-1], far, np.interp(here, known, sigma))
+        place = np.minimum(here / known[1], len(known) - 1.001)  # in the table, whose steps are equal
+        index = place.astype(np.int64)
+        near = sigma[index] + (place - index) * np.diff(sigma)[index]
+        result[n_bands == n] = np.where(here > known[-1], far, near)
     return result
 
 
@@ -152,14 +182,14 @@ def detection_images(coadd: Coadd) -> tuple[FloatArray, FloatArray]:
     Parameters
     ----------
     coadd : Coadd
-        Its PSF at the middle of the image is used everywhere.
+        Its PSF at the middle of the image is used everywhere; a band without a PSF is left out.
 
     Returns
     -------
     significance, contrast : ndarray, shape (H, W)
         Dimensionless, finite; 0 where no band has valid pixels under the core of the PSF.
     """
-    chi2, contrast, n_bands = _filtered(coadd)
+    chi2, contrast, n_bands = _filtered(coadd, with_contrast=True)
     return _as_sigma(chi2, n_bands), _as_sigma(contrast, n_bands)
 
 
@@ -291,7 +321,8 @@ def footprints_of_peaks(coadd: Coadd, peaks: LabelArray, config: DetectionConfig
         one and a half PSF widths on each side; squares and regions that touch, also at a corner, are one. Labels count
         from 1 in raster order, 0 outside; every peak lies in a footprint and every footprint holds a peak.
     """
-    significance, _ = detection_images(coadd)
+    chi2, _, n_bands = _filtered(coadd, with_contrast=False)
+    significance = _as_sigma(chi2, n_bands)
     labels = _regions(significance, config)
     lonely = peaks[labels[tuple(peaks.T)] == 0]
     if len(lonely):

@@ -13,13 +13,40 @@ from kermes.rendering import SourceModels
 FloatArray = NDArray[np.float32]
 
 
-def redistribute(images: FloatArray, valid: NDArray[np.bool_], model: FloatArray, total: FloatArray) -> FloatArray:
+LEAST_MODEL = 1e-3
+"""Pixels where all models together stay below this many sigma belong to nobody.
+
+There, who gets the noise of a pixel would be decided by the rounding errors of the models; what a source loses is below
+a tenth of the error of its flux.
+"""
+
+
+def claimed(variance: FloatArray, valid: NDArray[np.bool_], total: FloatArray) -> NDArray[np.bool_]:
+    """Find the pixels whose light is shared: valid, and with enough light in the models.
+
+    Parameters
+    ----------
+    variance : ndarray, shape (B, h, w)
+        Variance of the observed flux [unit^2].
+    valid : ndarray, shape (B, h, w)
+        True where the pixel may be used.
+    total : ndarray, shape (B, h, w)
+        Sum of the positive parts of the models of all sources [unit].
+    """
+    return np.asarray(valid & (total > LEAST_MODEL * np.sqrt(variance, where=valid, out=np.zeros_like(variance))))
+
+
+def redistribute(
+    images: FloatArray, variance: FloatArray, valid: NDArray[np.bool_], model: FloatArray, total: FloatArray
+) -> FloatArray:
     """Give one source its share of the observed flux.
 
     Parameters
     ----------
     images : ndarray, shape (B, h, w)
         Observed flux per pixel [unit].
+    variance : ndarray, shape (B, h, w)
+        Its variance [unit^2].
     valid : ndarray, shape (B, h, w)
         True where the pixel may be used.
     model : ndarray, shape (B, h, w)
@@ -30,12 +57,12 @@ def redistribute(images: FloatArray, valid: NDArray[np.bool_], model: FloatArray
     Returns
     -------
     share : ndarray, shape (B, h, w)
-        Flux per pixel [unit]; zero where the pixel is invalid or nothing claims it.
+        Flux per pixel [unit]; zero where the pixel is not `claimed`. Over all sources the shares add up to the image.
     """
     share = np.zeros_like(images)
-    claimed = valid & (total > 0) & (model > 0)
-    np.divide(model, total, out=share, where=claimed)
-    np.multiply(share, images, out=share, where=claimed)
+    own = claimed(variance, valid, total) & (model > 0)
+    np.divide(model, total, out=share, where=own)
+    np.multiply(share, images, out=share, where=own)
     return share
 
 
@@ -71,7 +98,7 @@ def shared_fluxes(
     flux, noise2 = kernels.share_fluxes(
         np.ascontiguousarray(coadd.images[window]),
         np.ascontiguousarray(coadd.variance[window]),
-        np.ascontiguousarray(coadd.valid[window]),
+        claimed(coadd.variance[window], coadd.valid[window], total),
         np.ascontiguousarray(total),
         models.pixels,
         models.boxes,

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kermes.coadd import Blend
+from kermes.initialization import reach_of_components
 from kermes.kernels import spectra as kernels_spectra
 from kermes.rendering import Packed, render_packed
 
@@ -52,7 +53,8 @@ def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, difference: NDA
     -------
     fluxes : Fluxes
     """
-    rendered = render_packed(packed, difference, (blend.images.shape[1], blend.images.shape[2]))
+    reach = reach_of_components(packed, blend, difference)
+    rendered = render_packed(packed, difference, (blend.images.shape[1], blend.images.shape[2]), reach)
     sums = np.zeros(len(packed))
     filled = np.diff(packed.offsets) > 0
     if filled.any():
@@ -68,8 +70,8 @@ def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, difference: NDA
         n_sources,
         spectra,
         sums,
-        200,
-        1e-3,
+        100,
+        1e-2,
         MAX_NEIGHBOURS,
     )
     variance[~np.isfinite(variance)] = np.nan

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 import scipy.fft
 from numpy.typing import ArrayLike, NDArray
@@ -43,15 +46,20 @@ def _transform(stamps: DoubleArray, shape: tuple[int, int]) -> NDArray[np.comple
     return np.asarray(scipy.fft.rfft2(centred))
 
 
-def difference_kernels(psfs: DoubleArray, target: DoubleArray) -> DoubleArray:
+def difference_kernels(psfs: DoubleArray, target: DoubleArray, regularization: float = 0.0) -> DoubleArray:
     """Find the kernels that turn the model PSF into the observed ones.
 
     Parameters
     ----------
     psfs : ndarray, shape (B, P, Q)
-        Observed PSFs, odd sides.
+        Observed PSFs, odd sides. A NaN makes the kernel of its band NaN.
     target : ndarray, shape (p, q)
-        PSF of the model frame, odd sides, narrower than every band of `psfs`.
+        PSF of the model frame, odd sides, narrower than every band of `psfs`; see `amplify`.
+    regularization : float, optional
+        Floor on the power of `target` at a frequency, relative to its largest; 0: none. At no frequency are errors of
+        the observed PSFs amplified by more than ``regularization ** -0.5``: 100 for 1e-4, where a model PSF of 0.8
+        pixels would amplify them up to 340 times. In return, the fine structure that `target` shows with a power x
+        below the floor is rendered at ``x / floor`` of its strength.
 
     Returns
     -------
@@ -60,8 +68,9 @@ def difference_kernels(psfs: DoubleArray, target: DoubleArray) -> DoubleArray:
 
     Notes
     -----
-    The ratio of the transforms, in double precision, without regularisation (Moolekamp and Melchior 2018,
-    section 3.3; padding as in scarlet lite), zero where the transform of `target` vanishes.
+    The ratio of the transforms, in double precision (Moolekamp and Melchior 2018, section 3.3; padding as in scarlet
+    lite), zero where the transform of `target` vanishes. With the regularisation, P conj(T) / max(|T|^2, floor) for the
+    transforms P of the observed PSF and T of `target`.
     """
     _, p, q = psfs.shape
     shape = (
@@ -71,8 +80,82 @@ def difference_kernels(psfs: DoubleArray, target: DoubleArray) -> DoubleArray:
     denominator = _transform(target, shape)
     numerator = _transform(psfs, shape)
     ratio = np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
+    if regularization > 0:
+        power = np.abs(denominator) ** 2
+        ratio *= power / np.maximum(power, regularization * power.max())
     kernels = np.asarray(scipy.fft.irfft2(ratio, s=shape))
     return np.roll(kernels, (p // 2, q // 2), axis=(-2, -1))[:, :p, :q].copy()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KernelDiagnostics:
+    """How well-behaved the difference kernel of each band is; arrays have the shape (B,)."""
+
+    noise_gain: DoubleArray
+    """Noise of a convolved image, for white noise of one: the root of the sum of squares. Below 1 the kernel blurs, as
+    it must; 1: it does nothing; above 1 it sharpens, because the PSF is narrower than that of the model frame. Usual
+    are 0.1 to 0.3; towards 1 the model PSF is nearly as wide as the observed one."""
+
+    largest_gain: DoubleArray
+    """Largest factor at any frequency. 1 is usual, at the largest scale. More means that the PSF is narrower than that
+    of the model frame in one direction only, or that its stamp holds noise, which the division amplified."""
+
+    negative_fraction: DoubleArray
+    """Share of the negative pixels in the sum of sizes. 0 for smooth, wide PSFs; up to 0.2 is usual for measured ones,
+    whose sampling the kernel must follow with rings; towards 0.5 the kernel is all rings."""
+
+    edge: DoubleArray
+    """Largest size of a pixel at the rim of the stamp, in units of the largest of all. Above about 0.01 rings or wings
+    are cut off."""
+
+    flux_lost: DoubleArray
+    """One less the sum: flux that models lose in the convolution. Negative where they gain it."""
+
+
+def kernel_diagnostics(kernels: DoubleArray) -> KernelDiagnostics:
+    """Measure whether difference kernels can be trusted.
+
+    Parameters
+    ----------
+    kernels : ndarray, shape (B, P, Q)
+        Difference kernels, from `difference_kernels`; a band without a PSF is all zero.
+
+    Returns
+    -------
+    diagnostics : KernelDiagnostics
+        NaN for shares of a kernel that is all zero.
+
+    Examples
+    --------
+    A PSF with a width of 1.5 pixels is fine with the usual model PSF of 0.8 pixels, one of 0.7 is not:
+
+    >>> import numpy as np
+    >>> psfs = np.stack([model_psf(1.5, 31), model_psf(0.7, 31)])
+    >>> diagnostics = kernel_diagnostics(difference_kernels(psfs, model_psf(0.8)))
+    >>> diagnostics.noise_gain.round(1)
+    array([0.2, 1.9])
+    >>> diagnostics.largest_gain.round(1)
+    array([1. , 4.4])
+    """
+    sizes = np.abs(kernels)
+    _, height, width = kernels.shape
+    # Twice the stamp, so that the largest gain is not missed between two frequencies.
+    transforms = scipy.fft.rfft2(kernels, s=(2 * height, 2 * width))
+    rim = sizes.copy()
+    rim[:, 1:-1, 1:-1] = 0
+    total, top = sizes.sum(axis=(1, 2)), sizes.max(axis=(1, 2))
+    total, top = np.where(total > 0, total, np.nan), np.where(top > 0, top, np.nan)
+    return KernelDiagnostics(
+        noise_gain=_noise_gain(kernels),
+        largest_gain=np.asarray(np.abs(transforms).max(axis=(1, 2))),
+        negative_fraction=np.maximum(-kernels, 0).sum(axis=(1, 2)) / total,
+        edge=rim.max(axis=(1, 2)) / top,
+        flux_lost=1.0 - kernels.sum(axis=(1, 2)),
+    )
+
+
+def _noise_gain(kernels: DoubleArray) -> DoubleArray:
+    return np.asarray(np.sqrt((kernels**2).sum(axis=(1, 2))))
 
 
 def amplify(kernels: DoubleArray) -> NDArray[np.bool_]:
@@ -86,68 +169,81 @@ def amplify(kernels: DoubleArray) -> NDArray[np.bool_]:
     Returns
     -------
     amplify : ndarray, shape (B,)
-        True where the squares of the kernel sum to more than one: the mean over all frequencies of the power of the
-        observed PSF, in units of that of the model PSF (Parseval), so that the kernel would sharpen instead of
-        blurring. One per cent is left for stamps that cut a PSF short.
+        True where the noise gain is above one: its square is the mean over all frequencies of the power of the observed
+        PSF, in units of that of the model PSF (Parseval), so that the kernel would sharpen instead of blurring. One per
+        cent of the square is left for stamps that cut a PSF short.
     """
-    return np.asarray((kernels**2).sum(axis=(1, 2)) > 1.01)
+    return _noise_gain(kernels) > 1.005
 
 
-def truncated_radius(kernels: ArrayLike, peak_flux: ArrayLike, noise_rms: ArrayLike, fraction: float = 0.1) -> int:
+MODEL_PSF_SIGMAS = (0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+"""Widths of model PSFs to choose from [pixels]: wider ones lose resolution, narrower ones are not sampled."""
+
+
+def widest_sigma(psfs: DoubleArray) -> float:
+    """Choose the width of the model PSF that observed PSFs permit.
+
+    Parameters
+    ----------
+    psfs : ndarray, shape (B, P, Q)
+        Observed PSFs, odd sides; a band without a PSF is all zero.
+
+    Returns
+    -------
+    sigma : float
+        The largest of `MODEL_PSF_SIGMAS` at which no kernel amplifies; the smallest if there is none [pixels].
+    """
+    permitted = (s for s in MODEL_PSF_SIGMAS if not amplify(difference_kernels(psfs, model_psf(s))).any())
+    return next(permitted, MODEL_PSF_SIGMAS[-1])
+
+
+@lru_cache(maxsize=16)
+def _rings(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pixels of a stamp by their distance from the centre, the larger of |dy| and |dx|, and where each starts."""
+    y, x = np.indices((height, width))
+    distance = np.maximum(np.abs(y - height // 2), np.abs(x - width // 2)).ravel()
+    order = np.argsort(distance, kind="stable")
+    return order, np.searchsorted(distance[order], np.arange(max(height, width) // 2 + 1))
+
+
+def sufficient_reach(
+    kernels: DoubleArray, psfs: DoubleArray, peak_snr: ArrayLike, fraction: float = 0.1
+) -> NDArray[np.int64]:
     """Find how far kernels must reach so that cutting them is not seen in the noise.
 
     Parameters
     ----------
-    kernels : array_like, shape (B, P, Q)
+    kernels : ndarray, shape (B, P, Q)
         Difference kernels, odd sides.
-    peak_flux : array_like, shape (B,) or number
-        Total flux of the brightest source [any unit].
-    noise_rms : array_like, shape (B,) or number
-        Noise of a pixel [same unit].
+    psfs : ndarray, shape (B, P, Q)
+        Observed PSFs.
+    peak_snr : array_like, shape (K, B)
+        Observed brightness of the brightest pixel of each source, in units of the noise of a pixel; NaN does not count.
     fraction : float, optional
         Largest error of a pixel that is allowed, in units of its noise.
 
     Returns
     -------
-    radius : int
-        Smallest half side r [pixels] such that, in every band, no pixel of the kernel outside of the central square of
-        2 r + 1 pixels, times `peak_flux`, reaches `fraction` of the noise; at most half the longer side of the stamp.
+    reach : ndarray, shape (K,)
+        Smallest half side r [pixels] of a kernel whose outside is negligible in every band, for a point source of this
+        brightness (largest value outside, times its flux) and for a surface of this brightness (sum outside).
 
     Notes
     -----
-    A bound for a point source, pixel by pixel; an extended source of the same flux spreads the error further out and
-    thinner, and where several sources overlap their errors add. Bands whose noise is not finite and positive, or whose
-    flux is not a number, do not count. O(B P Q).
+    Where sources overlap their errors add. O(B P Q + K B P).
     """
-    kernels = np.abs(np.asarray(kernels, dtype=np.float64))
-    flux, noise = np.broadcast_arrays(np.abs(np.asarray(peak_flux, dtype=np.float64)), noise_rms)
-    used = np.isfinite(noise) & (noise > 0) & np.isfinite(flux)
-    snr = np.divide(flux, noise, out=np.zeros(flux.shape), where=used)
-    error = (kernels * np.broadcast_to(snr, len(kernels))[:, None, None]).max(axis=0, initial=0.0)
-    y, x = np.indices(error.shape)
-    distance = np.maximum(np.abs(y - error.shape[0] // 2), np.abs(x - error.shape[1] // 2))
-    return int(distance[error >= fraction].max(initial=0))
-
-
-def sufficient_kernels(
-    kernels: DoubleArray, psfs: DoubleArray, images: NDArray[np.float32], noise_rms: NDArray[np.float32]
-) -> DoubleArray:
-    """Cut difference kernels as short as the brightest source of an image allows.
-
-    What is cut off a point source as bright as the brightest pixel of each band stays below a tenth of the noise.
-
-    Parameters
-    ----------
-    kernels, psfs : ndarray, shape (B, P, Q)
-    images : ndarray, shape (B, H, W)
-        Flux per pixel [any unit].
-    noise_rms : ndarray, shape (B,)
-        Noise of a pixel [same unit].
-    """
-    peak = images.max(axis=(1, 2), initial=0.0)
-    share = psfs.max(axis=(1, 2), initial=0.0)  # of its flux, in the brightest pixel of a point source
-    flux = np.divide(peak, share, out=np.zeros(len(peak)), where=share > 0)
-    return truncated(kernels, max(truncated_radius(kernels, flux, noise_rms), 3))
+    order, starts = _rings(kernels.shape[1], kernels.shape[2])
+    magnitude = np.abs(kernels).reshape(len(kernels), -1)[:, order]
+    largest = np.maximum.reduceat(magnitude, starts, axis=1)
+    sums = np.add.reduceat(magnitude, starts, axis=1)
+    # Largest value and sum of each band at a distance or beyond.
+    largest = np.maximum.accumulate(largest[:, ::-1], axis=1)[:, ::-1]
+    sums = np.cumsum(sums[:, ::-1], axis=1)[:, ::-1]
+    share = psfs.max(axis=(1, 2), initial=0.0)  # of the flux of a point source, in its brightest pixel
+    point = np.divide(largest, share[:, None], out=np.zeros_like(largest), where=share[:, None] > 0)
+    snr = np.nan_to_num(np.abs(np.asarray(peak_snr, dtype=np.float64)), posinf=0.0)
+    error = (snr[:, :, None] * np.maximum(point, sums)).max(axis=1, initial=0.0)
+    return np.asarray(((error >= fraction).sum(axis=1) - 1).clip(0), dtype=np.int64)
 
 
 def truncated(kernels: DoubleArray, radius: int) -> DoubleArray:

@@ -118,7 +118,7 @@ class Packed:
 
 def pack(scene: Scene, n_bands: int) -> Packed:
     """Pack the components of a scene, in pixels of its box."""
-    components = scene.components
+    components = scene.factorized
     boxes = np.array([(*c.box.origin, *c.box.shape) for c in components], dtype=np.int64).reshape(-1, 4)
     boxes[:, :2] -= scene.box.origin
     offsets = np.concatenate([[0], np.cumsum(boxes[:, 2] * boxes[:, 3])]).astype(np.int64)
@@ -190,7 +190,12 @@ class SourceModels:
     """Models [unit], shape (B, offsets[-1])."""
 
 
-def render_packed(packed: Packed, kernels: NDArray[np.float64], shape: tuple[int, int]) -> Rendered:
+def render_packed(
+    packed: Packed,
+    kernels: NDArray[np.float64],
+    shape: tuple[int, int],
+    reach: NDArray[np.int64] | None = None,
+) -> Rendered:
     """Render every component as observed.
 
     Parameters
@@ -200,15 +205,25 @@ def render_packed(packed: Packed, kernels: NDArray[np.float64], shape: tuple[int
         Difference kernels, odd sides.
     shape : tuple of int
         Height and width of the blend; nothing is rendered outside.
+    reach : ndarray, shape (K,), optional
+        How far from its box each component is rendered [pixels]; what the kernel has beyond is taken for nothing. None:
+        half the longer side of the kernels.
     """
-    reach = np.maximum(
-        packed.boxes[:, 2] + 2 * (kernels.shape[1] // 2), packed.boxes[:, 3] + 2 * (kernels.shape[2] // 2)
-    )
+    half = max(kernels.shape[1], kernels.shape[2]) // 2
+    reach = np.full(len(packed), half) if reach is None else np.minimum(reach, half)
+    needed = packed.boxes[:, 2:].max(axis=1, initial=0) + 2 * reach
     # Few different transform sizes, so that the kernels are transformed a few times only.
-    ladder = np.array([transform_side(int(side)) for side in reach], dtype=np.int64)
+    ladder = np.array([transform_side(side) for side in needed.tolist()], dtype=np.int64)
     sides, classes = np.unique(ladder, return_inverse=True)
     boxes, offsets, pixels = kernels_rendering.render_components(
-        packed.boxes, packed.offsets, packed.morphologies, kernels, sides, classes.astype(np.int64), shape
+        packed.boxes,
+        packed.offsets,
+        packed.morphologies,
+        kernels,
+        reach.astype(np.int64),
+        sides,
+        classes.astype(np.int64),
+        shape,
     )
     return Rendered(boxes=boxes, offsets=offsets, pixels=pixels)
 

@@ -117,7 +117,8 @@ class ObjectHandle:
         """Share out the observed flux in one band and return what belongs to this object.
 
         Every valid pixel is divided among all objects of the image in proportion to the positive part of their
-        models as observed; over all objects the shares add up to the image.
+        models as observed; over all objects the shares add up to the image. Where all models together stay below a
+        thousandth of the noise, the pixel belongs to nobody.
 
         Parameters
         ----------
@@ -138,7 +139,8 @@ class ObjectHandle:
         model, box = self._observed
         window = (slice(b, b + 1), box.y, box.x)
         total = self.result.model_image(positive=True)
-        return self._stamp(redistribute(coadd.images[window], coadd.valid[window], model[b : b + 1], total[window])[0])
+        images, variance, valid = coadd.images[window], coadd.variance[window], coadd.valid[window]
+        return self._stamp(redistribute(images, variance, valid, model[b : b + 1], total[window])[0])
 
     def neighbor_subtracted(self, band: str) -> Stamp:
         """Subtract the models of all other objects from the image.
@@ -262,7 +264,7 @@ class Result:
         return self.coadd
 
     def _kernels(self, psfs: NDArray[np.float64]) -> NDArray[np.float64]:
-        return difference_kernels(psfs, model_psf(self.config.model_psf_sigma))
+        return difference_kernels(psfs, model_psf(self.config.model_psf_sigma), self.config.kernel_regularization)
 
     @cached_property
     def _sums(self) -> tuple[FloatArray, FloatArray]:

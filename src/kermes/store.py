@@ -176,7 +176,7 @@ def _model_rows(result: Result, object_id: int, blend_id: int) -> list[dict[str,
             "spectrum": component.spectrum,
             "morphology": component.morphology,
         }
-        for number, component in enumerate(source.components)
+        for number, component in enumerate(source.factorized)
     ]
 
 

@@ -22,13 +22,13 @@ from kermes.errors import BlendError, InputError
 from kermes.fitting import fit_packed
 from kermes.flux import add_positive, shared_fluxes
 from kermes.geometry import Box
-from kermes.initialization import initialize
+from kermes.initialization import fit_kernels, initialize
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import metrics as kernels_metrics
 from kermes.measurement import Fluxes, measure_fluxes
 from kermes.metrics import blend_metrics
 from kermes.partition import Parent, partition
-from kermes.psf import amplify, difference_kernels, model_psf, sufficient_kernels
+from kermes.psf import MODEL_PSF_SIGMAS, amplify, difference_kernels, model_psf, widest_sigma
 from kermes.rendering import Convolution, SourceModels, combine_sources, render_packed, unpack
 from kermes.result import Result
 from kermes.scene import Scene, Source
@@ -150,7 +150,8 @@ def plan_tile(
     parents = partition(labels, positions, coadd.shape).parents
     members = [_by_position(parent.peaks, positions) for parent in parents]
     boxes = [parent.box.grow(MARGIN) & image_box for parent in parents]
-    psfs = _psfs_of_blends(coadd, boxes, config.model_psf_sigma)
+    config = _with_model_psf(config, coadd, boxes)
+    psfs = _psfs_of_blends(coadd, boxes, config)
     outers = [box.grow(max(psf.shape[1:]) // 2) & image_box for box, (psf, _) in zip(boxes, psfs, strict=True)]
 
     # What decides about the order is the same for peaks in any order.
@@ -205,19 +206,28 @@ def _by_position(rows: LabelArray, peaks: LabelArray) -> LabelArray:
     return rows[np.lexsort((rows, peaks[rows, 1], peaks[rows, 0]))]
 
 
-def _psfs_of_blends(coadd: Coadd, boxes: list[Box], sigma: float) -> list[tuple[DoubleArray, DoubleArray]]:
+def _with_model_psf(config: Config, coadd: Coadd, boxes: list[Box]) -> Config:
+    """Choose the width of the model PSF if that is left to us."""
+    if config.model_psf_sigma > 0:
+        return config
+    psfs = {psf.tobytes(): psf for psf in (psf_of_box(coadd, box) for box in boxes)}
+    sigma = min((widest_sigma(psf) for psf in psfs.values()), default=MODEL_PSF_SIGMAS[0])
+    return replace(config, model_psf_sigma=sigma)
+
+
+def _psfs_of_blends(coadd: Coadd, boxes: list[Box], config: Config) -> list[tuple[DoubleArray, DoubleArray]]:
     """PSFs and difference kernels at the centre of each box; equal PSFs are one array.
 
     Bands without a PSF there, or with one narrower than that of the model frame, are zero.
     """
-    target = model_psf(sigma)
+    target = model_psf(config.model_psf_sigma)
     known: dict[tuple[Any, ...], tuple[DoubleArray, DoubleArray, NDArray[np.bool_]]] = {}
     found = []
     for box in boxes:
         psfs = psf_of_box(coadd, box)
         key = (psfs.shape, psfs.tobytes())
         if key not in known:
-            kernels = difference_kernels(psfs, target)
+            kernels = difference_kernels(psfs, target, config.kernel_regularization)
             narrow = amplify(kernels)
             if narrow.any():
                 psfs, kernels = (np.where(narrow[:, None, None], 0.0, stamps) for stamps in (psfs, kernels))
@@ -228,8 +238,9 @@ def _psfs_of_blends(coadd: Coadd, boxes: list[Box], sigma: float) -> list[tuple[
         n_unusable = sum(not psfs[b].any() for psfs, _, _ in found)
         if found and n_narrow == len(found):
             raise InputError(
-                f"psfs must be wider than the PSF of the model frame, a Gaussian of model_psf_sigma = {sigma:g} "
-                f"pixels; that of band {band!r} is narrower: choose a smaller model_psf_sigma or leave the band out"
+                "psfs must be wider than the PSF of the model frame, a Gaussian of model_psf_sigma = "
+                f"{config.model_psf_sigma:g} pixels; that of band {band!r} is narrower: choose a smaller "
+                "model_psf_sigma, 0 for one that fits, or leave the band out"
             )
         if n_unusable:
             logger.warning(
@@ -302,7 +313,7 @@ def _model_blend(outer: Blend, task: BlendTask, config: Config, rung: Outcome) -
     """Initialize, fit and measure one blend; raises BlendError when the answer is not finite."""
     config = _settings(config, rung)
     blend = _window(outer, task.box)
-    kernels = sufficient_kernels(task.kernels, blend.psfs, blend.images, blend.noise_rms)
+    kernels = fit_kernels(blend, task.kernels)
     convolution = Convolution.of(kernels, task.box.shape)
     packed = initialize(blend, kernels, convolution, model_psf(config.model_psf_sigma), config.initialization)
     iterations, converged = 0, True

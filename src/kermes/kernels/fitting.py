@@ -196,9 +196,10 @@ def fit_components(
     components packed as in kernels/components.py with centers (K, 2) in pixels of the blend and spectra (K, B).
     `boxes`, `offsets`, `morphologies`, `spectra` are not changed.
 
-    Converged means that over the last `patience` iterations the best loss fell by less than `tolerance` per used
-    pixel. Returns (boxes, offsets, morphologies, spectra, losses, n_iterations, converged): the best state seen, the loss
-    at each comparison, and the number of steps taken.
+    Noise alone leaves a loss of half the number of used pixels. Converged means that over the last `patience`
+    iterations (three times as many while the loss is more than 1.2 times that) the best loss fell by less than a fraction
+    `tolerance` of itself, or of what noise leaves if that is more. Returns (boxes, offsets, morphologies, spectra, losses,
+    n_iterations, converged): the best state seen, the loss at each comparison, and the number of steps taken.
     """
     n_bands, h, w = images.shape
     n_components = len(boxes)
@@ -276,8 +277,13 @@ def fit_components(
             else:
                 best_losses[n_exact] = best_losses[n_exact - 1]
             n_exact += 1
-            if n_exact > n_patience:
-                converged = best_losses[n_exact - 1 - n_patience] - best_losses[n_exact - 1] < tolerance * n_pixels
+            best = best_losses[n_exact - 1]
+            # A model that is far from the noise often stands still for a while: it gets more time.
+            wait = n_patience if best < 0.6 * n_pixels else 3 * n_patience
+            if n_exact > wait:
+                enough = tolerance * max(0.5 * n_pixels, best)
+                # The first steps can lead uphill: far above the best state the fit is not at rest.
+                converged = best_losses[n_exact - 1 - wait] - best < enough and loss - best < 5.0 * enough
             if converged or n_done == max_iterations:
                 break
 

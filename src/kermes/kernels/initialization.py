@@ -20,8 +20,8 @@ def accumulate_band(transformed, kernel_fft, weight, information, numerator):
 def deconvolve(images, band_weights, kernel_fft, width, strength):
     """Wiener filter of all bands together, for sources of equal flux in all of them.
 
-    images (B, H, W); band_weights (B,) sum to one; kernel_fft (B, h, width // 2 + 1) from transform_kernels. Returns the
-    image (H, W) float32 and the sum of its squared response to noise, for noise of variance 1 / band_weights.
+    images (B, H, W); band_weights (B,) sum to one; kernel_fft (B, h, width // 2 + 1) from transform_kernels. Returns
+    the image (H, W) float32 and the sum of its squared response to noise, for noise of variance 1 / band_weights.
     """
     n_bands, h, w = images.shape
     height = kernel_fft.shape[1]
@@ -157,10 +157,10 @@ def first_morphologies(image, centers, limit, pad):
 def first_components(boxes, offsets, morphologies, centers, psf, level, two_components, shape):
     """Make components of first morphologies: one, two, or the PSF of the model frame.
 
-    boxes (K, 4), offsets (K + 1,) and packed morphologies from first_morphologies; two_components (K,) says which sources
-    get the part of the morphology below `level` and the part above as two. A source without a morphology gets `psf`
-    (p, q), odd sides, centred on it and cut at the edge of the blend. Returns boxes, offsets, packed morphologies with
-    largest value 1, and the source of each component.
+    boxes (K, 4), offsets (K + 1,) and packed morphologies from first_morphologies; two_components (K,) says which
+    sources get the part of the morphology below `level` and the part above as two. A source without a morphology gets
+    `psf` (p, q), odd sides, centred on it and cut at the edge of the blend. Returns boxes, offsets, packed morphologies
+    with largest value 1, and the source of each component.
     """
     h, w = shape
     p, q = psf.shape

@@ -8,18 +8,18 @@ from kermes.kernels.decorator import fast_kernel, kernel
 
 
 @kernel
-def rendered_boxes(boxes, half_height, half_width, shape):
-    """Grow every box by half a kernel, inside the blend. Returns boxes and offsets of the rendered components."""
+def rendered_boxes(boxes, reach, shape):
+    """Grow every box by its reach (K,), inside the blend. Returns boxes and offsets of the rendered components."""
     h, w = shape
     grown = np.empty_like(boxes)
     offsets = np.zeros(len(boxes) + 1, dtype=np.int64)
     for k in range(len(boxes)):
         y0, x0, height, width = boxes[k]
-        top, left = max(y0 - half_height, 0), max(x0 - half_width, 0)
+        top, left = max(y0 - reach[k], 0), max(x0 - reach[k], 0)
         grown[k, 0] = top
         grown[k, 1] = left
-        grown[k, 2] = min(y0 + height + half_height, h) - top if height > 0 else 0
-        grown[k, 3] = min(x0 + width + half_width, w) - left if width > 0 else 0
+        grown[k, 2] = min(y0 + height + reach[k], h) - top if height > 0 else 0
+        grown[k, 3] = min(x0 + width + reach[k], w) - left if width > 0 else 0
         offsets[k + 1] = offsets[k] + grown[k, 2] * grown[k, 3]
     return grown, offsets
 
@@ -50,17 +50,17 @@ def copy_above_rounding(out, plane, height, width):
 
 
 @kernel
-def render_components(boxes, offsets, morphologies, stamps, sides, classes, shape):
+def render_components(boxes, offsets, morphologies, stamps, reach, sides, classes, shape):
     """Convolve every morphology with the kernel of every band.
 
-    boxes (K, 4), offsets (K + 1,) and morphologies packed; stamps (B, P, Q) float64, odd sides; sides (C,) the
-    square transform sizes in use and classes (K,) which of them holds component k with its kernel margins.
-    Returns the boxes (K, 4) and offsets (K + 1,) of the rendered components, grown by half a kernel inside the
-    blend, and their pixels (B, offsets[-1]) float32 for a spectrum of one. Cost O(K B s^2 log s) for transforms
-    of side s.
+    boxes (K, 4), offsets (K + 1,) and morphologies packed; stamps (B, P, Q) float64, odd sides; reach (K,) how far
+    from its box each component is rendered; sides (C,) the square transform sizes in use and classes (K,) which of
+    them holds component k and its reach on both sides. What the kernel has beyond the reach wraps around: the caller
+    sees to it that it is small. Returns the boxes (K, 4) and offsets (K + 1,) of the rendered components and their
+    pixels (B, offsets[-1]) float32 for a spectrum of one. Cost O(K B s^2 log s) for transforms of side s.
     """
-    n_bands, p, q = stamps.shape
-    grown, grown_offsets = rendered_boxes(boxes, p // 2, q // 2, shape)
+    n_bands = len(stamps)
+    grown, grown_offsets = rendered_boxes(boxes, reach, shape)
     out = np.zeros((n_bands, grown_offsets[-1]), dtype=np.float32)
     axes = np.arange(2)
     for c in range(len(sides)):

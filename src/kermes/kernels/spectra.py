@@ -149,7 +149,8 @@ def solve_spectra(rendered, boxes, offsets, images, weights, spectra, max_sweeps
 def inverse_corner(block, size):
     """First element of the inverse of the positive definite block[:size, :size], which is overwritten.
 
-    Cholesky factorisation with the order reversed, so that the corner is the last pivot: its inverse square is the answer.
+    Cholesky factorisation with the order reversed, so that the corner is the last pivot: the answer is its inverse
+    square.
     """
     for j in range(size - 1, -1, -1):
         for k in range(j + 1, size):

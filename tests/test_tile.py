@@ -1,0 +1,379 @@
+"""Deblending a whole coadd: flux closes, every peak has its row, nothing hidden decides about the answer."""
+
+import gc
+import traceback
+
+import numpy as np
+import pytest
+
+import kermes
+from kermes import tile
+from kermes.catalog import Flag, Outcome
+from kermes.config import Config, FitConfig
+from kermes.errors import BlendError, ConfigError, InputError, ShapeError
+from kermes.geometry import Box
+from kermes.rendering import SourceModels
+from tiles import changed, group_scene, same_pixels, scene, shares, small_scene, values
+
+
+@pytest.fixture(scope="module")
+def group():
+    """Result of several blends that reach into each other, with a few pixels missing."""
+    images = group_scene().coadd.images.copy()
+    images[0, 40:44, 50:60] = images[:, 70, 30] = np.nan
+    return kermes.deblend(changed(group_scene().coadd, images=images), group_scene().peaks)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return kermes.deblend(changed(small_scene().coadd), small_scene().peaks)
+
+
+# ---------------------------------------------------------------- flux closes
+
+
+def test_several_blends_reach_into_each_other():
+    plan = tile.plan_tile(group_scene().coadd, group_scene().peaks)
+    assert plan.n_blends >= 4
+    assert sum(task.last_neighbor > place for place, task in enumerate(plan.tasks)) >= 3
+
+
+def test_shares_and_what_is_not_assigned_add_up_to_the_image(group):
+    coadd, shared = group.coadd, shares(group)
+    assigned = shared != 0
+    expected = np.where(assigned & coadd.valid, coadd.images, 0)
+    # One division and one product in float32 for each of up to 12 sources.
+    np.testing.assert_allclose(shared, expected, rtol=1e-5, atol=1e-6 * np.nanmax(np.abs(coadd.images)))
+
+
+def test_nothing_is_unassigned_where_the_models_exceed_a_tenth_of_the_noise(group):
+    coadd = group.coadd
+    bright = coadd.valid & (group.model_image() > 0.1 * np.sqrt(coadd.variance))
+    assert bright.sum() > 1000
+    assert (shares(group)[bright] != 0).all()
+
+
+def test_an_invalid_pixel_belongs_to_nobody(group):
+    assert not shares(group)[~group.coadd.valid].any()
+
+
+def test_redistributed_flux_of_the_table_is_the_sum_of_the_stamp(group):
+    sums = [[handle.redistributed(band).array.sum(dtype=float) for band in group.bands] for handle in group]
+    # Rows of pixels are added in float32, and noise cancels in the sum: rounding of the errors, not of the sum.
+    errors = values(group, "redistributed_flux_err")
+    assert (np.abs(values(group, "redistributed_flux") - sums) < 1e-3 * errors).all()
+
+
+def test_flux_closes_for_a_source_alone():
+    single = scene(n_sources=1, shape=(60, 60), seed=2, magnitudes=(20, 23))
+    shared = shares(kermes.deblend(single.coadd, single.peaks))
+    assigned = shared != 0
+    assert assigned.sum() > 1000
+    # The share of a source alone is 1, to rounding.
+    np.testing.assert_allclose(shared[assigned], single.coadd.images[assigned], rtol=1e-6)
+
+
+def test_flux_of_the_table_is_that_of_the_model(group):
+    expected = [group.models[object_id].flux(3) for object_id in group.objects["object_id"]]
+    np.testing.assert_allclose(values(group), expected, rtol=1e-5)  # spectra are float32
+
+
+# ---------------------------------------------------------------- rows and numbers
+
+
+def test_every_peak_has_one_row_in_the_order_of_the_peaks(group):
+    peaks = group_scene().peaks
+    np.testing.assert_array_equal(group.objects["peak_index"], np.arange(len(peaks)))
+    np.testing.assert_array_equal(np.stack([group.objects["y"], group.objects["x"]], axis=1), peaks)
+
+
+def test_every_blend_and_parent_is_referred_to(group):
+    for name in ("blend", "parent"):
+        table = getattr(group, f"{name}s")
+        assert set(group.objects[f"{name}_id"]) == set(table[f"{name}_id"])
+    counts = [np.sum(group.objects["blend_id"] == blend_id) for blend_id in group.blends["blend_id"]]
+    np.testing.assert_array_equal(group.blends["n_sources"], counts)
+    np.testing.assert_array_equal(sum(group.blends[f"n_{rung}"] for rung in Outcome), counts)
+
+
+def test_order_of_the_peaks_does_not_matter(group):
+    order = np.random.default_rng(3).permutation(len(group))
+    again = kermes.deblend(group.coadd, group_scene().peaks[order])
+    np.testing.assert_array_equal(again.objects["peak_index"], np.arange(len(group)))
+    numbers = {"object_id", "peak_index", "parent_id", "blend_id"}
+    for name in set(group.objects.colnames) - numbers:
+        np.testing.assert_array_equal(again.objects[name], group.objects[name][order], err_msg=name)
+    np.testing.assert_array_equal(again.model_image(positive=True), group.model_image(positive=True))
+
+
+def test_number_of_workers_does_not_matter(group):
+    for workers in (2, 4):
+        assert same_pixels(kermes.deblend(group.coadd, group_scene().peaks, workers=workers), group)
+
+
+def test_origin_shifts_positions_and_nothing_else(small):
+    origin = (1000, -300)
+    coadd, peaks = changed(small.coadd, origin=origin), small_scene().peaks
+    moved = kermes.deblend(coadd, peaks + np.array(origin))
+    np.testing.assert_array_equal(moved.objects["y"], small.objects["y"] + origin[0])
+    np.testing.assert_array_equal(moved.objects["x"], small.objects["x"] + origin[1])
+    for table, fixed in (("objects", {"y", "x", "ra", "dec"}), ("blends", {"y0", "x0"}), ("parents", {"y0", "x0"})):
+        for name in set(getattr(small, table).colnames) - fixed:
+            np.testing.assert_array_equal(getattr(moved, table)[name], getattr(small, table)[name], err_msg=name)
+    stamp, twin = moved[1].redistributed("r"), small[1].redistributed("r")
+    assert stamp.box == twin.box.shift(*origin)
+    np.testing.assert_array_equal(stamp.array, twin.array)
+
+
+def test_shifting_the_image_by_whole_pixels_shifts_the_answer():
+    content, peaks = small_scene().coadd, small_scene().peaks
+    results = []
+    # Framed by pixels that are not valid, so that no blend is cut by the edge of the image.
+    for top, left in ((45, 48), (52, 61)):
+        images = np.full((3, 180, 180), np.nan, dtype=np.float32)
+        images[:, top : top + 70, left : left + 66] = content.images
+        variance = content.variance[:, :1, :1]
+        results.append(kermes.deblend(changed(content, images=images, variance=variance), peaks + [top, left]))
+    here, there = results
+    for name in set(here.objects.colnames) - {"y", "x"}:
+        np.testing.assert_array_equal(there.objects[name], here.objects[name], err_msg=name)
+    np.testing.assert_array_equal(there.model_image()[:, 7:, 13:], here.model_image()[:, :-7, :-13])
+
+
+FLIPS = {
+    "y": (lambda pixels: np.flip(pixels, -2), lambda peaks, h, w: np.stack([h - 1 - peaks[:, 0], peaks[:, 1]], 1)),
+    "x": (lambda pixels: np.flip(pixels, -1), lambda peaks, h, w: np.stack([peaks[:, 0], w - 1 - peaks[:, 1]], 1)),
+    "transposed": (lambda pixels: np.swapaxes(pixels, -1, -2), lambda peaks, h, w: peaks[:, ::-1]),
+}
+
+
+@pytest.mark.parametrize("axis", FLIPS)
+def test_flipping_the_image_flips_the_answer(axis, small):
+    flip, move = FLIPS[axis]
+    coadd = small.coadd
+    flipped = changed(
+        coadd, images=flip(coadd.images), variance=flip(coadd.variance), psfs=flip(np.asarray(coadd.psfs))
+    )
+    result = kermes.deblend(flipped, move(small_scene().peaks, *coadd.shape))
+    # Sums in another order differ by 1e-7; thresholds on the way let single pixels of a model come and go.
+    # Nearly all fluxes agree to 1e-4 of their errors, the worst of the six sources to 0.02.
+    error = values(small, "flux_err")
+    for name in ("flux", "redistributed_flux"):
+        difference = np.abs(values(result, name) - values(small, name)) / error
+        assert np.median(difference) < 1e-3
+        assert difference.max() < 0.1
+
+
+@pytest.mark.parametrize("factor", [2.0**-30, 2.0**20])
+def test_unit_of_the_fluxes_does_not_matter(factor, small):
+    coadd = small.coadd
+    # A power of two, so that no bit is lost.
+    scaled = kermes.deblend(
+        changed(coadd, images=coadd.images * factor, variance=coadd.variance * factor**2), small_scene().peaks
+    )
+    for name in ("flux", "flux_err", "redistributed_flux", "redistributed_flux_err"):
+        np.testing.assert_array_equal(values(scaled, name), factor * values(small, name))
+    np.testing.assert_array_equal(scaled.objects["chi2"], small.objects["chi2"])
+
+
+def test_peaks_are_detected_when_none_are_given():
+    result = kermes.deblend(small_scene().coadd)
+    assert len(result) >= 3
+    assert not result.objects[Flag.OUTSIDE_FOOTPRINT].any()
+
+
+def test_peaks_that_came_with_the_coadd_are_used_unless_detection_is_asked_for(small):
+    coadd = changed(small.coadd, peaks=small_scene().peaks)
+    assert same_pixels(kermes.deblend(coadd), small)
+    assert len(kermes.deblend(changed(coadd, peaks=np.zeros((0, 2))), "detect")) >= 3
+
+
+def test_all_sources_of_a_footprint_are_one_blend():
+    labels = np.full(small_scene().coadd.shape, 7)
+    result = kermes.deblend(small_scene().coadd, small_scene().peaks, footprints=labels)
+    assert len(result.blends) == len(result.parents) == 1
+    assert result.parents["area"][0] == labels.size
+
+
+def test_pixels_outside_of_given_footprints_are_not_used():
+    coadd, peaks = small_scene().coadd, small_scene().peaks
+    labels = np.zeros(coadd.shape, dtype=int)
+    y, x = peaks[0]
+    box = Box(int(y), int(x), 1, 1).grow(9) & Box.of_shape(coadd.shape)
+    labels[box.y, box.x] = 1
+    junk = np.where(labels > 0, coadd.images, 1e3)
+    clean, dirty = (
+        kermes.deblend(changed(coadd, images=images), peaks[:1], footprints=labels) for images in (coadd.images, junk)
+    )
+    np.testing.assert_array_equal(values(dirty), values(clean))
+
+
+# ---------------------------------------------------------------- the truth
+
+
+@pytest.mark.parametrize(("star_fraction", "tolerance"), [(1.0, 0.02), (0.0, 0.04)], ids=["stars", "galaxies"])
+def test_fluxes_of_bright_isolated_sources_are_true(star_fraction, tolerance):
+    # Pixels that fall monotonically cut the faint wings of galaxies and follow the noise of stars: some per cent, which
+    # for the brightest is more than the error of the flux.
+    for seed in (0, 1, 2, 3, 7):
+        one = scene(n_sources=1, shape=(80, 80), seed=seed, star_fraction=star_fraction, magnitudes=(20.5, 22.5))
+        result = kermes.deblend(one.coadd, one.peaks)
+        true = np.array([one.truth[f"{band}_flux"][0] for band in result.bands])
+        allowed = np.maximum(tolerance * true, 5 * values(result, "flux_err")[0])
+        assert (np.abs(values(result)[0] - true) < allowed).all(), seed
+        # Mean of n squares scatters by sqrt(2 / n) = 0.02; the freedom of the model takes as much away.
+        assert result.blends["chi2"][0] == pytest.approx(1, abs=0.1)
+
+
+@pytest.fixture(scope="module")
+def hsc(shared):
+    return kermes.deblend(kermes.read(shared / "data" / "hsc_cosmos" / "hsc_cosmos_35.npz"))
+
+
+def test_real_blend_is_modelled_down_to_the_noise(hsc):
+    assert len(hsc) == 7
+    assert (hsc.objects["outcome"] == Outcome.FULL).all()
+    # lsst.scarlet.lite reaches 1.214 on the same pixels.
+    assert (hsc.residual() ** 2 / hsc.coadd.variance).mean() <= 1.22
+
+
+def test_fluxes_of_a_real_blend_are_those_of_scarlet_lite(hsc, shared):
+    stored = np.load(shared / "data" / "conformance" / "fit.npz")
+    fluxes = [
+        stored[f"fit100_spectrum_{k}"] * stored[f"fit100_morphology_{k}"].sum()
+        for k in range(stored["n_components"].sum())
+    ]
+    source = np.repeat(np.arange(7), stored["n_components"])
+    expected = np.zeros((7, 5))
+    np.add.at(expected, source, fluxes)
+    ratio = values(hsc) / expected
+    # Bright and isolated: the two fits stop at different places, a few per cent apart.
+    np.testing.assert_allclose(ratio[:2], 1, atol=0.02)
+    np.testing.assert_allclose(ratio[[0, 1, 3]].mean(axis=1), 1, atol=0.03)
+
+
+# ---------------------------------------------------------------- one blend may fail, the tile may not
+
+
+def failing(function, *, when, error):
+    """Make a function that raises `error` where `when(*arguments)` holds."""
+
+    def wrapped(*arguments, **options):
+        if when(*arguments):
+            raise error
+        return function(*arguments, **options)
+
+    return wrapped
+
+
+def test_a_blend_that_fails_is_modelled_more_simply(monkeypatch, group):
+    unlucky = group.blends["blend_id"][np.argmax(group.blends["n_sources"])]
+    box = tile.plan_tile(group.coadd, group_scene().peaks).tasks
+    box = next(task.box for task in box if task.index + 1 == unlucky)
+    error = BlendError("does not converge")
+    monkeypatch.setattr(
+        tile, "fit_packed", failing(tile.fit_packed, when=lambda packed, blend, *_: blend.box == box, error=error)
+    )
+    result = kermes.deblend(group.coadd, group_scene().peaks)
+    hit = result.objects["blend_id"] == unlucky
+    assert (result.objects["outcome"][hit] == Outcome.POINT).all()
+    assert (result.objects["reason"][hit] == "not_finite").all()
+    assert np.isfinite(values(result)).all()
+    np.testing.assert_array_equal(values(result)[~hit], values(group)[~hit])
+
+
+def test_a_blend_that_fails_with_two_components_gets_one(monkeypatch):
+    bright = scene(n_sources=1, shape=(60, 60), seed=0, magnitudes=(20, 21))
+    assert kermes.deblend(bright.coadd, bright.peaks).objects["n_components"][0] == 2
+    error = BlendError("too many components")
+    monkeypatch.setattr(
+        tile, "fit_packed", failing(tile.fit_packed, when=lambda packed, *_: len(packed) > 1, error=error)
+    )
+    result = kermes.deblend(bright.coadd, bright.peaks)
+    assert list(result.objects["outcome"]) == [Outcome.SINGLE]
+    assert list(result.objects["n_components"]) == [1]
+
+
+def test_a_blend_that_nothing_can_model_keeps_its_rows(monkeypatch, group):
+    monkeypatch.setattr(
+        tile, "measure_fluxes", failing(tile.measure_fluxes, when=lambda *_: True, error=BlendError("no fluxes"))
+    )
+    result = kermes.deblend(group.coadd, group_scene().peaks)
+    assert len(result) == len(group)
+    assert (result.objects["outcome"] == Outcome.PEAK).all()
+    assert np.isnan(values(result)).all()
+    assert result.objects[Flag.NULL_MODEL].all()
+    assert not result.model_image().any()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bug_stops_the_run_and_shows_where_it_is(monkeypatch, workers):
+    def buggy(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(tile, "fit_packed", buggy)
+    with pytest.raises(RuntimeError, match="a bug") as caught:
+        kermes.deblend(group_scene().coadd, group_scene().peaks, workers=workers)
+    assert "in buggy" in "".join(traceback.format_exception(caught.value))
+
+
+# ---------------------------------------------------------------- schedule
+
+
+def test_order_of_the_work_does_not_depend_on_the_order_of_the_peaks():
+    coadd, peaks = group_scene().coadd, group_scene().peaks
+    here, there = (tile.plan_tile(coadd, given) for given in (peaks, peaks[::-1]))
+    assert [task.box for task in here.tasks] == [task.box for task in there.tasks]
+
+
+def test_models_are_let_go_when_the_neighbours_are_done():
+    star = scene(n_sources=1, kind="pair", shape=(60, 60), seed=2, star_fraction=1.0)
+    coadd = changed(star.coadd, images=np.tile(star.coadd.images, (1, 12, 1)), variance=star.coadd.variance[:, :1, :1])
+    plan = tile.plan_tile(coadd, np.concatenate([star.peaks[:1] + [60 * k, 0] for k in range(12)]))
+    assert plan.n_blends == 12
+    held = []
+
+    def counted():
+        for outcome in tile.fit_blends(plan):
+            yield outcome
+            del outcome
+            held.append(sum(isinstance(thing, SourceModels) for thing in gc.get_objects()))
+
+    tile.collect(plan, counted())
+    assert max(held) <= 3
+
+
+def test_timings_are_told_apart(small):
+    assert set(small.timings) == {"plan", "blends", "collect", "total"}
+    blends = sum(small.timings["blends"])
+    assert len(small.timings["blends"]) == len(small.blends)
+    assert small.timings["plan"] + blends + small.timings["collect"] <= small.timings["total"]
+
+
+# ---------------------------------------------------------------- bad input
+
+BAD = {
+    "workers is zero": ({"workers": 0}, InputError, "workers must be a whole number, at least 1, got 0"),
+    "workers is a word": ({"workers": "all"}, InputError, "workers must be a whole number, at least 1, got 'all'"),
+    "peaks is a word": ({"peaks": "foo"}, InputError, "peaks must be positions, None or 'detect', got 'foo'"),
+    "peaks outside": ({"peaks": [[3, 3], [70, 3]]}, InputError, "peaks must lie inside the image.*peak 1 is at y = 70"),
+    "peaks not finite": ({"peaks": [[np.nan, 3]]}, InputError, "peaks must"),
+    "peaks of three": ({"peaks": [[1, 2, 3]]}, ShapeError, r"peaks must have shape \(N, 2\)"),
+    "footprints too small": ({"footprints": np.ones((3, 3), int)}, ShapeError, "footprints must have the shape"),
+    "footprints not labels": ({"footprints": np.full((70, 66), 0.5)}, InputError, "footprints must be labels"),
+    "config is a mapping": ({"config": {"model": "x"}}, InputError, "config must be a kermes.Config, got dict"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input_gets_one_error_that_names_the_argument(arguments, error, message):
+    options = {"peaks": small_scene().peaks} | arguments
+    with pytest.raises(error, match=message):
+        kermes.deblend(small_scene().coadd, **options)
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(ConfigError, match="model must be"):
+        Config(model="foo")
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        FitConfig(max_iters=3)

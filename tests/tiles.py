@@ -1,0 +1,61 @@
+"""Small simulated coadds, changed and deblended."""
+
+from functools import cache
+
+import numpy as np
+
+from kermes.coadd import Coadd
+from kermes.simulation import simulate_scene
+
+
+@cache
+def scene(**options):
+    """Simulate a scene once; three bands unless said otherwise."""
+    return simulate_scene(**{"bands": ("g", "r", "i"), **options})
+
+
+def small_scene():
+    """Six sources in three blends on 70 x 66 pixels, signal-to-noise 5 to 74."""
+    return scene(n_sources=6, shape=(70, 66), seed=0)
+
+
+def group_scene():
+    """Twelve sources in five blends whose models reach into each other, signal-to-noise 6 to 190."""
+    return scene(n_sources=12, shape=(110, 100), seed=0)
+
+
+def changed(coadd: Coadd, **changes) -> Coadd:
+    """Make the coadd again, with other arrays; no sky."""
+    plain = {name: getattr(coadd, name) for name in ("images", "variance", "psfs", "bands", "unit")}
+    return Coadd(**(plain | changes))
+
+
+def values(result, name="flux"):
+    """Columns of all bands, shape (N, B), as plain numbers."""
+    return (
+        np.array([result.objects[f"{band}_{name}"] for band in result.bands], dtype=float)
+        .reshape(len(result.bands), -1)
+        .T
+    )
+
+
+def shares(result):
+    """Sum over all objects of the redistributed stamps, shape (B, H, W), in double precision."""
+    total = np.zeros((len(result.bands), *result.shape))
+    for handle in result:
+        for b, band in enumerate(result.bands):
+            stamp = handle.redistributed(band)
+            total[(b, *stamp.box.within(result.coadd.box))] += stamp.array
+    return total
+
+
+def same_pixels(result, other):
+    """Whether all models and tables but the timings have the same bits."""
+    for name in ("objects", "parents", "blends"):
+        table, twin = getattr(result, name), getattr(other, name)
+        if any(np.asarray(table[c]).tobytes() != np.asarray(twin[c]).tobytes() for c in table.colnames):
+            return False
+    return all(
+        source.box == twin.box and source.model(len(result.bands)).tobytes() == twin.model(len(result.bands)).tobytes()
+        for source, twin in zip(result.models.values(), other.models.values(), strict=True)
+    )
