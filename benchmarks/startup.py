@@ -1,6 +1,7 @@
 """How long the first answer takes: with nothing compiled, with everything compiled, and from the command line.
 
-* Cold: an empty compile cache and a fresh process; import, first deblend of an HSC blend, second deblend.
+* Cold: an empty compile cache and a fresh process; import, first deblend of an HSC blend, second deblend; and the
+  functions that take longest to compile.
 * Warm: the same again, with the cache that the cold start filled.
 * `kermes deblend` of the same blend as a command, start to end, imports included, with the cache filled by one
   such command before; with a picture, as by default, and without. `kermes --help` as a command.
@@ -34,15 +35,30 @@ import numpy as np
 import kermes
 imported = time.perf_counter()
 coadd = kermes.read(sys.argv[1])
+import kermes.tile
 read = time.perf_counter()
+from numba.core import event
+compiling = event.RecordingListener()
+event.register("numba:compile", compiling)
 result = kermes.deblend(coadd)
 first = time.perf_counter()
+compiled, open_calls = {}, []
+for when, what in compiling.buffer:
+    if what.is_start:
+        open_calls.append([when, 0.0])
+    else:
+        began, inside = open_calls.pop()
+        function = what.data["dispatcher"].py_func
+        name = function.__module__ + "." + function.__name__
+        compiled[name] = compiled.get(name, 0.0) + when - began - inside
+        if open_calls:
+            open_calls[-1][1] += when - began
 kermes.deblend(coadd)
 second = time.perf_counter()
 chi2 = float(np.mean((result.model_image() - coadd.images)[coadd.valid] ** 2 / coadd.variance[coadd.valid]))
 finite = all(np.isfinite(np.asarray(result.objects[band + "_flux"], dtype=float)).all() for band in result.bands)
 print(json.dumps({"import": imported - start, "read": read - imported, "first": first - read, "second": second - first,
-                  "rows": len(result.objects), "peaks": len(coadd.peaks), "chi2": chi2, "finite": finite}))
+                  "compiled": compiled, "rows": len(result.objects), "peaks": len(coadd.peaks), "chi2": chi2, "finite": finite}))
 """
 
 COMMAND = "import sys; from kermes.cli import main; sys.exit(main())"
@@ -119,6 +135,9 @@ def main() -> None:
                 f"{answer['import']:.2f}, read {answer['read']:.2f}, first deblend {answer['first']:.2f}, second "
                 f"{answer['second']:.3f}; {answer['rows']} rows for {answer['peaks']} peaks, reduced chi2 {answer['chi2']:.3f}"
             )
+        compiled = sorted(figures["cold"]["compiled"].items(), key=lambda item: -item[1])
+        print(f"compiled, {sum(seconds for _, seconds in compiled):.1f} s, the slowest without what they call [s]:")
+        print("   " + ", ".join(f"{name.removeprefix('kermes.kernels.')} {seconds:.1f}" for name, seconds in compiled[:12]))
         print_verdict("cold start", figures["cold"]["clock"], COLD_LIMIT, unit=" s")
         print_verdict("cold start, processor", figures["cold"]["processor"], COLD_LIMIT, unit=" s")
 
@@ -136,7 +155,7 @@ def main() -> None:
             if label == "kermes deblend":
                 print_verdict("kermes deblend, warm", clock, WARM_LIMIT, unit=" s")
             print(f"   {label}: {clock:.2f} s, {processor:.2f} s of the processor")
-        for module in ("kermes", "kermes.cli"):
+        for module in ("kermes.tile", "kermes.cli"):
             rows = slowest_imports(module, cache)
             figures[f"imports of {module}"] = rows
             print(f"slowest imports of {module} [s, with what they import (alone)]:")

@@ -155,13 +155,11 @@ def test_flipping_the_image_flips_the_answer(axis, small):
         coadd, images=flip(coadd.images), variance=flip(coadd.variance), psfs=flip(np.asarray(coadd.psfs))
     )
     result = kermes.deblend(flipped, move(small_scene().peaks, *coadd.shape))
-    # Sums in another order differ by 1e-7; thresholds on the way let single pixels of a model come and go.
-    # Nearly all fluxes agree to 1e-4 of their errors, the worst of the six sources to 0.02.
+    # Sums in another order differ by 1e-7; thresholds on the way let single pixels of a model come and go, and the fit
+    # follows. Most fluxes agree to 1e-5 of their errors; those of one blend of three differ by up to 0.08.
     error = values(small, "flux_err")
     for name in ("flux", "redistributed_flux"):
-        difference = np.abs(values(result, name) - values(small, name)) / error
-        assert np.median(difference) < 1e-3
-        assert difference.max() < 0.1
+        assert (np.abs(values(result, name) - values(small, name)) < 0.3 * error).all()
 
 
 @pytest.mark.parametrize("factor", [2.0**-30, 2.0**20])
@@ -333,12 +331,17 @@ def test_models_are_let_go_when_the_neighbours_are_done():
     assert plan.n_blends == 12
     held = []
 
+    def count():
+        return sum(isinstance(thing, SourceModels) for thing in gc.get_objects())
+
     def counted():
         for outcome in tile.fit_blends(plan):
             yield outcome
             del outcome
-            held.append(sum(isinstance(thing, SourceModels) for thing in gc.get_objects()))
+            held.append(count() - before)
 
+    gc.collect()
+    before = count()
     tile.collect(plan, counted())
     assert max(held) <= 3
 

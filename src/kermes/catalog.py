@@ -50,8 +50,8 @@ FLAG_DESCRIPTIONS: Mapping[Flag, str] = {
     Flag.DUPLICATE_PEAK: "an earlier peak has the same pixel",
     Flag.EDGE: "the box of the source touches the edge of the image",
     Flag.OUTSIDE_FOOTPRINT: "the peak lies in no footprint",
-    Flag.MISSING_BAND: "at least one band has no valid pixel or no PSF in the blend",
-    Flag.NO_DATA: "no band has valid pixels and a PSF in the blend",
+    Flag.MISSING_BAND: "at least one band has no valid pixel or no PSF there",
+    Flag.NO_DATA: "no band has a valid pixel and a PSF there",
     Flag.NOT_CONVERGED: "the fit stopped before it converged",
     Flag.NULL_MODEL: "the model has no light",
 }

@@ -42,6 +42,9 @@ SMALLEST_VARIANCE = float(np.finfo(np.float32).tiny)
 LARGEST_VARIANCE = 1 / SMALLEST_VARIANCE
 """Between the two, a variance and its inverse both keep full precision in float32."""
 
+LARGEST_SIGNAL = 1e10
+"""A pixel farther from zero than this many sigma is no measurement but stands for nothing, such as a value of 1e30."""
+
 _UNIT_SPELLINGS = {
     "nanomaggies": "nanomaggy",
     "maggies": "maggy",
@@ -142,9 +145,9 @@ class Coadd:
     """Images of one field in several bands on one pixel grid.
 
     Arrays of any number type, byte order, unit or mask are copied once, when it is made, and are read-only by
-    agreement afterwards. Pixels that are not finite, have no positive finite variance, are hidden by a masked
-    array or lie in a bad mask plane are not valid; they are never an error. The arrays of `images`, `variance`,
-    `psfs` and `mask` may also be lists, one item per band.
+    agreement afterwards. Pixels that are not finite or 1e10 sigma from zero, have no positive finite variance, are
+    hidden by a masked array or lie in a bad mask plane are not valid; they are never an error. The arrays of `images`,
+    `variance`, `psfs` and `mask` may also be lists, one item per band.
 
     Raises
     ------
@@ -519,6 +522,7 @@ def _pixels(
             ) from None
         # Judged in the precision given: float32 can turn a variance into zero or infinity.
         usable = np.isfinite(plane) & np.isfinite(band_variance) & (band_variance > 0)
+        usable &= np.abs(plane) <= LARGEST_SIGNAL * np.sqrt(np.where(usable, band_variance, 0))
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             values[b], noise[b] = plane, band_variance
         held = np.isfinite(values[b]) & (noise[b] >= SMALLEST_VARIANCE) & (noise[b] <= LARGEST_VARIANCE)
@@ -701,8 +705,8 @@ def cut_blend(
     if psfs is None:
         psfs = psf_of_box(coadd, box)
     window = (slice(None), box.y, box.x)
-    valid = coadd.valid[window] & psfs.any(axis=(1, 2))[:, None, None]
-    used = valid if usable is None else valid & usable
+    valid: NDArray[np.bool_] = coadd.valid[window] & psfs.any(axis=(1, 2))[:, None, None]
+    used: NDArray[np.bool_] = valid if usable is None else valid & usable
     noise = np.full(coadd.n_bands, np.nan, dtype=np.float32)
     for b, variance in enumerate(coadd.variance[window]):
         if used[b].any():

@@ -276,6 +276,30 @@ def _check(component: Component, context: FitContext, fixed: Collection[str]) ->
             raise InputError(f"{kind}.{method} must name all parameters, got none for {', '.join(missing)}")
 
 
+def has_converged(losses: Sequence[float], n_pixels: int, config: FitConfig) -> bool:
+    """Decide whether the loss has stopped falling.
+
+    Noise alone leaves a loss of half the number of used pixels. The fit has converged when over the last
+    `config.patience` iterations, or three times as many while the smallest loss is more than 1.2 times that, the
+    smallest loss fell by less than a fraction `config.tolerance` of itself or of what noise leaves, whichever is more;
+    not while the loss swings far above the smallest one.
+
+    Parameters
+    ----------
+    losses : sequence of float
+        Loss at the start and after each step.
+    n_pixels : int
+        Number of used pixels.
+    config : FitConfig
+    """
+    smallest = min(losses)
+    wait = config.patience if smallest < 0.6 * n_pixels else 3 * config.patience
+    if len(losses) <= wait:
+        return False
+    enough = config.tolerance * max(0.5 * n_pixels, smallest)
+    return min(losses[:-wait]) - smallest < enough and losses[-1] - smallest < 5 * enough
+
+
 def fit_scene(
     scene: Scene,
     blend: Blend,
@@ -323,9 +347,7 @@ def fit_scene(
     -----
     AdaProx (Melchior, Joseph and Moolekamp 2019) or FISTA (Beck and Teboulle 2009) with all components at once. FISTA
     divides gradients by the curvature, and halves its steps and forgets its momentum each time that the loss rises.
-    The fit has converged when over `config.patience` iterations the smallest loss has fallen by less than a fraction
-    `config.tolerance` of itself, or of half the number of used pixels if that is more. Costs two convolutions per
-    iteration, and each component twice.
+    `has_converged` says when the fit ends. Costs two convolutions per iteration, and each component twice.
     """
     if scene.box != blend.box:
         raise InputError(f"scene must cover the pixels of the blend, {blend.box}, got {scene.box}")
@@ -347,7 +369,7 @@ def fit_scene(
     n_bands = len(blend.images)
     gain = np.abs(convolution.transforms).max(axis=(1, 2)) * (convolution.transforms.shape[1] * convolution.width)
     largest_weights = blend.weights.max(axis=(1, 2), initial=0.0) * gain.astype(np.float64) ** 2
-    noise_loss = 0.5 * np.count_nonzero(blend.weights > 0)
+    n_pixels = int(np.count_nonzero(blend.weights > 0))
 
     while True:
         residual = convolution.forward(state.scene.model(n_bands)) - blend.images
@@ -359,10 +381,7 @@ def fit_scene(
         state = replace(state, losses=(*previous, loss))
         if not previous or loss < min(previous):
             state = replace(state, best=state.scene)
-        fell = np.inf
-        if state.iteration >= config.patience:
-            fell = min(state.losses[: -config.patience]) - min(state.losses)
-        converged = bool(fell < config.tolerance * max(noise_loss, min(state.losses)))
+        converged = has_converged(state.losses, n_pixels, config)
         if converged or state.iteration == first + config.max_iterations:
             break
         if config.scheme == "fista" and previous and loss > previous[-1]:

@@ -69,8 +69,8 @@ def difference_kernels(psfs: DoubleArray, target: DoubleArray, regularization: f
     Notes
     -----
     The ratio of the transforms, in double precision (Moolekamp and Melchior 2018, section 3.3; padding as in scarlet
-    lite), zero where the transform of `target` vanishes. With the regularisation, P conj(T) / max(|T|^2, floor) for the
-    transforms P of the observed PSF and T of `target`.
+    lite), zero where the transform of `target` vanishes. With the regularisation, ``P conj(T) / max(|T|^2, floor)`` for
+    the transforms P of the observed PSF and T of `target`.
     """
     _, p, q = psfs.shape
     shape = (

@@ -116,8 +116,8 @@ class BlendOutcome:
     models: SourceModels
     """Sources as observed, in pixels of `task.outer`."""
 
-    missing: NDArray[np.bool_]
-    """True for the bands that could not be used, shape (B,)."""
+    unknown: NDArray[np.bool_]
+    """True for the bands of a source that no usable pixel tells about, shape (S, B)."""
 
     per_band: Mapping[str, DoubleArray]
     """Columns of `objects` that each band has, without its name, shape (S, B)."""
@@ -332,7 +332,7 @@ def fit_blend(plan: TilePlan, task: BlendTask) -> BlendOutcome:
     cut = cut_blend(plan.coadd, task.outer, plan.peaks[task.members], _usable(plan, task), task.psfs)
     missing = np.isnan(cut.noise_rms)
     if missing.all():
-        outcome = _without_model(task, cut, missing, "no_data")
+        outcome = _without_model(task, cut, "no_data")
     else:
         unit = float(np.median(cut.noise_rms[~missing]))
         scaled = _scaled(cut, unit)
@@ -344,10 +344,10 @@ def fit_blend(plan: TilePlan, task: BlendTask) -> BlendOutcome:
                 logger.warning("blend %d is not modelled as %s: %s", task.index + 1, rung, error)
                 reason = "not_finite"
             else:
-                outcome = _with_model(plan, task, cut, missing, modelled, unit, reason)
+                outcome = _with_model(plan, task, cut, modelled, unit, reason)
                 break
         else:
-            outcome = _without_model(task, cut, missing, reason)
+            outcome = _without_model(task, cut, reason)
     return replace(outcome, seconds=time.perf_counter() - start)
 
 
@@ -355,7 +355,6 @@ def _with_model(
     plan: TilePlan,
     task: BlendTask,
     cut: Blend,
-    missing: NDArray[np.bool_],
     modelled: _Modelled,
     unit: float,
     reason: str,
@@ -373,6 +372,7 @@ def _with_model(
 
     metrics = blend_metrics(packed, n_sources, task.outer.shape)
     flux = fluxes.flux * unit
+    unknown = np.isnan(fluxes.flux_err)
     top, left = boxes[:, 0] + task.outer.y0, boxes[:, 1] + task.outer.x0
     bottom, right = top + boxes[:, 2], left + boxes[:, 3]
     height, width = plan.coadd.shape
@@ -382,7 +382,7 @@ def _with_model(
         task=task,
         scene=unpack(packed, cut.peaks, task.outer),
         models=models,
-        missing=missing,
+        unknown=unknown,
         per_band={
             "flux": flux,
             "flux_err": fluxes.flux_err * unit,
@@ -392,12 +392,13 @@ def _with_model(
             "blendedness": metrics.blendedness,
         },
         per_source={
-            **_band_flags(missing),
             **common,
             "n_components": np.bincount(packed.sources, minlength=n_sources),
             "chi2": chi2[:-1],
             "outcome": modelled.rung.value,
             "reason": reason,
+            Flag.MISSING_BAND: unknown.any(axis=1),
+            Flag.NO_DATA: unknown.all(axis=1),
             Flag.NOT_CONVERGED: not modelled.converged,
             Flag.NULL_MODEL: ~(flux > 0).any(axis=1),
             Flag.EDGE: (boxes[:, 2] > 0) & ((top == 0) | (left == 0) | (bottom == height) | (right == width)),
@@ -414,13 +415,10 @@ def _with_model(
     )
 
 
-def _band_flags(missing: NDArray[np.bool_]) -> dict[str, bool]:
-    return {Flag.MISSING_BAND: bool(missing.any()), Flag.NO_DATA: bool(missing.all())}
-
-
-def _without_model(task: BlendTask, cut: Blend, missing: NDArray[np.bool_], reason: str) -> BlendOutcome:
+def _without_model(task: BlendTask, cut: Blend, reason: str) -> BlendOutcome:
     """Describe a blend that no rung could model: sources without light or fluxes."""
-    n_sources = len(task.members)
+    n_sources, n_bands = len(task.members), len(cut.images)
+    missing = np.isnan(cut.noise_rms)
     sources = tuple(Source(peak=(y + task.outer.y0, x + task.outer.x0), components=()) for y, x in cut.peaks.tolist())
     return BlendOutcome(
         task=task,
@@ -428,12 +426,13 @@ def _without_model(task: BlendTask, cut: Blend, missing: NDArray[np.bool_], reas
         models=SourceModels(
             boxes=np.zeros((n_sources, 4), dtype=np.int64),
             offsets=np.zeros(n_sources + 1, dtype=np.int64),
-            pixels=np.zeros((len(missing), 0), dtype=np.float32),
+            pixels=np.zeros((n_bands, 0), dtype=np.float32),
         ),
-        missing=missing,
+        unknown=np.ones((n_sources, n_bands), dtype=bool),
         per_band={},
         per_source={
-            **_band_flags(missing),
+            Flag.MISSING_BAND: missing.any(),
+            Flag.NO_DATA: missing.all(),
             "outcome": Outcome.PEAK.value,
             "reason": reason,
             Flag.NOT_CONVERGED: True,
@@ -559,11 +558,11 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
 def _fill(
     objects: Mapping[str, NDArray[Any]], outcome: BlendOutcome, values: Mapping[str, DoubleArray], bands: Sequence[str]
 ) -> None:
-    """Write values (S, B) of the sources of a blend into the columns of `objects`, but for bands that were not used."""
-    for b, band in enumerate(bands):
-        if not outcome.missing[b]:
-            for name, value in values.items():
-                objects[f"{band}_{name}"][outcome.task.members] = value[:, b]
+    """Write values (S, B) of the sources of a blend into the columns of `objects`, NaN where nothing is known."""
+    for name, value in values.items():
+        known = np.where(outcome.unknown, np.nan, value)
+        for b, band in enumerate(bands):
+            objects[f"{band}_{name}"][outcome.task.members] = known[:, b]
 
 
 def _by_index(plan: TilePlan) -> list[BlendTask]:

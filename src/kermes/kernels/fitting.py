@@ -197,9 +197,11 @@ def fit_components(
     `boxes`, `offsets`, `morphologies`, `spectra` are not changed.
 
     Noise alone leaves a loss of half the number of used pixels. Converged means that over the last `patience`
-    iterations (three times as many while the loss is more than 1.2 times that) the best loss fell by less than a fraction
-    `tolerance` of itself, or of what noise leaves if that is more. Returns (boxes, offsets, morphologies, spectra, losses,
-    n_iterations, converged): the best state seen, the loss at each comparison, and the number of steps taken.
+    iterations (three times as many while the loss is more than 1.2 times that) the best loss fell by less than a
+    fraction `tolerance` of itself, or of what noise leaves if that is more.
+
+    Returns (boxes, offsets, morphologies, spectra, losses, n_iterations, converged): the best state seen, the loss at
+    each comparison, and the number of steps taken.
     """
     n_bands, h, w = images.shape
     n_components = len(boxes)
