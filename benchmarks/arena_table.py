@@ -151,8 +151,9 @@ def main() -> None:
         speed_up = peer["units_per_source"] / ours["units_per_source"]
         print(
             f"{kind}: {ours['sources']} sources, {ours['missing']} without flux; {ours['ms_per_source']} ms, "
-            f"{ours['units_per_source']} units per source, {speed_up:.1f}x the reference; in processor time {units:.1f} "
-            f"units, {peer['units_per_source'] / units:.1f}x; g-i nmad {ours['colour_gi_nmad']}, reference {peer['colour_gi_nmad']}"
+            f"{ours['units_per_source']} units per source, {speed_up:.1f}x the reference; in processor time "
+            f"{units:.1f} units, {peer['units_per_source'] / units:.1f}x; g-i nmad {ours['colour_gi_nmad']}, "
+            f"reference {peer['colour_gi_nmad']}"
         )
         if speed_up < LEAST_SPEED_UP:
             print(f"   NO: at least {LEAST_SPEED_UP:g}x is wanted")

@@ -53,11 +53,9 @@ def hsc_case(scorer: ModuleType, path: str) -> Case:
     """Load one HSC blend; what lies outside its footprint may not be used."""
     blend = scorer.load(path)
     coadd = kermes.Coadd(
-        images=blend["images"], variance=blend["variance"], psfs=blend["psfs"], bands=list(blend["bands"])
+        images=blend["images"], variance=blend["variance"], psfs=blend["psfs"], bands=tuple(blend["bands"])
     )
-    return Case(
-        name=Path(path).name, coadd=coadd, peaks=blend["peaks"], footprints=blend["footprint"].astype(np.int64)
-    )
+    return Case(name=Path(path).name, coadd=coadd, peaks=blend["peaks"], footprints=blend["footprint"].astype(np.int64))
 
 
 def hsc_cases(scorer: ModuleType) -> Iterator[Case]:
@@ -72,7 +70,7 @@ def arena_case(name: str, scene: dict[str, Any]) -> Case:
         images=scene["images"],
         variance=scene["variance"],
         psfs=scene["psfs"],
-        bands=[str(band) for band in scene["bands"]],
+        bands=tuple(str(band) for band in scene["bands"]),
     )
     return Case(name=name, coadd=coadd, peaks=scene["peaks"], footprints=None)
 

@@ -62,7 +62,9 @@ def print_header(title: str, workers: str = "1") -> None:
 def print_verdict(what: str, value: float, limit: float, at_least: bool = False, unit: str = "") -> None:
     """Print a figure beside its limit, and whether it keeps to it."""
     kept = value >= limit if at_least else value <= limit
-    print(f"{what}: {value:.4g}{unit}, {'at least' if at_least else 'at most'} {limit:g}{unit}: {'ok' if kept else 'NO'}")
+    print(
+        f"{what}: {value:.4g}{unit}, {'at least' if at_least else 'at most'} {limit:g}{unit}: {'ok' if kept else 'NO'}"
+    )
 
 
 def write(path: Path | None, figures: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cases import Case, check, hsc_case, load_scorer, simulated_case
@@ -68,7 +69,7 @@ def measure_alone(shared: Path, path: str, warm_up: str) -> dict[str, float]:
     return figures
 
 
-def growth_over_fits(n_fits: int) -> dict[str, object]:
+def growth_over_fits(n_fits: int) -> dict[str, Any]:
     """Resident memory [MB] along `n_fits` fits in this process."""
     cases = [simulated_case(n, seed, pixels_per_source=300) for seed, n in enumerate((1, 2, 3, 4))]
     for case in cases * 5:
@@ -102,20 +103,27 @@ def main() -> None:
 
     print_header("memory")
     sizes = {path: hsc_case(scorer, path) for path in scorer.paths()}
-    wanted = sorted((p for p, case in sizes.items() if 3 <= len(case.peaks) <= 10), key=lambda p: sizes[p].coadd.images.size)
+    wanted = sorted(
+        (p for p, case in sizes.items() if 3 <= len(case.peaks) <= 10), key=lambda p: sizes[p].coadd.images.size
+    )
     if not args.all:
         # Evenly over the sizes, the largest included.
         chosen = np.linspace(0, len(wanted) - 1, 4 if args.quick else N_SAMPLE).round().astype(int)
         wanted = [wanted[k] for k in np.unique(chosen)]
     warm_up = min((p for p in sizes if p not in wanted), key=lambda p: sizes[p].coadd.images.size)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for path in wanted:
         case = sizes[path]
         figures = measure_alone(args.shared, path, warm_up)
         rows.append({"name": case.name, "peaks": len(case.peaks), "shape": case.coadd.images.shape, **figures})
     peak, kept = (np.array([row[key] for row in rows]) for key in ("peak_mb", "kept_mb"))
-    print(f"{len(rows)} HSC blends with 3 to 10 peaks, every peak with its row, reduced chi2 at most {max(r['chi2'] for r in rows):.2f}")
-    print(f"peak growth [MB]: median {np.median(peak):.2f}, largest {peak.max():.2f}; kept: median {np.median(kept):.2f}")
+    print(
+        f"{len(rows)} HSC blends with 3 to 10 peaks, every peak with its row, "
+        f"reduced chi2 at most {max(row['chi2'] for row in rows):.2f}"
+    )
+    print(
+        f"peak growth [MB]: median {np.median(peak):.2f}, largest {peak.max():.2f}; kept: median {np.median(kept):.2f}"
+    )
     for row in sorted(rows, key=lambda row: -row["peak_mb"])[:3]:
         print("   {name} {shape}, {peaks} peaks: {peak_mb:.2f}".format(**row))
     print_verdict("largest peak growth", float(peak.max()), LIMIT_MB, unit=" MB")

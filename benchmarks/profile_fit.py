@@ -1,10 +1,11 @@
 """Where the time goes: the stages of a deblend, and the parts of the fit.
 
-Three blends that occur: a field, a pair and the largest blend of a crowded field of the arena, and an HSC blend. First the share of
-every stage of `kermes.deblend`, each without the stages inside it. Then the fit alone: transforms, adding components
-and collecting their gradients, steps, constraints, products in Fourier space and comparison with the pixels. These are timed by calling the kernels of the fit over and over on its
-final state, and multiplied with how often an average fit calls them; what is left of the time of the fit is the rest: clearing
-planes, resizing boxes, memory. One worker, processor time, the shortest of several repeats.
+Blends that occur: a field, a pair and a crowded field of the arena, and an HSC blend. First the share of every stage of
+`kermes.deblend`, each without the stages inside it. Then the fit of the largest blend alone: transforms, adding
+components and collecting their gradients, steps, constraints, products in Fourier space and comparison with the
+pixels. These are timed by calling the kernels of the fit over and over on its final state, and multiplied with how
+often the fit calls them; what is left of the time of the fit is the rest: clearing planes, resizing boxes, memory.
+One worker, processor time, the shortest of several repeats.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from rocket_fft import c2r, r2c
 
 import kermes
-from kermes import fitting, tile
+from kermes import catalog, fitting, tile
 from kermes.kernels.components import add_component, add_gradient
 from kermes.kernels.convolution import multiply, multiply_conjugate
 from kermes.kernels.fitting import (
@@ -34,23 +35,25 @@ from kermes.kernels.fitting import (
     weighted_residual,
 )
 
-STAGES = {
+STAGES: dict[str, tuple[Any, str]] = {
     "plan": (tile, "plan_tile"),
     "footprints": (tile, "footprints_of_peaks"),
     "cut": (tile, "cut_blend"),
+    "kernels": (tile, "fit_kernels"),
     "initialize": (tile, "initialize"),
     "fit": (tile, "fit_packed"),
     "measure": (tile, "measure_fluxes"),
-    "blend, rest": (tile, "fit_blend"),
-    "share": (tile, "shared_fluxes"),
+    "render": (tile, "render_packed"),
     "metrics": (tile, "blend_metrics"),
-    "tables": (tile, "Result"),
+    "share": (tile, "shared_fluxes"),
+    "rest of the blend": (tile, "fit_blend"),
+    "tables": (catalog, "make_objects"),
     "collect": (tile, "collect"),
 }
 """Where each stage is looked up when `deblend` calls it."""
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def transform_pairs(plane, transformed, n):  # type: ignore[no-untyped-def]
     """Transform a plane and back, n times."""
     axes = np.arange(2)
@@ -60,7 +63,7 @@ def transform_pairs(plane, transformed, n):  # type: ignore[no-untyped-def]
         c2r(transformed, plane, axes, False, scale, 1)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def add_components(plane, boxes, offsets, morphologies, spectra, n):  # type: ignore[no-untyped-def]
     """Add all components to a plane, n times one band."""
     for _ in range(n):
@@ -69,7 +72,7 @@ def add_components(plane, boxes, offsets, morphologies, spectra, n):  # type: ig
             add_component(plane, y0, x0, height, width, morphologies[offsets[k] : offsets[k + 1]], spectra[k, 0])
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def add_gradients(plane, boxes, offsets, morphologies, spectra, gradient, n):  # type: ignore[no-untyped-def]
     """Collect the gradients of all components, n times one band."""
     total = 0.0
@@ -81,7 +84,7 @@ def add_gradients(plane, boxes, offsets, morphologies, spectra, gradient, n):  #
     return total
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def take_steps(boxes, offsets, morphologies, buffers, n):  # type: ignore[no-untyped-def]
     """Take n steps of all components."""
     for _ in range(n):
@@ -90,7 +93,7 @@ def take_steps(boxes, offsets, morphologies, buffers, n):  # type: ignore[no-unt
             amsgrad(morphologies[part], buffers[0][part], buffers[1][part], buffers[2][part], buffers[3][part], 1e-2)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def project_all(boxes, offsets, centers, morphologies, spectra, noise, threshold, table, flags, n):  # type: ignore[no-untyped-def]
     """Project all components, n times, each time from where they were."""
     for _ in range(n):
@@ -103,7 +106,7 @@ def project_all(boxes, offsets, centers, morphologies, spectra, noise, threshold
             project_morphology(part, height, width, cy, cx, limit, flags[0], flags[1], flags[2], table)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def compare(plane, transformed, kernel_fft, image, weights, n):  # type: ignore[no-untyped-def]
     """Do all of a comparison with the pixels that is no transform, n times one band."""
     total = 0.0
@@ -114,7 +117,7 @@ def compare(plane, transformed, kernel_fft, image, weights, n):  # type: ignore[
     return total
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def extrapolate(transformed, reference, known, power, n):  # type: ignore[no-untyped-def]
     """Carry the gradient of one band on, n times."""
     for _ in range(n):
@@ -183,17 +186,19 @@ def stage_shares(case: Case, repeat: int) -> dict[str, float]:
 def largest_fit(case: Case) -> tuple[Any, ...]:
     """Arguments of the fit of the blend with most components."""
     calls: list[tuple[Any, ...]] = []
-    original = tile.fit_packed
+    module, attribute = STAGES["fit"]
+    original = getattr(module, attribute)
 
     def record(*args: Any) -> fitting.Fit:
         calls.append(args)
-        return original(*args)
+        fit: fitting.Fit = original(*args)
+        return fit
 
-    tile.fit_packed = record  # type: ignore[attr-defined]
+    setattr(module, attribute, record)
     try:
         case.deblend()
     finally:
-        tile.fit_packed = original  # type: ignore[attr-defined]
+        setattr(module, attribute, original)
     return max(calls, key=lambda args: len(args[0]))
 
 
@@ -284,11 +289,14 @@ def main() -> None:
         arguments = largest_fit(case)
         parts, about = fit_shares(arguments)
         print(
-            f"   largest fit: {arguments[1].images.shape} padded to {arguments[2].transforms.shape[1]} x {arguments[2].width}, "
+            f"   largest fit: {arguments[1].images.shape} padded to "
+            f"{arguments[2].transforms.shape[1]} x {arguments[2].width}, "
             + ", ".join(f"{value:.4g} {name}" for name, value in about.items())
         )
         whole_fit = sum(parts.values())
-        print("   parts of the fit: " + ", ".join(f"{name} {seconds / whole_fit:.0%}" for name, seconds in parts.items()))
+        print(
+            "   parts of the fit: " + ", ".join(f"{name} {seconds / whole_fit:.0%}" for name, seconds in parts.items())
+        )
         figures[kind] = {"stages": stages, "parts": parts, "about": about, "chi2": chi2}
     write(args.json, figures)
 

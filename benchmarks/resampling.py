@@ -41,7 +41,9 @@ def _figures(error: DoubleArray, scaled: DoubleArray) -> tuple[float, float, flo
     return scatter(scaled[good]), bias, float(np.mean(~(np.abs(error) <= 0.5)))
 
 
-def figures_of_row(error: DoubleArray, scaled: DoubleArray, source: NDArray[Any], n_resamples: int) -> tuple[Figure, Figure, Figure]:
+def figures_of_row(
+    error: DoubleArray, scaled: DoubleArray, source: NDArray[Any], n_resamples: int
+) -> tuple[Figure, Figure, Figure]:
     """Work out scatter, bias and share of the wrong, each with its interval.
 
     Parameters
@@ -81,4 +83,6 @@ def heading(names: tuple[str, ...]) -> str:
 
 def describe(figure: Figure, reference: float) -> str:
     """Give a figure, the reference, the interval and the verdict."""
-    return f" | {figure.value:+8.3f} {reference:+8.3f} {figure.low:7.3f} {figure.high:7.3f} {figure.against(reference):6s}"
+    return (
+        f" | {figure.value:+8.3f} {reference:+8.3f} {figure.low:7.3f} {figure.high:7.3f} {figure.against(reference):6s}"
+    )

@@ -38,9 +38,7 @@ class Row:
 
 def measure(n_sources: int, one_blend: bool, total: int) -> Row:
     """Time all fields of one size, after a first one that is not counted."""
-    fields = [
-        simulated_case(n_sources, seed, one_blend=one_blend) for seed in range(max(1, round(total / n_sources)))
-    ]
+    fields = [simulated_case(n_sources, seed, one_blend=one_blend) for seed in range(max(1, round(total / n_sources)))]
     fields[0].deblend() if n_sources < 100 else None
     seconds, chi2, iterations, converged, n_peaks = 0.0, [], [], [], 0
     for case in fields:

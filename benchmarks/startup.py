@@ -58,7 +58,8 @@ second = time.perf_counter()
 chi2 = float(np.mean((result.model_image() - coadd.images)[coadd.valid] ** 2 / coadd.variance[coadd.valid]))
 finite = all(np.isfinite(np.asarray(result.objects[band + "_flux"], dtype=float)).all() for band in result.bands)
 print(json.dumps({"import": imported - start, "read": read - imported, "first": first - read, "second": second - first,
-                  "compiled": compiled, "rows": len(result.objects), "peaks": len(coadd.peaks), "chi2": chi2, "finite": finite}))
+                  "compiled": compiled, "rows": len(result.objects), "peaks": len(coadd.peaks), "chi2": chi2,
+                  "finite": finite}))
 """
 
 COMMAND = "import sys; from kermes.cli import main; sys.exit(main())"
@@ -85,7 +86,9 @@ def blend_file(shared: Path, folder: Path) -> Path:
     from kermes.io.npz import write_npz
     from kermes.simulation import simulate_scene
 
-    scene = simulate_scene(n_sources=7, shape=(58, 48), bands=("g", "r", "i", "z", "y"), seed=1, magnitudes=(19.5, 24.0))
+    scene = simulate_scene(
+        n_sources=7, shape=(58, 48), bands=("g", "r", "i", "z", "y"), seed=1, magnitudes=(19.5, 24.0)
+    )
     write_npz(folder / "blend.npz", scene.coadd, scene.peaks)
     return folder / "blend.npz"
 
@@ -133,11 +136,15 @@ def main() -> None:
             print(
                 f"{label}: {answer['clock']:.2f} s, {answer['processor']:.2f} s of the processor; import "
                 f"{answer['import']:.2f}, read {answer['read']:.2f}, first deblend {answer['first']:.2f}, second "
-                f"{answer['second']:.3f}; {answer['rows']} rows for {answer['peaks']} peaks, reduced chi2 {answer['chi2']:.3f}"
+                f"{answer['second']:.3f}; {answer['rows']} rows for {answer['peaks']} peaks, "
+                f"reduced chi2 {answer['chi2']:.3f}"
             )
         compiled = sorted(figures["cold"]["compiled"].items(), key=lambda item: -item[1])
         print(f"compiled, {sum(seconds for _, seconds in compiled):.1f} s, the slowest without what they call [s]:")
-        print("   " + ", ".join(f"{name.removeprefix('kermes.kernels.')} {seconds:.1f}" for name, seconds in compiled[:12]))
+        print(
+            "   "
+            + ", ".join(f"{name.removeprefix('kermes.kernels.')} {seconds:.1f}" for name, seconds in compiled[:12])
+        )
         print_verdict("cold start", figures["cold"]["clock"], COLD_LIMIT, unit=" s")
         print_verdict("cold start, processor", figures["cold"]["processor"], COLD_LIMIT, unit=" s")
 

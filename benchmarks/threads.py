@@ -4,13 +4,15 @@ A simulated field of six bands, sparse enough to fall into many blends. Runs wit
 turns. Beside each turn a compiled loop without memory or locks is run once after itself and in as many threads at the
 same time: what it gains is what the machine had to give at that moment. Turns in which it gained less than 95 % of
 the number of workers were disturbed by other programs; the speed-up is the ratio of the medians of the others, given
-for the fits of the blends alone and for the whole deblend.
+for the fits of the blends alone, for the whole deblend of a coadd with footprints, and of one without, where they are
+detected first.
 """
 
 from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from cases import Case, check, simulated_case
@@ -25,7 +27,7 @@ PIXELS_PER_SOURCE = 2450
 """A field of 700 x 700 pixels with 200 sources."""
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def spin(n):  # type: ignore[no-untyped-def]
     """Keep a core busy."""
     total = 0.0
@@ -52,13 +54,15 @@ def differing_columns(one: kermes.Result, other: kermes.Result) -> list[str]:
     pairs = [("models", one.model_image(), other.model_image())]
     for table in ("objects", "parents", "blends"):
         columns = getattr(one, table).colnames
-        pairs += [(f"{table}.{c}", np.asarray(getattr(one, table)[c]), np.asarray(getattr(other, table)[c])) for c in columns]
+        pairs += [
+            (f"{table}.{c}", np.asarray(getattr(one, table)[c]), np.asarray(getattr(other, table)[c])) for c in columns
+        ]
     return [name for name, a, b in pairs if a.tobytes() != b.tobytes()]
 
 
 def time_fits(case: Case, workers: int) -> float:
     """Seconds that the fits of all blends take, without planning and collecting."""
-    plan = plan_tile(case.coadd, case.peaks)
+    plan = plan_tile(case.coadd, case.peaks, case.footprints)
     start = time.perf_counter()
     for _ in fit_blends(plan, workers):
         pass
@@ -84,22 +88,33 @@ def main() -> None:
     alone, together = case.deblend(workers=1), case.deblend(workers=args.workers)
     chi2 = check(case, alone)
     sizes = np.asarray(alone.blends["n_sources"])
-    print(f"{case.coadd.images.shape}, {len(case.peaks)} peaks in {len(sizes)} blends, largest {sizes.max()}; reduced chi2 {chi2:.3f}")
+    print(
+        f"{case.coadd.images.shape}, {len(case.peaks)} peaks in {len(sizes)} blends, largest {sizes.max()}; "
+        f"reduced chi2 {chi2:.3f}"
+    )
     differing = differing_columns(alone, together)
     print("same bits: " + ("ok" if not differing else "NO: " + ", ".join(differing)))
 
     figures: dict[str, object] = {"peaks": len(case.peaks), "blends": len(sizes), "differing": differing, "chi2": chi2}
     spin(10)
-    for label, measure in (("fits", time_fits), ("deblend", time_deblend)):
+    with_footprints = replace(case, footprints=plan_tile(case.coadd, case.peaks).labels)
+    for label, measure, of in (
+        ("fits", time_fits, with_footprints),
+        ("deblend, footprints given", time_deblend, with_footprints),
+        ("deblend, footprints detected", time_deblend, case),
+    ):
         turns = []
         for _ in range(repeat):
             before = gain_of_machine(args.workers)
-            seconds = [measure(case, workers) for workers in (1, args.workers)]
+            seconds = [measure(of, workers) for workers in (1, args.workers)]
             turns.append((min(before, gain_of_machine(args.workers)), *seconds))
         figures[label] = turns
         quiet = np.array([turn for turn in turns if turn[0] >= 0.95 * args.workers])
         gains = sorted(turn[0] for turn in turns)
-        print(f"{label}: {len(quiet)} of {len(turns)} turns undisturbed; gain of the machine {gains[0]:.2f} to {gains[-1]:.2f}")
+        print(
+            f"{label}: {len(quiet)} of {len(turns)} turns undisturbed; "
+            f"gain of the machine {gains[0]:.2f} to {gains[-1]:.2f}"
+        )
         if len(quiet):
             _, one, several = np.median(quiet, axis=0)
             print(f"   1 worker {one * 1e3:.0f} ms, {args.workers} workers {several * 1e3:.0f} ms")

@@ -254,15 +254,15 @@ def test_morphologies_are_positive_monotonic_and_normalised(noisy):
     packed, blend = noisy
     fit = fit_with(packed, blend)
     weights = monotonic_weights(40)
-    for box, source_index, morphology in zip(fit.packed.boxes, fit.packed.sources, parts(fit.packed), strict=True):
+    for k, morphology in enumerate(parts(fit.packed)):
         assert morphology.min() >= 0
         assert morphology.max() == pytest.approx(1, abs=1e-6)
-        center = blend.peaks[source_index] - box[:2]
+        center = blend.peaks[fit.packed.sources[k]] - fit.packed.boxes[k, :2]
         again = morphology.copy()
         make_monotonic(again, *brightest_near(morphology, *center, False), weights)
-        # The pixels set to zero lie below the background threshold.
-        limit = np.min(FitConfig().background_threshold * blend.noise_rms / packed.spectra.min())
-        np.testing.assert_allclose(again, morphology, rtol=0, atol=limit)
+        # Pixels were set to zero afterwards, but none that is brighter than the background threshold.
+        faint = np.min(FitConfig().background_threshold * blend.noise_rms / fit.packed.spectra[k])
+        np.testing.assert_allclose(again, morphology, rtol=0, atol=1.05 * faint)
 
 
 def test_morphologies_are_symmetric_if_wanted(noisy):

@@ -705,8 +705,8 @@ def cut_blend(
     if psfs is None:
         psfs = psf_of_box(coadd, box)
     window = (slice(None), box.y, box.x)
-    valid: NDArray[np.bool_] = coadd.valid[window] & psfs.any(axis=(1, 2))[:, None, None]
-    used: NDArray[np.bool_] = valid if usable is None else valid & usable
+    valid = coadd.valid[window] & psfs.any(axis=(1, 2), keepdims=True)
+    used = valid if usable is None else valid & usable
     noise = np.full(coadd.n_bands, np.nan, dtype=np.float32)
     for b, variance in enumerate(coadd.variance[window]):
         if used[b].any():

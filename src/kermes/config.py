@@ -7,9 +7,12 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from kermes.errors import ConfigError, FileError
+
+Scheme = Literal["amsgrad", "adam", "nadam", "padam", "adamx", "radam", "fista"]
+Weighting = Literal["angle", "flat", "nearest"]
 
 
 def _check(condition: bool, message: str) -> None:
@@ -120,10 +123,10 @@ class FitConfig:
     symmetric: bool = False
     """Whether morphologies are symmetric about their centre: of a pixel and its mirror the smaller one counts."""
 
-    scheme: Literal["amsgrad", "adam", "nadam", "padam", "adamx", "radam", "fista"] = "amsgrad"
+    scheme: Scheme = "amsgrad"
     """How steps follow from gradients: six schemes of AdaProx, or FISTA. The steps of padam grow with the signal."""
 
-    monotonic_weighting: Literal["angle", "flat", "nearest"] = "angle"
+    monotonic_weighting: Weighting = "angle"
     """Which of its neighbours closer to the centre a pixel must not exceed: their mean weighted by direction, their
     plain mean, or the one towards the centre alone."""
 
@@ -150,6 +153,12 @@ class FitConfig:
             self.background_threshold >= 0, f"fit.background_threshold must be >= 0, got {self.background_threshold}"
         )
         _check(self.resize_every >= 0, f"fit.resize_every must be >= 0, got {self.resize_every}")
+        schemes, weightings = get_args(Scheme), get_args(Weighting)
+        _check(self.scheme in schemes, f"fit.scheme must be one of {', '.join(schemes)}, got {self.scheme!r}")
+        _check(
+            self.monotonic_weighting in weightings,
+            f"fit.monotonic_weighting must be one of {', '.join(weightings)}, got {self.monotonic_weighting!r}",
+        )
         _check(
             self.patience > 4 or self.scheme != "radam",
             f"fit.patience must be > 4 with fit.scheme 'radam', which rests at first, got {self.patience}",

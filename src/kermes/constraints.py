@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from kermes.config import Weighting
 from kermes.errors import InputError, ShapeError
 from kermes.kernels import constraints as kernels
 
 FloatArray = NDArray[np.float32]
-
-Weighting = Literal["angle", "flat", "nearest"]
 
 FLOOR = 1e-20
 """Smallest flux of a component and smallest value of the central pixel of its morphology, so that it can come back."""
@@ -151,12 +150,12 @@ def monotonic(
     Examples
     --------
     >>> from kermes.constraints import monotonic
-    >>> print(monotonic([[5, 1, 4, 2]], (0, 0)))
+    >>> print(monotonic([[5, 1, 4, 2]], (0, 0), weighting="nearest"))
     [[5. 1. 1. 1.]]
     """
     own = _morphology(morphology)
     y, x = _inside(center, own.shape)
-    if weighting not in ("angle", "flat", "nearest"):
+    if weighting not in get_args(Weighting):
         raise InputError(f"weighting must be 'angle', 'flat' or 'nearest', got {weighting!r}")
     if not 0 <= min_gradient < 1:
         raise InputError(f"min_gradient must be >= 0 and below 1, got {min_gradient}")

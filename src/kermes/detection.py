@@ -45,13 +45,12 @@ def _contrast_kernel(psf: FloatArray) -> FloatArray:
 
 
 def _transforms(kernels: list[FloatArray], side: int) -> NDArray[np.complex128]:
-    """Transforms to multiply with in order to correlate with odd-sided kernels (P, Q) on a grid of `side` pixels."""
-    p, q = kernels[0].shape
+    """Transforms to multiply with in order to correlate with kernels (P, Q) on a grid of `side` pixels.
+
+    The first pixel of a kernel stands for its centre: half a kernel has to be taken off the positions in the answer.
+    """
     rows = scipy.fft.rfft(np.array(kernels), side)  # the other rows of the grid are zero
-    # The centre of the kernel comes to the first pixel by a phase.
-    phase_y = np.exp(-2j * np.pi / side * (p // 2) * np.arange(side))[:, None]
-    phase_x = np.exp(-2j * np.pi / side * (q // 2) * np.arange(side // 2 + 1))
-    return np.asarray(np.conj(scipy.fft.fft(rows, side, axis=1)) * (phase_y * phase_x))
+    return np.asarray(np.conj(scipy.fft.fft(rows, side, axis=1)))
 
 
 def _filtered(coadd: Coadd, with_contrast: bool) -> tuple[FloatArray, FloatArray, NDArray[np.uint8]]:
@@ -74,12 +73,12 @@ def _filtered(coadd: Coadd, with_contrast: bool) -> tuple[FloatArray, FloatArray
         for x0 in range(0, coadd.shape[1], side - 2 * margin)
     ]
     weight, weighted = np.zeros((2, side, side))
+    top, left = (margin - n // 2 for n in psfs.shape[1:])
 
     def correlate(transformed: NDArray[np.complex128], to: NDArray[np.complex128], block: Box) -> FloatArray:
         """Filtered pixels of a block that lie inside the image."""
         filtered = scipy.fft.irfft2(transformed * to, s=(side, side), overwrite_x=True)
-        rows, columns = image_box.within(block)
-        return np.asarray(filtered[margin : side - margin, margin : side - margin][rows, columns])
+        return np.asarray(filtered[image_box.within(block.shift(-top, -left))])
 
     for image, variance, valid, psf in zip(coadd.images, coadd.variance, coadd.valid, psfs, strict=True):
         if not (valid.any() and psf.any()):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kermes.coadd import Blend
 from kermes.config import FitConfig
-from kermes.kernels import constraints as kernels_constraints
+from kermes.constraints import monotonic_weights, table_radius
+from kermes.general_fitting import fit_packed_general
 from kermes.kernels import fitting as kernels
 from kermes.rendering import Convolution, Packed
-
-FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,12 +32,6 @@ class Fit:
     """Whether the loss stopped falling before the iterations ran out."""
 
 
-@lru_cache(maxsize=8)
-def _monotonic_weights(radius: int) -> FloatArray:
-    weights: FloatArray = kernels_constraints.monotonic_weights(radius)
-    return weights
-
-
 def fit_packed(packed: Packed, blend: Blend, convolution: Convolution, config: FitConfig) -> Fit:
     """Fit spectra and morphologies of all components of a blend together.
 
@@ -57,10 +49,15 @@ def fit_packed(packed: Packed, blend: Blend, convolution: Convolution, config: F
     -------
     fit : Fit
         Components in the order of `packed`.
+
+    Notes
+    -----
+    The scheme "amsgrad" runs compiled; the others, soft symmetry and connected morphologies take the general path.
     """
+    if config.scheme != "amsgrad" or config.symmetry_strength > 0 or config.connected:
+        return fit_packed_general(packed, blend, convolution, config)
     noise = np.nan_to_num(blend.noise_rms, nan=1.0).astype(np.float32)
-    # Sizes in steps of powers of two: few tables, shared by all blends.
-    radius = 1 << max(max(convolution.shape) - 1, 31).bit_length()
+    radius = table_radius(convolution.shape)
     boxes, offsets, morphologies, spectra, losses, iterations, converged = kernels.fit_components(
         blend.images,
         blend.weights,
@@ -72,7 +69,7 @@ def fit_packed(packed: Packed, blend: Blend, convolution: Convolution, config: F
         np.ascontiguousarray(blend.peaks[packed.sources]),
         packed.morphologies,
         np.maximum(packed.spectra, np.float32(1e-20)),
-        _monotonic_weights(radius),
+        monotonic_weights(radius, config.monotonic_weighting, config.min_gradient),
         config.max_iterations,
         config.exact_every,
         config.patience,

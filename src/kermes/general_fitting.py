@@ -282,7 +282,7 @@ def has_converged(losses: Sequence[float], n_pixels: int, config: FitConfig) -> 
     Noise alone leaves a loss of half the number of used pixels. The fit has converged when over the last
     `config.patience` iterations, or three times as many while the smallest loss is more than 1.2 times that, the
     smallest loss fell by less than a fraction `config.tolerance` of itself or of what noise leaves, whichever is more;
-    not while the loss swings far above the smallest one.
+    not while the loss swings far above the smallest one in that time.
 
     Parameters
     ----------
@@ -297,7 +297,7 @@ def has_converged(losses: Sequence[float], n_pixels: int, config: FitConfig) -> 
     if len(losses) <= wait:
         return False
     enough = config.tolerance * max(0.5 * n_pixels, smallest)
-    return min(losses[:-wait]) - smallest < enough and losses[-1] - smallest < 5 * enough
+    return min(losses[:-wait]) - smallest < enough and max(losses[-wait:]) - smallest < 5 * enough
 
 
 def fit_scene(

@@ -167,6 +167,7 @@ def reach_of_components(packed: Packed, blend: Blend, difference: NDArray[np.flo
     """Choose how far from its box each component is rendered, so that what is left out is lost in the noise."""
     y, x = blend.peaks[:, 0], blend.peaks[:, 1]
     snr = blend.images[:, y, x].T / blend.noise_rms
+    snr[(blend.weights[:, y, x] == 0).T] = np.inf  # a masked core says nothing: it may be a saturated star's
     return np.maximum(sufficient_reach(difference, blend.psfs, snr), MIN_REACH)[packed.sources]
 
 

@@ -218,7 +218,8 @@ def sufficient_reach(
     psfs : ndarray, shape (B, P, Q)
         Observed PSFs.
     peak_snr : array_like, shape (K, B)
-        Observed brightness of the brightest pixel of each source, in units of the noise of a pixel; NaN does not count.
+        Observed brightness of the brightest pixel of each source, in units of the noise of a pixel; NaN does not count,
+        infinity asks for the full kernel.
     fraction : float, optional
         Largest error of a pixel that is allowed, in units of its noise.
 
@@ -241,7 +242,7 @@ def sufficient_reach(
     sums = np.cumsum(sums[:, ::-1], axis=1)[:, ::-1]
     share = psfs.max(axis=(1, 2), initial=0.0)  # of the flux of a point source, in its brightest pixel
     point = np.divide(largest, share[:, None], out=np.zeros_like(largest), where=share[:, None] > 0)
-    snr = np.nan_to_num(np.abs(np.asarray(peak_snr, dtype=np.float64)), posinf=0.0)
+    snr = np.nan_to_num(np.abs(np.asarray(peak_snr, dtype=np.float64)), posinf=1e30)
     error = (snr[:, :, None] * np.maximum(point, sums)).max(axis=1, initial=0.0)
     return np.asarray(((error >= fraction).sum(axis=1) - 1).clip(0), dtype=np.int64)
 

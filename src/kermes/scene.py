@@ -226,7 +226,7 @@ class CubeComponent:
     """
 
     cube: FloatArray
-    """Flux per pixel [unit], shape (B, *box.shape)."""
+    """Flux per pixel [unit], shape (B, h, w)."""
 
     box: Box
     """Pixels of `cube`, as array index of the coadd."""

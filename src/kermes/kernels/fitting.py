@@ -284,8 +284,9 @@ def fit_components(
             wait = n_patience if best < 0.6 * n_pixels else 3 * n_patience
             if n_exact > wait:
                 enough = tolerance * max(0.5 * n_pixels, best)
-                # The first steps can lead uphill: far above the best state the fit is not at rest.
-                converged = best_losses[n_exact - 1 - wait] - best < enough and loss - best < 5.0 * enough
+                # The first steps can lead uphill: a fit that was far above its best state is not at rest.
+                worst = losses[n_exact - wait : n_exact].max()
+                converged = best_losses[n_exact - 1 - wait] - best < enough and worst - best < 5.0 * enough
             if converged or n_done == max_iterations:
                 break
 
