@@ -217,7 +217,7 @@ def fit_shares(arguments: tuple[Any, ...]) -> tuple[dict[str, float], dict[str, 
     power = kernel_power(kernel_fft, np.float32(1e-3))
     centers = np.ascontiguousarray(blend.peaks[packed.sources])
     noise = np.nan_to_num(blend.noise_rms, nan=1.0).astype(np.float32)
-    table = fitting._monotonic_weights(1 << max(max(convolution.shape) - 1, 31).bit_length())
+    table = fitting.monotonic_weights(1 << max(max(convolution.shape) - 1, 31).bit_length())
     buffers: list[NDArray[np.float32]] = [1e-3 * np.ones_like(packed.morphologies) for _ in range(4)]
     flags = np.array([config.monotonic, config.symmetric, False])
     components = (packed.boxes, packed.offsets, packed.morphologies)

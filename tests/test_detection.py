@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import ndimage
 from scipy.spatial import cKDTree
 from scipy.stats import norm
 
@@ -14,6 +15,7 @@ from kermes.config import DetectionConfig
 from kermes.detection import _equivalent_sigma, _maxima, _separate, detect, detection_images, footprints_of_peaks
 from kermes.errors import DataWarning
 from kermes.geometry import Box
+from kermes.kernels import detection as kernels
 from kermes.simulation import MoffatPsf, simulate_scene
 
 PSF = MoffatPsf(fwhm_pix=4.0, beta=3.5).stamp()[8:-8, 8:-8]
@@ -61,6 +63,34 @@ def test_sigma_rises_with_the_signal(n_bands):
     root, sigma = _equivalent_sigma(n_bands)
     assert (np.diff(sigma) > 0).all()
     assert (sigma <= root + 1e-12).all()
+
+
+@pytest.mark.parametrize("side", [9, 12, 64], ids=["many blocks", "some blocks", "one block"])
+def test_filters_are_sums_over_the_pixels_around(side):
+    rng = np.random.default_rng(4)
+    images, variance = rng.normal(size=(2, 13, 17)), rng.uniform(0.5, 2, size=(2, 13, 17))
+    valid, filters = rng.uniform(size=images.shape) > 0.2, rng.uniform(0, 1, size=(2, 2, 5, 7))
+    filters[:, 1] -= filters[:, 1].mean(axis=(1, 2), keepdims=True)
+    weight = np.where(valid, 1 / variance, 0)
+    chi2, contrast, n_bands = np.zeros((3, 13, 17))
+    for b in range(2):
+
+        def around(plane, kernel):
+            return ndimage.correlate(plane, kernel, mode="constant")
+
+        first, second = filters[b]
+        signal, information = around(weight[b] * images[b], first), around(weight[b], first**2)
+        local = around(weight[b], second) * signal / around(weight[b], first)
+        response = around(weight[b] * images[b], second) - local
+        n_bands += information > 0
+        chi2 += np.maximum(signal, 0) ** 2 / information
+        contrast += np.maximum(response, 0) ** 2 / around(weight[b], second**2)
+    arrays = images.astype(np.float32), variance.astype(np.float32), valid, filters
+    got = kernels.filter_bands(*arrays, np.array([1.0, 0.7]), side, 1e-3)
+    # Transforms in float32.
+    np.testing.assert_allclose(got[0], chi2, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got[1], contrast, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(got[2], n_bands)
 
 
 def test_significance_of_a_bright_star_in_one_band_is_its_signal_to_noise():
@@ -290,3 +320,26 @@ def test_peak_on_empty_sky_close_to_a_footprint_joins_it():
     labels = footprints_of_peaks(coadd, np.array([(30, 30), (30, 44), (10, 10)]), CONFIG)
     assert labels[30, 30] == labels[30, 44]
     assert labels[10, 10] not in (0, labels[30, 30])
+
+
+def test_band_without_a_psf_does_not_matter():
+    images = stars((80, 80), [(20, 20), (50, 60)], 12.0, n_bands=3)
+
+    def field(y, x, band):
+        return PSF if band != "band1" else np.zeros((3, 3))
+
+    two = coadd_of(images[[0, 2]])
+    three = Coadd(images=images, variance=1.0, psfs=field, bands=["band0", "band1", "band2"])
+    np.testing.assert_array_equal(detect(three, CONFIG).peaks, detect(two, CONFIG).peaks)
+
+
+def test_a_psf_that_is_missing_in_the_middle_is_taken_from_elsewhere():
+    images = stars((80, 80), [(20, 20), (50, 60)], 12.0)
+
+    def field(y, x, band):
+        if 30 < y < 50 and 30 < x < 50:
+            raise LookupError("no PSF here")
+        return PSF
+
+    coadd = Coadd(images=images, variance=1.0, psfs=field, bands=["band0", "band1"])
+    np.testing.assert_array_equal(detect(coadd, CONFIG).peaks, detect(coadd_of(images), CONFIG).peaks)

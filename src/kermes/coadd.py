@@ -42,7 +42,7 @@ SMALLEST_VARIANCE = float(np.finfo(np.float32).tiny)
 LARGEST_VARIANCE = 1 / SMALLEST_VARIANCE
 """Between the two, a variance and its inverse both keep full precision in float32."""
 
-LARGEST_SIGNAL = 1e10
+LARGEST_SIGNAL = 1e8
 """A pixel farther from zero than this many sigma is no measurement but stands for nothing, such as a value of 1e30."""
 
 _UNIT_SPELLINGS = {
@@ -145,7 +145,7 @@ class Coadd:
     """Images of one field in several bands on one pixel grid.
 
     Arrays of any number type, byte order, unit or mask are copied once, when it is made, and are read-only by
-    agreement afterwards. Pixels that are not finite or 1e10 sigma from zero, have no positive finite variance, are
+    agreement afterwards. Pixels that are not finite or 1e8 sigma from zero, have no positive finite variance, are
     hidden by a masked array or lie in a bad mask plane are not valid; they are never an error. The arrays of `images`,
     `variance`, `psfs` and `mask` may also be lists, one item per band.
 

@@ -17,6 +17,7 @@ from scipy.special import comb, gammaincc, ndtri_exp
 from kermes.coadd import Coadd, stack_psfs
 from kermes.config import DetectionConfig
 from kermes.geometry import Box
+from kermes.kernels import detection as kernels
 
 FloatArray = NDArray[np.float64]
 LabelArray = NDArray[np.int64]
@@ -44,15 +45,6 @@ def _contrast_kernel(psf: FloatArray) -> FloatArray:
     return np.asarray(kernel - kernel.mean())
 
 
-def _transforms(kernels: list[FloatArray], side: int) -> NDArray[np.complex128]:
-    """Transforms to multiply with in order to correlate with kernels (P, Q) on a grid of `side` pixels.
-
-    The first pixel of a kernel stands for its centre: half a kernel has to be taken off the positions in the answer.
-    """
-    rows = scipy.fft.rfft(np.array(kernels), side)  # the other rows of the grid are zero
-    return np.asarray(np.conj(scipy.fft.fft(rows, side, axis=1)))
-
-
 def _filtered(coadd: Coadd, with_contrast: bool) -> tuple[FloatArray, FloatArray, NDArray[np.uint8]]:
     """Filter each band with its PSF and with its contrast kernel, and add up the bands.
 
@@ -61,61 +53,26 @@ def _filtered(coadd: Coadd, with_contrast: bool) -> tuple[FloatArray, FloatArray
     The second is zero without contrast. Works block by block, so that memory does not grow and transforms stay in
     the cache.
     """
-    chi2, contrast = np.zeros(coadd.shape), np.zeros(coadd.shape)
-    n_bands = np.zeros(coadd.shape, dtype=np.uint8)
-    image_box = Box.of_shape(coadd.shape)
     psfs = np.pad(_typical_psfs(coadd), ((0, 0), (1, 1), (1, 1)))  # so that a PSF of one pixel has surroundings
-    margin = max(psfs.shape[1:]) // 2
-    side = scipy.fft.next_fast_len(min(max(256, 8 * margin), max(coadd.shape) + 2 * margin), real=True)
-    blocks = [
-        Box(y0, x0, side - 2 * margin, side - 2 * margin)
-        for y0 in range(0, coadd.shape[0], side - 2 * margin)
-        for x0 in range(0, coadd.shape[1], side - 2 * margin)
+    filters = psfs[:, None]
+    if with_contrast:
+        filters = np.stack([psfs, [_contrast_kernel(psf) for psf in psfs]], axis=1)
+    units = [
+        float(np.median(variance[valid])) if valid.any() and psf.any() else 0.0
+        for variance, valid, psf in zip(coadd.variance, coadd.valid, psfs, strict=True)
     ]
-    weight, weighted = np.zeros((2, side, side))
-    top, left = (margin - n // 2 for n in psfs.shape[1:])
-
-    def correlate(transformed: NDArray[np.complex128], to: NDArray[np.complex128], block: Box) -> FloatArray:
-        """Filtered pixels of a block that lie inside the image."""
-        filtered = scipy.fft.irfft2(transformed * to, s=(side, side), overwrite_x=True)
-        return np.asarray(filtered[image_box.within(block.shift(-top, -left))])
-
-    for image, variance, valid, psf in zip(coadd.images, coadd.variance, coadd.valid, psfs, strict=True):
-        if not (valid.any() and psf.any()):
-            continue
-        kernels = [psf, _contrast_kernel(psf)] if with_contrast else [psf]
-        transforms = _transforms([*kernels, *(kernel**2 for kernel in kernels)], side)
-        least = [_MIN_COVERAGE / float(np.median(variance[valid])) * (kernel**2).sum() for kernel in kernels]
-        for block in blocks:
-            around = block.grow(margin)
-            source, target = around.within(image_box), image_box.within(around)
-            weight[:], weighted[:] = 0.0, 0.0
-            np.divide(1.0, variance[source], out=weight[target], where=valid[source], dtype=np.float64)
-            np.multiply(weight[target], image[source], out=weighted[target], where=valid[source])
-            of_weight, of_image = scipy.fft.rfft2(weight), scipy.fft.rfft2(weighted)
-
-            window = block.within(image_box)
-            signal = correlate(of_image, transforms[0], block)
-            information = correlate(of_weight, transforms[len(kernels)], block)
-            covered = information > least[0]
-            n_bands[window] += covered
-            chi2[window] += _squared(signal, information, covered)
-            if not with_contrast:
-                continue
-            response = correlate(of_image, transforms[1], block)
-            information = correlate(of_weight, transforms[3], block)
-            covered &= information > least[1]
-            # Where pixels are missing the kernel does not sum to zero: what it sees of the local mean is taken out.
-            psf_sum, kernel_sum = (correlate(of_weight, to, block) for to in transforms[:2])
-            local = np.divide(kernel_sum * signal, psf_sum, out=np.zeros_like(signal), where=covered)
-            contrast[window] += _squared(response - local, information, covered)
+    reach = max(psfs.shape[1:]) - 1
+    side = scipy.fft.next_fast_len(min(max(256, 4 * reach), max(coadd.shape) + reach), real=True)
+    chi2, contrast, n_bands = kernels.filter_bands(
+        np.ascontiguousarray(coadd.images),
+        np.ascontiguousarray(coadd.variance),
+        np.ascontiguousarray(coadd.valid),
+        np.ascontiguousarray(filters),
+        np.array(units),
+        side,
+        _MIN_COVERAGE,
+    )
     return chi2, contrast, n_bands
-
-
-def _squared(signal: FloatArray, information: FloatArray, covered: NDArray[np.bool_]) -> FloatArray:
-    """Square of the signal-to-noise where it is positive and the pixels are covered, else zero."""
-    positive = np.maximum(signal, 0.0)
-    return np.asarray(np.divide(positive * positive, information, out=np.zeros_like(signal), where=covered))
 
 
 def _mean_fwhm(coadd: Coadd) -> float:

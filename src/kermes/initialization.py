@@ -166,8 +166,10 @@ def initialize(
 def reach_of_components(packed: Packed, blend: Blend, difference: NDArray[np.float64]) -> NDArray[np.int64]:
     """Choose how far from its box each component is rendered, so that what is left out is lost in the noise."""
     y, x = blend.peaks[:, 0], blend.peaks[:, 1]
-    snr = blend.images[:, y, x].T / blend.noise_rms
-    snr[(blend.weights[:, y, x] == 0).T] = np.inf  # a masked core says nothing: it may be a saturated star's
+    snr = np.where(blend.weights.any(axis=(1, 2)), blend.images[:, y, x].T / blend.noise_rms, np.nan)
+    # A masked core says nothing: it may be a saturated star's. A band without any weight does not matter.
+    masked = (blend.weights[:, y, x] == 0).T & blend.weights.any(axis=(1, 2))
+    snr[masked] = np.inf
     return np.maximum(sufficient_reach(difference, blend.psfs, snr), MIN_REACH)[packed.sources]
 
 

@@ -39,7 +39,7 @@ DoubleArray = NDArray[np.float64]
 FloatArray = NDArray[np.float32]
 LabelArray = NDArray[np.int64]
 
-MARGIN = 10
+MARGIN = 6
 """Pixels of background around a footprint that are fitted too, so that the wings of the models are held down."""
 
 RUNGS = (Outcome.FULL, Outcome.SINGLE, Outcome.POINT)
@@ -159,7 +159,7 @@ def plan_tile(
     first = [positions[rows[0]].tolist() for rows in members]
     limit = LARGE * sum(costs)
     order = sorted(range(len(boxes)), key=lambda k: (-costs[k] if costs[k] > limit else 0, *boxes[k].origin, *first[k]))
-    latest = np.zeros(coadd.shape, dtype=np.int64)
+    latest = np.zeros(coadd.shape, dtype=np.int32)
     for place, k in enumerate(order):
         latest[outers[k].y, outers[k].x] = place
     tasks = tuple(

@@ -15,20 +15,20 @@ def transform_kernels(stamps, height, width):
     """
     n_bands, p, q = stamps.shape
     out = np.empty((n_bands, height, width // 2 + 1), dtype=np.complex64)
-    plane = np.empty((height, width), dtype=np.float64)
-    transformed = np.empty((height, width // 2 + 1), dtype=np.complex128)
+    plane = np.empty((height, width), dtype=np.float32)
     axes = np.arange(2)
     scale = 1.0 / (height * width)
+    columns = np.empty(q, dtype=np.int64)
+    for j in range(q):
+        columns[j] = (j - q // 2) % width
     for b in range(n_bands):
         plane[:] = 0.0
         for i in range(p):
+            y = (i - p // 2) % height
             for j in range(q):
                 # Added, not set: a stamp larger than the plane wraps onto itself.
-                plane[(i - p // 2) % height, (j - q // 2) % width] += stamps[b, i, j]
-        r2c(plane, transformed, axes, True, scale, 1)
-        for y in range(height):
-            for x in range(width // 2 + 1):
-                out[b, y, x] = transformed[y, x]
+                plane[y, columns[j]] += stamps[b, i, j]
+        r2c(plane, out[b], axes, True, scale, 1)
     return out
 
 
