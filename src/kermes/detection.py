@@ -10,7 +10,6 @@ import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.signal import fftconvolve
 from scipy.spatial import cKDTree
 from scipy.special import comb, gammaincc, ndtri_exp
 
@@ -38,10 +37,18 @@ class Detection:
     """Peaks (N, 2), array index (y, x), the most significant first; each lies in a footprint."""
 
 
+def _blurred(image: FloatArray, kernel: FloatArray) -> FloatArray:
+    """Convolve with a kernel that is not larger, zero outside, same shape."""
+    shape = [n + k - 1 for n, k in zip(image.shape, kernel.shape, strict=True)]
+    product = scipy.fft.rfft2(image, shape) * scipy.fft.rfft2(kernel, shape)
+    middle = tuple(slice((k - 1) // 2, (k - 1) // 2 + n) for n, k in zip(image.shape, kernel.shape, strict=True))
+    return np.asarray(scipy.fft.irfft2(product, shape)[middle])
+
+
 def _contrast_kernel(psf: FloatArray) -> FloatArray:
     """PSF minus the PSF blurred by itself and by a pixel: sums to zero, so that it does not see what is smooth."""
     pixel = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
-    kernel = psf - fftconvolve(fftconvolve(psf, psf, mode="same"), pixel, mode="same")
+    kernel = psf - _blurred(_blurred(psf, psf), pixel)
     return np.asarray(kernel - kernel.mean())
 
 

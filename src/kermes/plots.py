@@ -38,6 +38,7 @@ _LEAST_WHITE = 30.0  # sigma; what is drawn white at least, so that noise alone 
 _BRIGHT = 5.0  # sigma; brighter pixels decide on the balance of colours
 _MAX_GAIN = 4.0
 _RESIDUAL_RANGE = 5.0  # sigma
+_WIDTH = 12.0  # inches
 _STRIP_HEIGHT = 2.1  # inches
 _MAX_NUMBERS = 150  # with more peaks the numbers would hide the image
 
@@ -245,9 +246,32 @@ def _significance(image: ImageArray, model: ImageArray, variance: ImageArray, va
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
+
+
+def _margins(
+    width: float, height: float, *, left: float, right: float, bottom: float, top: float, space: tuple[float, float]
+) -> dict[str, float]:
+    """Margins [inches] of panels on `width` x `height` inches, as a GridSpec wants them.
+
+    Fixed, because finding them from the texts would take as long as drawing. `space` is what lies between panels, in
+    units of their width and height.
+    """
+    return {
+        "left": left / width,
+        "right": 1.0 - right / width,
+        "bottom": bottom / height,
+        "top": 1.0 - top / height,
+        "wspace": space[0],
+        "hspace": space[1],
+    }
+
+
+def _scene_height(shape: Sequence[int]) -> float:
+    """Height of a figure in which image, model and residual fill the width [inches]."""
+    return float(np.clip(3.3 * shape[0] / shape[1] + 0.9, 2.5, 10.0))
 
 
 def _extent(box: Box) -> tuple[float, float, float, float]:
@@ -278,6 +302,7 @@ def _mark(axes: Axes, peaks: FloatArray, names: Sequence[Any], colours: Sequence
 
 def _draw_scene(
     figure: Figure | SubFigure,
+    height: float,
     image: ImageArray,
     model: ImageArray,
     variance: ImageArray,
@@ -289,9 +314,10 @@ def _draw_scene(
     colours: Sequence[str],
     scale: ColourScale,
 ) -> None:
-    """Draw image, model and residual side by side."""
+    """Draw image, model and residual side by side; `height` is that of the figure [inches]."""
     extent = _extent(Box(*origin, *image.shape[1:]))
-    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    margins = _margins(_WIDTH, height, left=0.6, right=1.1, bottom=0.55, top=0.35, space=(0.05, 0.0))
+    panels = figure.subplots(1, 3, sharex=True, sharey=True, gridspec_kw=margins)
     panels[0].imshow(lupton_rgb(image, bands, scale=scale, valid=valid), extent=extent, origin="lower")
     _mark(panels[0], peaks, names, colours)
     panels[0].set_title(f"image ({' '.join(bands)})")
@@ -307,7 +333,8 @@ def _draw_scene(
     )
     panels[2].set_facecolor((_MID_GREY / 255,) * 3)
     panels[2].set_title("residual")
-    figure.colorbar(residual, ax=panels[2], label="σ, all bands together", extend="both", shrink=0.8)
+    bar = panels[2].inset_axes((1.05, 0.1, 0.05, 0.8))
+    figure.colorbar(residual, cax=bar, label="σ, all bands together", extend="both")
     for panel in panels:
         panel.tick_params(labelsize="small")
     panels[0].set_xlabel("x [pixels]")
@@ -363,9 +390,22 @@ def show_scene(
     good &= np.isfinite(spread) & (spread > 0)
     positions = np.asarray([] if peaks is None else peaks, dtype=np.float64).reshape(-1, 2)
     scale = colour_scale(array, bands, noise=_typical_noise(spread, good), valid=good)
-    figure = _new_figure(12.0, 4.2)
-    colours = ["white"] * len(positions)
-    _draw_scene(figure, array, modelled, spread, good, bands, origin, positions, range(len(positions)), colours, scale)
+    height = _scene_height(array.shape[1:])
+    figure = _new_figure(_WIDTH, height)
+    _draw_scene(
+        figure,
+        height,
+        array,
+        modelled,
+        spread,
+        good,
+        bands,
+        origin,
+        positions,
+        range(len(positions)),
+        ["white"] * len(positions),
+        scale,
+    )
     return figure
 
 
@@ -469,11 +509,21 @@ def _result_scale(result: Result) -> ColourScale:
     return colour_scale(coadd.images, coadd.bands, noise=noise, valid=coadd.valid)
 
 
+def _strips_size(result: Result, n: int) -> tuple[float, float]:
+    """Width and height of `n` strips [inches]."""
+    return _WIDTH if result.coadd is not None else 5.5, _STRIP_HEIGHT * max(n, 1) + 0.3
+
+
 def _draw_objects(figure: Figure | SubFigure, result: Result, ids: Sequence[int], scale: ColourScale) -> None:
     n_images = 4 if result.coadd is not None else 1
-    panels = figure.subplots(len(ids), n_images + 1, squeeze=False, width_ratios=[1.0] * n_images + [1.4])
+    width, height = _strips_size(result, len(ids))
+    margins = _margins(width, height, left=0.6, right=0.15, bottom=0.3, top=0.3, space=(0.1, 0.15))
+    # The spectrum starts a column later, which leaves room for its labels.
+    ratios = [1.0] * n_images + [0.15, 1.4]
+    grid = figure.add_gridspec(len(ids), n_images + 2, width_ratios=ratios, **margins)
     for k, object_id in enumerate(ids):
-        _draw_object(panels[k], result[object_id], result, scale, first=k == 0)
+        panels = [figure.add_subplot(grid[k, column]) for column in (*range(n_images), n_images + 1)]
+        _draw_object(panels, result[object_id], result, scale, first=k == 0)
 
 
 def show_objects(result: Result, ids: Sequence[int] | None = None, n: int = 5) -> Figure:
@@ -499,7 +549,7 @@ def show_objects(result: Result, ids: Sequence[int] | None = None, n: int = 5) -
         If an object is not in the result.
     """
     chosen = _brightest(result, n) if ids is None else [int(object_id) for object_id in ids]
-    figure = _new_figure(12.0 if result.coadd is not None else 5.5, _STRIP_HEIGHT * max(len(chosen), 1) + 0.3)
+    figure = _new_figure(*_strips_size(result, len(chosen)))
     if chosen:
         _draw_objects(figure, result, chosen, _result_scale(result))
     return figure
@@ -528,18 +578,17 @@ def show_result(result: Result, n: int = 5) -> Figure:
     if coadd is None:
         raise InputError("result must have its images to be drawn: open it with coadd=, got none")
     chosen, scale = _brightest(result, n), _result_scale(result)
-    height, width = result.shape
-    scene_height = float(np.clip(12.0 / 3.3 * height / width + 0.6, 2.5, 10.0))
-    strips_height = _STRIP_HEIGHT * len(chosen) + 0.3
-    figure = _new_figure(12.0, scene_height + strips_height)
+    scene_height, (_, strips_height) = _scene_height(result.shape), _strips_size(result, len(chosen))
+    figure = _new_figure(_WIDTH, scene_height + (strips_height if chosen else 0.0))
     scene_part: Figure | SubFigure = figure
     if chosen:
-        parts: Any = figure.subfigures(2, 1, height_ratios=[scene_height, strips_height])
+        parts: Any = figure.subfigures(2, 1, hspace=0.0, height_ratios=[scene_height, strips_height])
         scene_part = parts[0]
         _draw_objects(parts[1], result, chosen, scale)
     objects = result.objects
     _draw_scene(
         scene_part,
+        scene_height,
         coadd.images,
         result.model_image(),
         coadd.variance,

@@ -63,6 +63,23 @@ def convolve_plane(plane, transformed, kernel_fft, adjoint, axes):
     c2r(transformed, plane, axes, False, 1.0, 1)
 
 
+@fast_kernel
+def pad_plane(plane, image):
+    """Copy an image into the first pixels of a plane; zero in the padding."""
+    h, w = image.shape
+    for y in range(plane.shape[0]):
+        for x in range(plane.shape[1]):
+            plane[y, x] = image[y, x] if y < h and x < w else np.float32(0.0)
+
+
+@fast_kernel
+def copy_plane(out, plane):
+    """Copy the first pixels of a plane, as many as `out` has."""
+    for y in range(out.shape[0]):
+        for x in range(out.shape[1]):
+            out[y, x] = plane[y, x]
+
+
 @kernel
 def convolve_bands(images, kernel_fft, width, adjoint):
     """Convolve every band of (B, H, W); what lies outside is zero. Returns (B, H, W) float32.
@@ -76,8 +93,7 @@ def convolve_bands(images, kernel_fft, width, adjoint):
     transformed = np.empty((height, width // 2 + 1), dtype=np.complex64)
     axes = np.arange(2)
     for b in range(n_bands):
-        plane[:] = 0.0
-        plane[:h, :w] = images[b]
+        pad_plane(plane, images[b])
         convolve_plane(plane, transformed, kernel_fft[b], adjoint, axes)
-        out[b] = plane[:h, :w]
+        copy_plane(out[b], plane)
     return out

@@ -1,4 +1,8 @@
-"""The one place that says how kernels are compiled."""
+"""The one place that says how kernels are compiled.
+
+What costs compile time: assigning one array to a slice of another (numba compiles the text of an error with it), so
+kernels copy in loops.
+"""
 
 from numba import njit
 

@@ -3,6 +3,7 @@
 import numpy as np
 from rocket_fft import c2r, r2c
 
+from kermes.kernels.convolution import pad_plane
 from kermes.kernels.decorator import fast_kernel, kernel
 
 
@@ -92,11 +93,14 @@ def filter_bands(images, variance, valid, filters, units, side, min_coverage):
         if not units[b] > 0:
             continue
         for k in range(n_filters):
-            least[k] = min_coverage * np.sum(filters[b, k] ** 2)
-            weight[:] = 0.0
-            weight[:p, :q] = filters[b, k]
+            pad_plane(weight, filters[b, k])
             r2c(weight, kernel_fft[2 * k], axes, True, scale, 1)
-            weight[:p, :q] = filters[b, k] ** 2
+            power = 0.0
+            for y in range(p):
+                for x in range(q):
+                    weight[y, x] *= weight[y, x]
+                    power += weight[y, x]
+            least[k] = min_coverage * power
             r2c(weight, kernel_fft[2 * k + 1], axes, True, scale, 1)
         for y0 in range(0, h, n):
             for x0 in range(0, w, n):

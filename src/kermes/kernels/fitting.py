@@ -5,7 +5,7 @@ from rocket_fft import c2r, r2c
 
 from kermes.kernels.components import add_component, add_gradient, positive_bounds, repack
 from kermes.kernels.constraints import brightest_near, make_monotonic, make_symmetric
-from kermes.kernels.convolution import multiply, multiply_conjugate
+from kermes.kernels.convolution import copy_plane, multiply, multiply_conjugate
 from kermes.kernels.decorator import fast_kernel, kernel
 
 BETA_1 = np.float32(0.9)
@@ -126,14 +126,12 @@ def resized(morphologies, boxes, offsets, centers, pad, shape):
 
 
 @fast_kernel
-def kernel_power(kernel_fft, scale):
-    """Transform of the kernel's autocorrelation: scale * |kernel_fft|^2, float32."""
-    power = np.empty(kernel_fft.shape, dtype=np.float32)
+def kernel_power(power, kernel_fft, scale):
+    """Transform of the kernel's autocorrelation: power = scale * |kernel_fft|^2."""
     for y in range(kernel_fft.shape[0]):
         for x in range(kernel_fft.shape[1]):
             value = kernel_fft[y, x]
             power[y, x] = scale * (value.real * value.real + value.imag * value.imag)
-    return power
 
 
 @fast_kernel
@@ -218,7 +216,7 @@ def fit_components(
         weight, count = mean_positive(weights[b])
         n_pixels += count
         if exact_every > 1:
-            power[b] = kernel_power(kernel_fft[b], weight * np.float32(padded_height * padded_width))
+            kernel_power(power[b], kernel_fft[b], weight * np.float32(padded_height * padded_width))
 
     spectra = spectra.copy()
     morphologies = morphologies.copy()
@@ -252,14 +250,14 @@ def fit_components(
             r2c(plane, transformed, axes, True, 1.0, 1)
             if exact:
                 if exact_every > 1:
-                    reference[b] = transformed
+                    copy_plane(reference[b], transformed)
                 multiply(transformed, kernel_fft[b])
                 c2r(transformed, plane, axes, False, 1.0, 1)
                 loss += weighted_residual(plane, images[b], weights[b])
                 r2c(plane, transformed, axes, True, 1.0, 1)
                 multiply_conjugate(transformed, kernel_fft[b])
                 if exact_every > 1:
-                    known[b] = transformed
+                    copy_plane(known[b], transformed)
             else:
                 extrapolate_gradient(transformed, reference[b], known[b], power[b])
             c2r(transformed, plane, axes, False, 1.0, 1)
@@ -274,7 +272,7 @@ def fit_components(
             if n_exact == 0 or loss < best_losses[n_exact - 1]:
                 best_losses[n_exact] = loss
                 best_morphologies = morphologies.copy()
-                best_spectra[:] = spectra
+                copy_plane(best_spectra, spectra)
                 best_boxes, best_offsets = boxes, offsets
             else:
                 best_losses[n_exact] = best_losses[n_exact - 1]
@@ -285,7 +283,9 @@ def fit_components(
             if n_exact > wait:
                 enough = tolerance * max(0.5 * n_pixels, best)
                 # The first steps can lead uphill: a fit that was far above its best state is not at rest.
-                worst = losses[n_exact - wait : n_exact].max()
+                worst = loss
+                for i in range(n_exact - wait, n_exact):
+                    worst = max(worst, losses[i])
                 converged = best_losses[n_exact - 1 - wait] - best < enough and worst - best < 5.0 * enough
             if converged or n_done == max_iterations:
                 break

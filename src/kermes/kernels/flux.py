@@ -15,12 +15,13 @@ def source_boxes(boxes, sources, n_sources):
         if boxes[k, 2] == 0 or boxes[k, 3] == 0:
             continue
         if joined[s, 2] == 0:
-            joined[s] = boxes[k]
+            for side in range(4):
+                joined[s, side] = boxes[k, side]
             continue
         y0, x0 = min(joined[s, 0], boxes[k, 0]), min(joined[s, 1], boxes[k, 1])
         y1 = max(joined[s, 0] + joined[s, 2], boxes[k, 0] + boxes[k, 2])
         x1 = max(joined[s, 1] + joined[s, 3], boxes[k, 1] + boxes[k, 3])
-        joined[s] = (y0, x0, y1 - y0, x1 - x0)
+        joined[s, 0], joined[s, 1], joined[s, 2], joined[s, 3] = y0, x0, y1 - y0, x1 - x0
     for s in range(n_sources):
         offsets[s + 1] = offsets[s] + joined[s, 2] * joined[s, 3]
     return joined, offsets

@@ -3,6 +3,7 @@
 import numpy as np
 from rocket_fft import c2r, r2c
 
+from kermes.kernels.convolution import copy_plane, pad_plane
 from kermes.kernels.decorator import fast_kernel, kernel
 
 
@@ -33,8 +34,7 @@ def deconvolve(images, band_weights, kernel_fft, width, strength):
     size = np.float32(height * width)
     for b in range(n_bands):
         if band_weights[b] > 0:
-            plane[:] = 0.0
-            plane[:h, :w] = images[b]
+            pad_plane(plane, images[b])
             r2c(plane, transformed, axes, True, 1.0, 1)
             # The transforms of the kernels are divided by the number of pixels.
             accumulate_band(transformed, kernel_fft[b], np.float32(band_weights[b]), information, numerator)
@@ -49,7 +49,9 @@ def deconvolve(images, band_weights, kernel_fft, width, strength):
             once = x == 0 or 2 * x == width
             gain += (1.0 if once else 2.0) * power * filtered * filtered
     c2r(numerator, plane, axes, False, 1.0, 1)
-    return plane[:h, :w].copy(), gain / size
+    image = np.empty((h, w), dtype=np.float32)
+    copy_plane(image, plane)
+    return image, gain / size
 
 
 @kernel
@@ -144,7 +146,8 @@ def first_morphologies(image, centers, limit, pad):
         offsets[k + 1] = end
         if end > len(packed):
             larger = np.zeros(2 * end, dtype=np.float32)
-            larger[: offsets[k]] = packed[: offsets[k]]
+            for i in range(offsets[k]):
+                larger[i] = packed[i]
             packed = larger
         for i in range(n):
             y, x = queue[i] // w, queue[i] % w
@@ -199,7 +202,8 @@ def first_components(boxes, offsets, morphologies, centers, psf, level, two_comp
                 if two_components[k]:
                     value = min(value / level, 1.0) if part == 0 else max(value - level, 0.0) / (1.0 - level)
                 packed[begin + i] = value
-            new_boxes[c] = boxes[k]
+            for side in range(4):
+                new_boxes[c, side] = boxes[k, side]
             new_offsets[c + 1] = begin + size
             sources[c] = k
             c += 1

@@ -38,7 +38,8 @@ def overlapping_pairs(boxes):
                 continue
             if last == len(columns):
                 larger = np.empty(2 * last, dtype=np.int64)
-                larger[:last] = columns
+                for e in range(last):
+                    larger[e] = columns[e]
                 columns = larger
             columns[last] = j
             last += 1
@@ -131,18 +132,26 @@ def solve_non_negative(starts, columns, values, right, solution, max_sweeps, tol
 
 
 @kernel
+def solve_band(starts, columns, values, right, spectra, b, max_sweeps, tolerance):
+    """Solve the fluxes of band b from where `spectra` (K, B) stands, in place."""
+    solution = np.empty(len(spectra))
+    for k in range(len(spectra)):
+        solution[k] = spectra[k, b]
+    solve_non_negative(starts, columns, values, right, solution, max_sweeps, tolerance)
+    for k in range(len(spectra)):
+        spectra[k, b] = solution[k]
+
+
+@kernel
 def solve_spectra(rendered, boxes, offsets, images, weights, spectra, max_sweeps, tolerance):
     """Find the non-negative fluxes of all components, band by band, from where `spectra` (K, B) stands, in place.
 
     rendered (B, n) packed components for a spectrum of one.
     """
     starts, columns, mirror = overlapping_pairs(boxes)
-    solution = np.empty(len(boxes))
     for b in range(len(images)):
         values, right = normal_equations(rendered[b], boxes, offsets, starts, columns, mirror, images[b], weights[b])
-        solution[:] = spectra[:, b]
-        solve_non_negative(starts, columns, values, right, solution, max_sweeps, tolerance)
-        spectra[:, b] = solution
+        solve_band(starts, columns, values, right, spectra, b, max_sweeps, tolerance)
 
 
 @kernel
@@ -280,15 +289,13 @@ def solve_fluxes(
     starts, columns, mirror = overlapping_pairs(boxes)
     n_bands = len(images)
     n = len(boxes)
-    solution = np.empty(n)
     variance = np.full((n_sources, n_bands), np.inf)
     equations = np.empty((n_bands, len(columns)))
     for b in range(n_bands):
         values, right = normal_equations(rendered[b], boxes, offsets, starts, columns, mirror, images[b], weights[b])
-        solution[:] = spectra[:, b]
-        solve_non_negative(starts, columns, values, right, solution, max_sweeps, tolerance)
-        spectra[:, b] = solution
-        equations[b] = values
+        solve_band(starts, columns, values, right, spectra, b, max_sweeps, tolerance)
+        for e in range(len(columns)):
+            equations[b, e] = values[e]
     mixture = np.empty(n)
     flux = np.empty(n_sources)
     for b in range(n_bands):
