@@ -31,7 +31,6 @@ from kermes.kernels.fitting import (
     amsgrad,
     background_limit,
     extrapolate_gradient,
-    kernel_power,
     project_morphology,
     weighted_residual,
 )
@@ -215,7 +214,7 @@ def fit_shares(arguments: tuple[Any, ...]) -> tuple[dict[str, float], dict[str, 
     rng = np.random.default_rng(0)
     plane = rng.normal(size=(kernel_fft.shape[0], convolution.width)).astype(np.float32)
     transformed = np.ones_like(kernel_fft)
-    power = kernel_power(kernel_fft, np.float32(1e-3))
+    power = np.zeros(kernel_fft.shape, dtype=np.float32)
     centers = np.ascontiguousarray(blend.peaks[packed.sources])
     noise = np.nan_to_num(blend.noise_rms, nan=1.0).astype(np.float32)
     table = monotonic_weights(table_radius(convolution.shape), config.monotonic_weighting, config.min_gradient)
@@ -245,7 +244,7 @@ def fit_shares(arguments: tuple[Any, ...]) -> tuple[dict[str, float], dict[str, 
         )
     )
     comparison = seconds_per_call(lambda n: compare(plane, transformed.copy(), 0 * kernel_fft + 1, image, weights, n))
-    product = seconds_per_call(lambda n: extrapolate(transformed.copy(), transformed, transformed, 0 * power, n))
+    product = seconds_per_call(lambda n: extrapolate(transformed.copy(), transformed, transformed, power, n))
 
     n_exact, n_all = len(fit.losses), fit.iterations + 1
     parts = {

@@ -118,12 +118,23 @@ def test_a_neighbour_is_cut_off():
 # ---------------------------------------------------------------- the brightest pixel
 
 
-@given(morphologies(), st.booleans())
-def test_no_pixel_next_to_the_centre_is_brighter_than_the_brightest(drawn, first_wins):
+@given(morphologies())
+def test_no_pixel_next_to_the_centre_is_brighter_than_the_brightest(drawn):
     morphology, cy, cx = drawn
-    y, x = brightest_near(morphology, cy, cx, first_wins)
+    y, x = brightest_near(morphology, cy, cx, True)
     assert max(abs(y - cy), abs(x - cx)) <= 1
     assert morphology[y, x] == morphology[max(cy - 1, 0) : cy + 2, max(cx - 1, 0) : cx + 2].max()
+
+
+@given(morphologies())
+def test_the_brightest_is_the_centre_unless_one_pixel_is_brighter_than_all_others(drawn):
+    morphology, cy, cx = drawn
+    near = morphology[max(cy - 1, 0) : cy + 2, max(cx - 1, 0) : cx + 2]
+    y, x = brightest_near(morphology, cy, cx, False)
+    if (near == near.max()).sum() == 1:
+        assert morphology[y, x] == near.max()
+    else:
+        assert (y, x) == (cy, cx)
 
 
 @given(steps)

@@ -102,7 +102,7 @@ def brightest_near(morphology: ArrayLike, center: tuple[int, int]) -> tuple[int,
     ----------
     morphology : array_like, shape (h, w)
     center : tuple of int
-        Pixel (y, x) inside; it wins among equals.
+        Pixel (y, x) inside; the answer when several are equally bright.
 
     Returns
     -------

@@ -10,7 +10,6 @@ import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.spatial import cKDTree
 from scipy.special import comb, gammaincc, ndtri_exp
 
 from kermes.coadd import Coadd, stack_psfs
@@ -199,6 +198,8 @@ def _separate(peaks: LabelArray, distance: float) -> LabelArray:
     """Drop each peak closer than `distance` to one before it that is kept."""
     if distance == 0 or len(peaks) < 2:
         return peaks
+    from scipy.spatial import cKDTree
+
     pairs = cKDTree(peaks).query_pairs(distance, output_type="ndarray")
     apart = np.hypot(*(peaks[pairs[:, 0]] - peaks[pairs[:, 1]]).T)
     pairs = pairs[apart < distance]
@@ -224,6 +225,8 @@ def _find_peaks(
     near = ndimage.maximum_filter(contrast, size=3, mode="nearest")
     distinct = near[tuple(others.T)] > _WIDE_CONTRAST * config.peak_threshold
     if len(peaks) and len(others):
+        from scipy.spatial import cKDTree
+
         distance, _ = cKDTree(peaks).query(others)
         distinct &= distance > fwhm_pix
     peaks = np.concatenate([peaks, others[distinct]])

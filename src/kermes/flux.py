@@ -13,11 +13,11 @@ from kermes.rendering import SourceModels
 FloatArray = NDArray[np.float32]
 
 
-LEAST_MODEL = 1e-3
+LEAST_MODEL = 0.05
 """Pixels where all models together stay below this many sigma belong to nobody.
 
-There, who gets the noise of a pixel would be decided by the rounding errors of the models; what a source loses is below
-a tenth of the error of its flux.
+There a source would get noise and next to no light: what it loses, one to three per cent of its flux near the detection
+limit, is less than what it would gain in noise.
 """
 
 

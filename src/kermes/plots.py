@@ -462,6 +462,7 @@ def _draw_spectrum(axes: Axes, result: Result, index: int) -> None:
     axes.axhline(0.0, color="0.7", lw=0.7, zorder=0)
     axes.set_xticks(places, bands, fontsize="small")
     axes.tick_params(axis="y", labelsize="x-small")
+    axes.yaxis.get_offset_text().set_fontsize("x-small")
     axes.margins(x=0.15)
     unit = objects[f"{bands[0]}_flux"].unit
     axes.set_ylabel("flux" + (f" [{unit}]" if unit else ""), fontsize="small")
@@ -517,7 +518,7 @@ def _strips_size(result: Result, n: int) -> tuple[float, float]:
 def _draw_objects(figure: Figure | SubFigure, result: Result, ids: Sequence[int], scale: ColourScale) -> None:
     n_images = 4 if result.coadd is not None else 1
     width, height = _strips_size(result, len(ids))
-    margins = _margins(width, height, left=0.6, right=0.15, bottom=0.3, top=0.3, space=(0.1, 0.15))
+    margins = _margins(width, height, left=0.6, right=0.15, bottom=0.3, top=0.3, space=(0.1, 0.22))
     # The spectrum starts a column later, which leaves room for its labels.
     ratios = [1.0] * n_images + [0.15, 1.4]
     grid = figure.add_gridspec(len(ids), n_images + 2, width_ratios=ratios, **margins)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -96,6 +97,9 @@ class TilePlan:
     tasks: tuple[BlendTask, ...]
     """One per blend, in the order in which they are done."""
 
+    seconds: float
+    """How long it took to make the plan; not part of the answer."""
+
     @property
     def n_blends(self) -> int:
         """Number of blends."""
@@ -142,6 +146,7 @@ def plan_tile(
 
     Parameters and errors are those of `deblend`.
     """
+    start = time.perf_counter()
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise InputError(f"config must be a kermes.Config, got {type(config).__name__}")
@@ -175,7 +180,15 @@ def plan_tile(
         )
         for k in order
     )
-    return TilePlan(coadd=coadd, config=config, peaks=positions, labels=labels, background=not given, tasks=tasks)
+    return TilePlan(
+        coadd=coadd,
+        config=config,
+        peaks=positions,
+        labels=labels,
+        background=not given,
+        tasks=tasks,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _peaks_and_footprints(
@@ -498,7 +511,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     result : Result
         One row per peak, in the order of the peaks.
     """
-    start = time.perf_counter()
+    begin = start = time.perf_counter()
     coadd = plan.coadd
     objects = _object_columns(plan)
     blends = _blend_columns(plan)
@@ -531,15 +544,10 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         seconds += time.perf_counter() - start
     assert n_done == plan.n_blends, "one outcome per blend"
 
-    start = time.perf_counter()
-    tables = {
-        "objects": catalog.make_objects(objects, coadd.bands, coadd.unit),
-        "parents": catalog.make_parents(_parent_columns(plan)),
-        "blends": catalog.make_blends(blends),
-    }
-    seconds += time.perf_counter() - start
     return Result(
-        **tables,
+        objects=partial(catalog.make_objects, objects, coadd.bands, coadd.unit),
+        parents=partial(catalog.make_parents, _parent_columns(plan)),
+        blends=partial(catalog.make_blends, blends),
         bands=coadd.bands,
         config=plan.config,
         models={object_id: models[object_id] for object_id in sorted(models)},
@@ -550,7 +558,12 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         zero_point=coadd.zero_point,
         wcs=coadd.wcs,
         coadd=coadd,
-        timings={"blends": blend_seconds.tolist(), "collect": seconds},
+        timings={
+            "plan": plan.seconds,
+            "blends": blend_seconds.tolist(),
+            "collect": seconds,
+            "total": plan.seconds + time.perf_counter() - begin,
+        },
         total=total,
     )
 
@@ -670,9 +683,5 @@ def deblend(
     >>> len(result.objects) == len(scene.peaks)
     True
     """
-    start = time.perf_counter()
     plan = plan_tile(coadd, peaks, footprints, config)
-    planned = time.perf_counter()
-    result = collect(plan, fit_blends(plan, workers))
-    timings = {"plan": planned - start, **result.timings, "total": time.perf_counter() - start}
-    return replace(result, timings=timings)
+    return collect(plan, fit_blends(plan, workers))

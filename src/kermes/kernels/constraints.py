@@ -44,19 +44,27 @@ def monotonic_weights(radius):
 def brightest_near(morphology, cy, cx, first_wins):
     """Return the brightest pixel of the 3 x 3 around (cy, cx).
 
-    Among equals the centre wins, so that mirrored images give mirrored answers; with `first_wins` the first
-    in row order does, as in scarlet lite.
+    When several are equally bright it is the centre, so that mirrored images give mirrored answers; with `first_wins`
+    it is the first of them in row order, as in scarlet lite.
     """
     h, w = morphology.shape
     best_y, best_x = cy, cx
     best = morphology[cy, cx]
+    n_equal = 1
     for y in range(max(cy - 1, 0), min(cy + 2, h)):
         for x in range(max(cx - 1, 0), min(cx + 2, w)):
+            if y == cy and x == cx:
+                continue
             value = morphology[y, x]
             before = y < cy or (y == cy and x < cx)
-            if value > best or (first_wins and value == best and before and (best_y == cy and best_x == cx)):
+            if value > best or (first_wins and value == best and before and best_y == cy and best_x == cx):
                 best = value
                 best_y, best_x = y, x
+                n_equal = 1
+            elif value == best:
+                n_equal += 1
+    if n_equal > 1 and not first_wins:
+        return cy, cx
     return best_y, best_x
 
 
