@@ -13,6 +13,7 @@ import reference
 from kermes import Coadd, Config, ConfigError, InputError, deblend
 from kermes.psf import (
     amplify,
+    cut_error,
     difference_kernels,
     kernel_diagnostics,
     model_psf,
@@ -186,7 +187,7 @@ def test_a_narrow_psf_is_refused_with_its_band_and_the_remedy():
 def test_model_psf_sigma_of_zero_chooses_one_that_fits():
     plan = plan_tile(coadd_of(0.62), config=Config(model_psf_sigma=0))
     assert plan.config.model_psf_sigma == 0.6
-    assert not amplify(plan.tasks[0].kernels).any()
+    assert not amplify(plan.tasks[0].kernels.stamps).any()
 
 
 def test_model_psf_sigma_of_zero_is_the_usual_one_for_wide_psfs():
@@ -210,7 +211,7 @@ def test_the_fit_uses_regularized_kernels_and_so_does_the_result():
     config = Config(kernel_regularization=1e-2)
     coadd = coadd_of(1.5)
     expected = difference_kernels(np.asarray(coadd.psfs), TARGET, 1e-2)
-    np.testing.assert_array_equal(plan_tile(coadd, config=config).tasks[0].kernels, expected)
+    np.testing.assert_array_equal(plan_tile(coadd, config=config).tasks[0].kernels.stamps, expected)
     np.testing.assert_array_equal(deblend(coadd, config=config)._kernels(np.asarray(coadd.psfs)), expected)
 
 
@@ -259,13 +260,13 @@ def slow_reach(kernels, psfs, snr):
 def test_sufficient_reach_agrees_with_the_slow_twin(drawn):
     kernels, psfs, snr = drawn
     expected = [slow_reach(kernels, psfs, bright) for bright in snr]
-    np.testing.assert_array_equal(sufficient_reach(kernels, psfs, snr), expected)
+    np.testing.assert_array_equal(sufficient_reach(cut_error(kernels, psfs), snr), expected)
 
 
 def test_cutting_to_the_sufficient_reach_is_not_seen():
     kernels = difference_kernels(WIDE, TARGET)
     snr = np.array([[200.0, 100.0]])
-    (reach,) = sufficient_reach(kernels, WIDE, snr)
+    (reach,) = sufficient_reach(cut_error(kernels, WIDE), snr)
     cut = truncated(kernels, reach)
     assert cut.shape[1] < 31
     flux = snr[0] / WIDE.max(axis=(1, 2))

@@ -14,7 +14,7 @@ from kermes.config import InitializationConfig
 from kermes.geometry import Box
 from kermes.initialization import chi2_image, deconvolved_image, initialize
 from kermes.kernels.initialization import first_morphologies, signal_to_noise
-from kermes.rendering import Packed
+from kermes.rendering import KernelSet, Packed
 from kermes.scene import Scene
 
 DETECTION_IMAGES = {"deconvolved": lambda blend: deconvolved_image(blend, convolution_of(blend)), "chi2": chi2_image}
@@ -194,7 +194,7 @@ def blend():
 
 
 def first_model(blend, **settings):
-    return initialize(blend, KERNELS, convolution_of(blend), TARGET, InitializationConfig(**settings))
+    return initialize(blend, KernelSet(KERNELS), convolution_of(blend), TARGET, InitializationConfig(**settings))
 
 
 @pytest.mark.parametrize("kind", DETECTION_IMAGES)

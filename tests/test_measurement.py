@@ -9,7 +9,7 @@ from blends import KERNELS, TARGET, blend_of, gaussian, observe, observed, sourc
 from kermes.geometry import Box
 from kermes.measurement import measure_fluxes
 from kermes.psf import difference_kernels
-from kermes.rendering import pack
+from kermes.rendering import KernelSet, pack
 from kermes.scene import FactorizedComponent, Scene, Source
 from kermes.simulation import MoffatPsf
 
@@ -34,14 +34,14 @@ def flux_of(scene):
 def test_fluxes_of_a_scene_without_noise_are_recovered():
     scene = three_sources()
     packed, blend = observe(scene)
-    fluxes = measure_fluxes(replace(packed, spectra=np.ones_like(packed.spectra)), 3, blend, KERNELS)
+    fluxes = measure_fluxes(replace(packed, spectra=np.ones_like(packed.spectra)), 3, blend, KernelSet(KERNELS))
     # Solved to some tens of steps of a thousandth of an error.
     assert (abs(fluxes.flux - flux_of(scene)) < 0.05 * fluxes.flux_err).all()
 
 
 def test_fluxes_are_those_of_the_components_that_are_returned():
     packed, blend = observe(three_sources(), seed=1)
-    fluxes = measure_fluxes(packed, 3, blend, KERNELS)
+    fluxes = measure_fluxes(packed, 3, blend, KernelSet(KERNELS))
     total = np.zeros((3, 3))
     for k, s in enumerate(packed.sources):
         pixels = fluxes.packed.morphologies[packed.offsets[k] : packed.offsets[k + 1]]
@@ -56,7 +56,7 @@ def test_flux_errors_are_as_large_as_the_scatter_of_the_fluxes():
     pulls = np.empty((n, 3, 3))
     for i in range(n):
         noise = rng.normal(size=blend.images.shape) * sigma[:, None, None]
-        fluxes = measure_fluxes(packed, 3, blend_of(blend.images + noise, blend.peaks, sigma), KERNELS)
+        fluxes = measure_fluxes(packed, 3, blend_of(blend.images + noise, blend.peaks, sigma), KernelSet(KERNELS))
         pulls[i] = (fluxes.flux - flux_of(scene)) / fluxes.flux_err
     # The scatter of a standard deviation from n numbers is 1 / sqrt(2 n) = 0.035; four times that, for nine of them.
     assert pulls.std(axis=0) == pytest.approx(np.ones((3, 3)), abs=4 * 0.035)
@@ -66,7 +66,7 @@ def test_flux_errors_are_as_large_as_the_scatter_of_the_fluxes():
 def test_the_error_of_a_source_alone_is_that_of_its_matched_filter():
     scene = Scene(sources=neighbours().sources[:1], box=neighbours().box)
     packed, blend = observe(scene, sigma=2.0)
-    fluxes = measure_fluxes(packed, 1, blend, KERNELS)
+    fluxes = measure_fluxes(packed, 1, blend, KernelSet(KERNELS))
     profile = blend.images / flux_of(scene)[0][:, None, None]
     expected = 2.0 / np.sqrt((profile**2).sum(axis=(1, 2)))
     # The prior is a millionth; the rest is rounding of the image.
@@ -77,15 +77,15 @@ def test_a_neighbour_makes_an_error_larger():
     scene = neighbours()
     packed, blend = observe(scene)
     alone = observe(Scene(sources=scene.sources[:1], box=scene.box))[0]
-    crowded = measure_fluxes(packed, 3, blend, KERNELS).flux_err[0]
-    assert (crowded > measure_fluxes(alone, 1, blend, KERNELS).flux_err[0]).all()
+    crowded = measure_fluxes(packed, 3, blend, KernelSet(KERNELS)).flux_err[0]
+    assert (crowded > measure_fluxes(alone, 1, blend, KernelSet(KERNELS)).flux_err[0]).all()
 
 
 def test_scaling_image_and_noise_scales_fluxes_and_errors():
     packed, blend = observe(neighbours(), seed=2)
     scaled = replace(blend, images=8 * blend.images, weights=blend.weights / 64, noise_rms=8 * blend.noise_rms)
-    here = measure_fluxes(packed, 3, blend, KERNELS)
-    there = measure_fluxes(replace(packed, spectra=8 * packed.spectra), 3, scaled, KERNELS)
+    here = measure_fluxes(packed, 3, blend, KernelSet(KERNELS))
+    there = measure_fluxes(replace(packed, spectra=8 * packed.spectra), 3, scaled, KernelSet(KERNELS))
     # A power of two, so that nothing is rounded differently.
     np.testing.assert_allclose(there.flux, 8 * here.flux, rtol=1e-12)
     np.testing.assert_allclose(there.flux_err, 8 * here.flux_err, rtol=1e-12)
@@ -95,8 +95,8 @@ def test_a_band_without_weights_has_no_error_and_leaves_the_others_alone():
     packed, blend = observe(neighbours(), seed=3)
     weights = blend.weights.copy()
     weights[1] = 0
-    expected = measure_fluxes(packed, 3, blend, KERNELS)
-    fluxes = measure_fluxes(packed, 3, replace(blend, weights=weights), KERNELS)
+    expected = measure_fluxes(packed, 3, blend, KernelSet(KERNELS))
+    fluxes = measure_fluxes(packed, 3, replace(blend, weights=weights), KernelSet(KERNELS))
     assert np.isnan(fluxes.flux_err[:, 1]).all()
     np.testing.assert_array_equal(fluxes.flux[:, [0, 2]], expected.flux[:, [0, 2]])
     np.testing.assert_array_equal(fluxes.flux_err[:, [0, 2]], expected.flux_err[:, [0, 2]])
@@ -106,8 +106,8 @@ def test_masked_pixels_make_an_error_larger():
     packed, blend = observe(neighbours(), seed=4)
     weights = blend.weights.copy()
     weights[:, 14:17, 10:13] = 0
-    masked = measure_fluxes(packed, 3, replace(blend, weights=weights), KERNELS)
-    assert (masked.flux_err[0] > measure_fluxes(packed, 3, blend, KERNELS).flux_err[0]).all()
+    masked = measure_fluxes(packed, 3, replace(blend, weights=weights), KernelSet(KERNELS))
+    assert (masked.flux_err[0] > measure_fluxes(packed, 3, blend, KernelSet(KERNELS)).flux_err[0]).all()
 
 
 def test_a_neighbour_of_a_star_with_a_masked_core_keeps_its_flux():
@@ -126,7 +126,7 @@ def test_a_neighbour_of_a_star_with_a_masked_core_keeps_its_flux():
     blend = blend_of(observed(packed, shape, kernels), [(25, 20), (25, 33)], psfs=psfs)
     weights, images = blend.weights.copy(), blend.images.copy()
     weights[:, 23:28, 18:23] = images[:, 23:28, 18:23] = 0
-    measured = measure_fluxes(packed, 2, replace(blend, weights=weights, images=images), kernels)
+    measured = measure_fluxes(packed, 2, replace(blend, weights=weights, images=images), KernelSet(kernels))
     assert (abs(measured.flux[:, 0] - fluxes) < measured.flux_err[:, 0]).all()
 
 
@@ -134,17 +134,19 @@ def test_a_source_without_components_has_no_flux_and_no_error():
     scene = neighbours()
     packed, blend = observe(scene, seed=5)
     dark = Scene(sources=(Source(peak=(3, 3), components=()), *scene.sources), box=scene.box)
-    fluxes = measure_fluxes(pack(dark, 3), 4, replace(blend, peaks=np.array([s.peak for s in dark.sources])), KERNELS)
+    fluxes = measure_fluxes(
+        pack(dark, 3), 4, replace(blend, peaks=np.array([s.peak for s in dark.sources])), KernelSet(KERNELS)
+    )
     assert (fluxes.flux[0] == 0).all()
     assert np.isnan(fluxes.flux_err[0]).all()
-    np.testing.assert_array_equal(fluxes.flux[1:], measure_fluxes(packed, 3, blend, KERNELS).flux)
+    np.testing.assert_array_equal(fluxes.flux[1:], measure_fluxes(packed, 3, blend, KernelSet(KERNELS)).flux)
 
 
 def test_a_source_without_light_has_an_error():
     scene = neighbours()
     packed, blend = observe(scene, seed=6)
     images = blend.images - observe(Scene(sources=scene.sources[:1], box=scene.box))[1].images
-    fluxes = measure_fluxes(packed, 3, replace(blend, images=images - 10), KERNELS)
+    fluxes = measure_fluxes(packed, 3, replace(blend, images=images - 10), KernelSet(KERNELS))
     assert (fluxes.flux[0] == 0).all()
     assert (fluxes.flux_err[0] > 0).all()
     assert np.isfinite(fluxes.flux_err[0]).all()
@@ -153,9 +155,9 @@ def test_a_source_without_light_has_an_error():
 def test_two_sources_on_one_pixel_keep_their_common_flux_with_large_errors():
     one, box = neighbours().sources[0], neighbours().box
     packed, blend = observe(Scene(sources=(one,), box=box))
-    alone = measure_fluxes(packed, 1, blend, KERNELS)
+    alone = measure_fluxes(packed, 1, blend, KernelSet(KERNELS))
     twice = observe(Scene(sources=(one, one), box=box))[0]
-    fluxes = measure_fluxes(twice, 2, replace(blend, peaks=np.repeat(blend.peaks, 2, axis=0)), KERNELS)
+    fluxes = measure_fluxes(twice, 2, replace(blend, peaks=np.repeat(blend.peaks, 2, axis=0)), KernelSet(KERNELS))
     np.testing.assert_allclose(fluxes.flux.sum(axis=0), one.flux(3), rtol=0, atol=0.01 * alone.flux_err.min())
     # How much belongs to which is not known.
     assert np.isfinite(fluxes.flux_err).all()

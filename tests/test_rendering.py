@@ -14,6 +14,7 @@ from kermes.errors import ShapeError
 from kermes.geometry import Box
 from kermes.rendering import (
     Convolution,
+    KernelSet,
     Rendered,
     combine_sources,
     convolve,
@@ -204,7 +205,7 @@ def test_rendering_one_source_is_convolving_its_whole_model(position):
 def test_a_source_has_the_same_bits_alone_and_with_its_blend():
     scene = three_sources()
     packed = pack(scene, 3)
-    together = combine_sources(packed, render_packed(packed, KERNELS, scene.box.shape), 3)
+    together = combine_sources(packed, render_packed(packed, KernelSet(KERNELS), scene.box.shape), 3)
     for s, one in enumerate(scene.sources):
         pixels, _ = render_source(one, KERNELS, scene.box)
         np.testing.assert_array_equal(

@@ -21,7 +21,7 @@ from kermes.kernels.spectra import (
     solve_spectra,
     source_matrix,
 )
-from kermes.rendering import pack, render_packed
+from kermes.rendering import KernelSet, pack, render_packed
 from kermes.scene import Scene
 
 SHAPE = (14, 11)
@@ -146,7 +146,7 @@ def test_component_without_pixels_gets_no_flux():
 
 def test_spectra_of_a_scene_without_noise_are_recovered():
     packed, blend = observe(three_sources())
-    rendered = render_packed(packed, KERNELS, blend.images.shape[1:])
+    rendered = render_packed(packed, KernelSet(KERNELS), blend.images.shape[1:])
     spectra = np.zeros_like(packed.spectra)
     solve_spectra(rendered.pixels, rendered.boxes, rendered.offsets, blend.images, blend.weights, spectra, 10_000, 1e-6)
     # Rounding of float32; the two components of the first source differ little, which makes more of it.
@@ -155,7 +155,7 @@ def test_spectra_of_a_scene_without_noise_are_recovered():
 
 def test_true_spectra_stay_as_they_are():
     packed, blend = observe(three_sources())
-    solved = with_solved_spectra(packed, blend, KERNELS)
+    solved = with_solved_spectra(packed, blend, KernelSet(KERNELS))
     # The noise is one: kernels may be cut where that stays below a tenth of it.
     np.testing.assert_allclose(solved.spectra, packed.spectra, rtol=0, atol=0.1)
 
@@ -166,7 +166,7 @@ def test_two_equal_components_share_the_flux_of_one():
     _, blend = observe(Scene(sources=(source(one),), box=Box.of_shape(shape)))
     twice = pack(Scene(sources=(source(one), source(one)), box=Box.of_shape(shape)), 3)
     blend = replace(blend, peaks=np.repeat(blend.peaks, 2, axis=0))
-    solved = with_solved_spectra(replace(twice, spectra=np.ones_like(twice.spectra)), blend, KERNELS)
+    solved = with_solved_spectra(replace(twice, spectra=np.ones_like(twice.spectra)), blend, KernelSet(KERNELS))
     # The error of a flux is about 1 / sqrt(sum(C^2)) = 0.4, and the solution is good to a thousandth of it.
     np.testing.assert_allclose(solved.spectra.sum(axis=0), [50, 60, 70], rtol=0, atol=4e-3)
 
@@ -177,8 +177,8 @@ def test_masked_pixels_have_no_influence():
     masked = rng.uniform(size=blend.images.shape) < 0.2
     weights = np.where(masked, 0, blend.weights).astype(np.float32)
     images = np.where(masked, 1e4, blend.images).astype(np.float32)
-    expected = with_solved_spectra(packed, replace(blend, weights=weights), KERNELS)
-    got = with_solved_spectra(packed, replace(blend, weights=weights, images=images), KERNELS)
+    expected = with_solved_spectra(packed, replace(blend, weights=weights), KernelSet(KERNELS))
+    got = with_solved_spectra(packed, replace(blend, weights=weights, images=images), KernelSet(KERNELS))
     np.testing.assert_array_equal(got.spectra, expected.spectra)
 
 
@@ -186,8 +186,8 @@ def test_a_band_without_weights_gets_no_flux_and_leaves_the_others_alone():
     packed, blend = observe(three_sources(), seed=1)
     weights = blend.weights.copy()
     weights[1] = 0
-    expected = with_solved_spectra(packed, blend, KERNELS).spectra
-    got = with_solved_spectra(packed, replace(blend, weights=weights), KERNELS).spectra
+    expected = with_solved_spectra(packed, blend, KernelSet(KERNELS)).spectra
+    got = with_solved_spectra(packed, replace(blend, weights=weights), KernelSet(KERNELS)).spectra
     np.testing.assert_array_equal(got, expected * [1, 0, 1])
 
 

@@ -13,7 +13,7 @@ from blends import KERNELS, TARGET, observe, three_sources
 from kermes.config import Config, InitializationConfig
 from kermes.errors import ConfigError, InputError, ShapeError
 from kermes.initialization import initialize, wavelet_images
-from kermes.rendering import Convolution
+from kermes.rendering import Convolution, KernelSet
 from kermes.wavelets import (
     denoise,
     inverse_starlet_transform,
@@ -259,7 +259,7 @@ def blend():
 
 
 def first_model(blend, config):
-    return initialize(blend, KERNELS, Convolution.of(KERNELS, blend.box.shape), TARGET, config)
+    return initialize(blend, KernelSet(KERNELS), Convolution.of(KERNELS, blend.box.shape), TARGET, config)
 
 
 def shape_of(packed, k):

@@ -707,10 +707,10 @@ def cut_blend(
     window = (slice(None), box.y, box.x)
     valid = coadd.valid[window] & psfs.any(axis=(1, 2), keepdims=True)
     used = valid if usable is None else valid & usable
+    rms = np.sqrt(coadd.variance[window], out=np.zeros(valid.shape, dtype=np.float32), where=valid)
     noise = np.full(coadd.n_bands, np.nan, dtype=np.float32)
-    for b, variance in enumerate(coadd.variance[window]):
-        if used[b].any():
-            noise[b] = np.mean(np.sqrt(variance[valid[b]]), dtype=np.float64)
+    total, n_valid = rms.sum(axis=(1, 2), dtype=np.float64), valid.sum(axis=(1, 2))
+    np.divide(total, n_valid, out=noise, where=used.any(axis=(1, 2)), casting="same_kind")
     weights = np.zeros(used.shape, dtype=np.float32)
     np.divide(1.0, coadd.variance[window], out=weights, where=used)
     return Blend(

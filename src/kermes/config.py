@@ -95,11 +95,11 @@ class FitConfig:
     max_iterations: int = 100
     """Give up after this many iterations."""
 
-    exact_every: int = 3
+    exact_every: int = 4
     """The model is compared with the pixels each time after this many iterations; in between its gradient is carried on
     as if all pixels of a band had the same weight. 1: always."""
 
-    patience: int = 9
+    patience: int = 8
     """The fit has converged when over so many iterations the loss has fallen by less than `tolerance`."""
 
     tolerance: float = 1e-2
@@ -114,7 +114,7 @@ class FitConfig:
     background_threshold: float = 0.5
     """A pixel of a morphology fainter than this many sigma in every band is set to zero."""
 
-    resize_every: int = 3
+    resize_every: int = 4
     """The boxes follow the morphologies each time after this many iterations; 0: they stay."""
 
     monotonic: bool = True

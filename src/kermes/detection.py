@@ -16,6 +16,7 @@ from kermes.coadd import Coadd, stack_psfs
 from kermes.config import DetectionConfig
 from kermes.geometry import Box
 from kermes.kernels import detection as kernels
+from kermes.psf import truncated
 
 FloatArray = NDArray[np.float64]
 LabelArray = NDArray[np.int64]
@@ -51,6 +52,18 @@ def _contrast_kernel(psf: FloatArray) -> FloatArray:
     return np.asarray(kernel - kernel.mean())
 
 
+def _core(psfs: FloatArray) -> FloatArray:
+    """Cut PSFs (B, P, Q) to the central square that loses less than a millionth of the power of any band."""
+    half = max(psfs.shape[1:]) // 2
+    power = psfs**2
+    total = power.sum(axis=(1, 2))
+    for radius in range(1, half):
+        core = truncated(power, radius)
+        if (core.sum(axis=(1, 2)) >= (1 - 1e-6) * total).all():
+            return truncated(psfs, radius)
+    return psfs
+
+
 def _filtered(coadd: Coadd, with_contrast: bool) -> tuple[FloatArray, FloatArray, NDArray[np.uint8]]:
     """Filter each band with its PSF and with its contrast kernel, and add up the bands.
 
@@ -60,14 +73,16 @@ def _filtered(coadd: Coadd, with_contrast: bool) -> tuple[FloatArray, FloatArray
     the cache.
     """
     psfs = np.pad(_typical_psfs(coadd), ((0, 0), (1, 1), (1, 1)))  # so that a PSF of one pixel has surroundings
-    filters = psfs[:, None]
+    core = _core(psfs)
+    filters = core[:, None]
     if with_contrast:
-        filters = np.stack([psfs, [_contrast_kernel(psf) for psf in psfs]], axis=1)
+        margin = [(0, 0), *(((n - m) // 2, (n - m) // 2) for n, m in zip(psfs.shape[1:], core.shape[1:], strict=True))]
+        filters = np.stack([np.pad(core, margin), [_contrast_kernel(psf) for psf in psfs]], axis=1)
     units = [
         float(np.median(variance[valid])) if valid.any() and psf.any() else 0.0
         for variance, valid, psf in zip(coadd.variance, coadd.valid, psfs, strict=True)
     ]
-    reach = max(psfs.shape[1:]) - 1
+    reach = max(filters.shape[2:]) - 1
     side = scipy.fft.next_fast_len(min(max(256, 4 * reach), max(coadd.shape) + reach), real=True)
     chi2, contrast, n_bands = kernels.filter_bands(
         np.ascontiguousarray(coadd.images),

@@ -10,7 +10,7 @@ from kermes.config import InitializationConfig
 from kermes.kernels import initialization as kernels
 from kermes.kernels import spectra as kernels_spectra
 from kermes.psf import sufficient_reach, truncated
-from kermes.rendering import Convolution, Packed, render_packed
+from kermes.rendering import Convolution, KernelSet, Packed, render_packed
 from kermes.wavelets import multiresolution_support, noise_of_planes, starlet_transform
 
 MIN_REACH = 3
@@ -106,7 +106,7 @@ def _wavelet_shapes(
 
 def initialize(
     blend: Blend,
-    difference: NDArray[np.float64],
+    difference: KernelSet,
     convolution: Convolution,
     target: NDArray[np.float64],
     config: InitializationConfig,
@@ -125,7 +125,7 @@ def initialize(
     Parameters
     ----------
     blend : Blend
-    difference : ndarray, shape (B, P, Q)
+    difference : KernelSet
         Difference kernels.
     convolution : Convolution
         The same, for the pixels of the blend.
@@ -163,26 +163,27 @@ def initialize(
     return with_solved_spectra(packed, blend, difference)
 
 
-def reach_of_components(packed: Packed, blend: Blend, difference: NDArray[np.float64]) -> NDArray[np.int64]:
+def reach_of_components(packed: Packed, blend: Blend, kernels: KernelSet) -> NDArray[np.int64]:
     """Choose how far from its box each component is rendered, so that what is left out is lost in the noise."""
     y, x = blend.peaks[:, 0], blend.peaks[:, 1]
     snr = np.where(blend.weights.any(axis=(1, 2)), blend.images[:, y, x].T / blend.noise_rms, np.nan)
     # A masked core says nothing: it may be a saturated star's. A band without any weight does not matter.
     masked = (blend.weights[:, y, x] == 0).T & blend.weights.any(axis=(1, 2))
     snr[masked] = np.inf
-    return np.maximum(sufficient_reach(difference, blend.psfs, snr), MIN_REACH)[packed.sources]
+    return np.maximum(sufficient_reach(kernels.cut_error(blend.psfs), snr), MIN_REACH)[packed.sources]
 
 
-def fit_kernels(blend: Blend, difference: NDArray[np.float64]) -> NDArray[np.float64]:
+def fit_kernels(blend: Blend, kernels: KernelSet) -> NDArray[np.float64]:
     """Cut difference kernels as short as the brightest pixel of a blend allows."""
     snr = blend.images.max(axis=(1, 2), initial=0.0) / blend.noise_rms
-    return truncated(difference, max(int(sufficient_reach(difference, blend.psfs, snr[None])[0]), MIN_REACH))
+    reach = int(sufficient_reach(kernels.cut_error(blend.psfs), snr[None])[0])
+    return truncated(kernels.stamps, max(reach, MIN_REACH))
 
 
-def with_solved_spectra(packed: Packed, blend: Blend, difference: NDArray[np.float64]) -> Packed:
+def with_solved_spectra(packed: Packed, blend: Blend, kernels: KernelSet) -> Packed:
     """Solve all fluxes jointly, weighted and non-negative, with the morphologies as they are."""
-    reach = reach_of_components(packed, blend, difference)
-    rendered = render_packed(packed, difference, (blend.images.shape[1], blend.images.shape[2]), reach)
+    reach = reach_of_components(packed, blend, kernels)
+    rendered = render_packed(packed, kernels, (blend.images.shape[1], blend.images.shape[2]), reach)
     spectra = packed.spectra.copy()
     kernels_spectra.solve_spectra(
         rendered.pixels, rendered.boxes, rendered.offsets, blend.images, blend.weights, spectra, 40, 1e-2

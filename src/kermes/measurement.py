@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kermes.coadd import Blend
 from kermes.initialization import reach_of_components
 from kermes.kernels import spectra as kernels_spectra
-from kermes.rendering import Packed, render_packed
+from kermes.rendering import KernelSet, Packed, render_packed
 
 DoubleArray = NDArray[np.float64]
 
@@ -32,7 +32,7 @@ class Fluxes:
     """Its standard deviation with the neighbours free [unit], shape (S, B); NaN without valid pixels."""
 
 
-def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, difference: NDArray[np.float64]) -> Fluxes:
+def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, kernels: KernelSet) -> Fluxes:
     """Solve the fluxes of all components jointly and work out the errors of those of whole sources.
 
     Shapes are held; fluxes are weighted by the variance, masked pixels left out, and non-negative. The error of a
@@ -46,15 +46,15 @@ def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, difference: NDA
     n_sources : int
         Number of sources, with or without components.
     blend : Blend
-    difference : ndarray, shape (B, P, Q)
+    kernels : KernelSet
         Difference kernels.
 
     Returns
     -------
     fluxes : Fluxes
     """
-    reach = reach_of_components(packed, blend, difference)
-    rendered = render_packed(packed, difference, (blend.images.shape[1], blend.images.shape[2]), reach)
+    reach = reach_of_components(packed, blend, kernels)
+    rendered = render_packed(packed, kernels, (blend.images.shape[1], blend.images.shape[2]), reach)
     sums = np.zeros(len(packed))
     filled = np.diff(packed.offsets) > 0
     if filled.any():

@@ -206,10 +206,8 @@ def _rings(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64
     return order, np.searchsorted(distance[order], np.arange(max(height, width) // 2 + 1))
 
 
-def sufficient_reach(
-    kernels: DoubleArray, psfs: DoubleArray, peak_snr: ArrayLike, fraction: float = 0.1
-) -> NDArray[np.int64]:
-    """Find how far kernels must reach so that cutting them is not seen in the noise.
+def cut_error(kernels: DoubleArray, psfs: DoubleArray) -> DoubleArray:
+    """Find how large the error of a pixel can be when kernels are cut at each distance.
 
     Parameters
     ----------
@@ -217,6 +215,35 @@ def sufficient_reach(
         Difference kernels, odd sides.
     psfs : ndarray, shape (B, P, Q)
         Observed PSFs.
+
+    Returns
+    -------
+    error : ndarray, shape (B, R + 1)
+        What lies at the distances 0 to R [pixels] or beyond, for an observed peak of one: of a point source, the
+        largest value there times its flux; of a surface of that brightness, the sum; whichever is more.
+
+    Notes
+    -----
+    Where sources overlap their errors add. O(B P Q).
+    """
+    order, starts = _rings(kernels.shape[1], kernels.shape[2])
+    magnitude = np.abs(kernels).reshape(len(kernels), -1)[:, order]
+    largest = np.maximum.reduceat(magnitude, starts, axis=1)
+    sums = np.add.reduceat(magnitude, starts, axis=1)
+    largest = np.maximum.accumulate(largest[:, ::-1], axis=1)[:, ::-1]
+    sums = np.cumsum(sums[:, ::-1], axis=1)[:, ::-1]
+    share = psfs.max(axis=(1, 2), initial=0.0)  # of the flux of a point source, in its brightest pixel
+    point = np.divide(largest, share[:, None], out=np.zeros_like(largest), where=share[:, None] > 0)
+    return np.asarray(np.maximum(point, sums))
+
+
+def sufficient_reach(error: DoubleArray, peak_snr: ArrayLike, fraction: float = 0.1) -> NDArray[np.int64]:
+    """Find how far kernels must reach so that cutting them is not seen in the noise.
+
+    Parameters
+    ----------
+    error : ndarray, shape (B, R + 1)
+        From `cut_error`.
     peak_snr : array_like, shape (K, B)
         Observed brightness of the brightest pixel of each source, in units of the noise of a pixel; NaN does not count,
         infinity asks for the full kernel.
@@ -226,25 +253,11 @@ def sufficient_reach(
     Returns
     -------
     reach : ndarray, shape (K,)
-        Smallest half side r [pixels] of a kernel whose outside is negligible in every band, for a point source of this
-        brightness (largest value outside, times its flux) and for a surface of this brightness (sum outside).
-
-    Notes
-    -----
-    Where sources overlap their errors add. O(B P Q + K B P).
+        Smallest half side r [pixels] of a kernel whose outside is negligible in every band.
     """
-    order, starts = _rings(kernels.shape[1], kernels.shape[2])
-    magnitude = np.abs(kernels).reshape(len(kernels), -1)[:, order]
-    largest = np.maximum.reduceat(magnitude, starts, axis=1)
-    sums = np.add.reduceat(magnitude, starts, axis=1)
-    # Largest value and sum of each band at a distance or beyond.
-    largest = np.maximum.accumulate(largest[:, ::-1], axis=1)[:, ::-1]
-    sums = np.cumsum(sums[:, ::-1], axis=1)[:, ::-1]
-    share = psfs.max(axis=(1, 2), initial=0.0)  # of the flux of a point source, in its brightest pixel
-    point = np.divide(largest, share[:, None], out=np.zeros_like(largest), where=share[:, None] > 0)
     snr = np.nan_to_num(np.abs(np.asarray(peak_snr, dtype=np.float64)), posinf=1e30)
-    error = (snr[:, :, None] * np.maximum(point, sums)).max(axis=1, initial=0.0)
-    return np.asarray(((error >= fraction).sum(axis=1) - 1).clip(0), dtype=np.int64)
+    largest = (snr[:, :, None] * error).max(axis=1, initial=0.0)
+    return np.asarray(((largest >= fraction).sum(axis=1) - 1).clip(0), dtype=np.int64)
 
 
 def truncated(kernels: DoubleArray, radius: int) -> DoubleArray:

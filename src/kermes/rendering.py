@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +13,7 @@ from kermes.geometry import Box
 from kermes.kernels import convolution
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import rendering as kernels_rendering
+from kermes.psf import cut_error
 from kermes.scene import FactorizedComponent, Scene, Source
 
 FloatArray = NDArray[np.float32]
@@ -190,41 +191,64 @@ class SourceModels:
     """Models [unit], shape (B, offsets[-1])."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class KernelSet:
+    """Kernels of all bands, with their transforms of every size that was needed so far."""
+
+    stamps: NDArray[np.float64]
+    """Difference kernels, shape (B, P, Q), odd sides."""
+
+    _known: dict[int, NDArray[np.complex64]] = field(default_factory=dict)
+    _errors: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=dict)
+
+    def cut_error(self, psfs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Table of `psf.cut_error` for the observed PSFs that the kernels lead to."""
+        known = self._errors.get(id(psfs))
+        if known is None or known[0] is not psfs:
+            known = self._errors[id(psfs)] = psfs, cut_error(self.stamps, psfs)
+        return known[1]
+
+    def transforms(self, side: int) -> NDArray[np.complex64]:
+        """Transforms for planes of (side, side) pixels; see `transform_kernels`."""
+        if side not in self._known:
+            self._known[side] = convolution.transform_kernels(self.stamps, side, side)
+        return self._known[side]
+
+
 def render_packed(
-    packed: Packed,
-    kernels: NDArray[np.float64],
-    shape: tuple[int, int],
-    reach: NDArray[np.int64] | None = None,
+    packed: Packed, kernels: KernelSet, shape: tuple[int, int], reach: NDArray[np.int64] | None = None
 ) -> Rendered:
     """Render every component as observed.
 
     Parameters
     ----------
     packed : Packed
-    kernels : ndarray, shape (B, P, Q)
-        Difference kernels, odd sides.
+    kernels : KernelSet
     shape : tuple of int
         Height and width of the blend; nothing is rendered outside.
     reach : ndarray, shape (K,), optional
-        How far from its box each component is rendered [pixels]; what the kernel has beyond is taken for nothing. None:
+        How far from its box each component is rendered [pixels]; what the kernels have beyond must be negligible. None:
         half the longer side of the kernels.
     """
-    half = max(kernels.shape[1], kernels.shape[2]) // 2
+    half = max(kernels.stamps.shape[1:]) // 2
     reach = np.full(len(packed), half) if reach is None else np.minimum(reach, half)
     needed = packed.boxes[:, 2:].max(axis=1, initial=0) + 2 * reach
+    boxes, offsets = kernels_rendering.rendered_boxes(packed.boxes, reach.astype(np.int64), shape)
+    pixels = np.zeros((len(kernels.stamps), offsets[-1]), dtype=np.float32)
     # Few different transform sizes, so that the kernels are transformed a few times only.
-    ladder = np.array([transform_side(side) for side in needed.tolist()], dtype=np.int64)
-    sides, classes = np.unique(ladder, return_inverse=True)
-    boxes, offsets, pixels = kernels_rendering.render_components(
-        packed.boxes,
-        packed.offsets,
-        packed.morphologies,
-        kernels,
-        reach.astype(np.int64),
-        sides,
-        classes.astype(np.int64),
-        shape,
-    )
+    sides = np.array([transform_side(side) for side in needed.tolist()], dtype=np.int64)
+    sides[packed.boxes[:, 2] * packed.boxes[:, 3] == 0] = 0
+    for side in sorted({*sides.tolist()} - {0}):
+        kernels_rendering.render_components(
+            packed.boxes,
+            packed.offsets,
+            packed.morphologies,
+            kernels.transforms(side),
+            np.flatnonzero(sides == side),
+            boxes,
+            offsets,
+            pixels,
+        )
     return Rendered(boxes=boxes, offsets=offsets, pixels=pixels)
 
 
@@ -266,6 +290,6 @@ def render_source(source: Source, kernels: ArrayLike, within: Box) -> tuple[Floa
     if source.box.is_empty:
         return np.zeros((len(kernels), 0, 0), dtype=np.float32), Box(*source.peak, 0, 0)
     packed = pack(Scene(sources=(source,), box=within), len(kernels))
-    models = combine_sources(packed, render_packed(packed, kernels, within.shape), 1)
+    models = combine_sources(packed, render_packed(packed, KernelSet(kernels), within.shape), 1)
     y0, x0, height, width = models.boxes[0].tolist()
     return models.pixels.reshape(-1, height, width), Box(y0 + within.y0, x0 + within.x0, height, width)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +30,7 @@ from kermes.measurement import Fluxes, measure_fluxes
 from kermes.metrics import blend_metrics
 from kermes.partition import Parent, partition
 from kermes.psf import MODEL_PSF_SIGMAS, amplify, difference_kernels, model_psf, widest_sigma
-from kermes.rendering import Convolution, SourceModels, combine_sources, render_packed, unpack
+from kermes.rendering import Convolution, KernelSet, SourceModels, combine_sources, render_packed, unpack
 from kermes.result import Result
 from kermes.scene import Scene, Source
 
@@ -72,8 +72,8 @@ class BlendTask:
     psfs: DoubleArray
     """PSF of each band, shape (B, P, Q); zero in a band that cannot be used."""
 
-    kernels: DoubleArray
-    """Difference kernels, shape (B, P, Q); zero likewise."""
+    kernels: KernelSet
+    """Difference kernels; zero likewise."""
 
     last_neighbor: int
     """Place in the plan of the last blend whose models can reach `outer`, itself included."""
@@ -228,13 +228,13 @@ def _with_model_psf(config: Config, coadd: Coadd, boxes: list[Box]) -> Config:
     return replace(config, model_psf_sigma=sigma)
 
 
-def _psfs_of_blends(coadd: Coadd, boxes: list[Box], config: Config) -> list[tuple[DoubleArray, DoubleArray]]:
+def _psfs_of_blends(coadd: Coadd, boxes: list[Box], config: Config) -> list[tuple[DoubleArray, KernelSet]]:
     """PSFs and difference kernels at the centre of each box; equal PSFs are one array.
 
     Bands without a PSF there, or with one narrower than that of the model frame, are zero.
     """
     target = model_psf(config.model_psf_sigma)
-    known: dict[tuple[Any, ...], tuple[DoubleArray, DoubleArray, NDArray[np.bool_]]] = {}
+    known: dict[tuple[Any, ...], tuple[DoubleArray, KernelSet, NDArray[np.bool_]]] = {}
     found = []
     for box in boxes:
         psfs = psf_of_box(coadd, box)
@@ -244,7 +244,7 @@ def _psfs_of_blends(coadd: Coadd, boxes: list[Box], config: Config) -> list[tupl
             narrow = amplify(kernels)
             if narrow.any():
                 psfs, kernels = (np.where(narrow[:, None, None], 0.0, stamps) for stamps in (psfs, kernels))
-            known[key] = psfs, kernels, narrow
+            known[key] = psfs, KernelSet(kernels), narrow
         found.append(known[key])
     for b, band in enumerate(coadd.bands):
         n_narrow = sum(narrow[b] for _, _, narrow in found)
@@ -322,18 +322,22 @@ class _Modelled:
     converged: bool
 
 
+@lru_cache(maxsize=4)
+def _target(sigma: float) -> DoubleArray:
+    return model_psf(sigma)
+
+
 def _model_blend(outer: Blend, task: BlendTask, config: Config, rung: Outcome) -> _Modelled:
     """Initialize, fit and measure one blend; raises BlendError when the answer is not finite."""
     config = _settings(config, rung)
     blend = _window(outer, task.box)
-    kernels = fit_kernels(blend, task.kernels)
-    convolution = Convolution.of(kernels, task.box.shape)
-    packed = initialize(blend, kernels, convolution, model_psf(config.model_psf_sigma), config.initialization)
+    convolution = Convolution.of(fit_kernels(blend, task.kernels), task.box.shape)
+    packed = initialize(blend, task.kernels, convolution, _target(config.model_psf_sigma), config.initialization)
     iterations, converged = 0, True
     if config.fit.max_iterations > 0:
         fit = fit_packed(packed, blend, convolution, config.fit)
         packed, iterations, converged = fit.packed, fit.iterations, fit.converged
-    fluxes = measure_fluxes(packed, len(task.members), blend, kernels)
+    fluxes = measure_fluxes(packed, len(task.members), blend, task.kernels)
     if not np.isfinite(fluxes.flux).all():
         raise BlendError("the fitted fluxes are not finite")
     return _Modelled(rung=rung, fluxes=fluxes, iterations=iterations, converged=converged)

@@ -3,7 +3,6 @@
 import numpy as np
 from rocket_fft import c2r, r2c
 
-from kermes.kernels.convolution import transform_kernels
 from kermes.kernels.decorator import fast_kernel, kernel
 
 
@@ -50,38 +49,29 @@ def copy_above_rounding(out, plane, height, width):
 
 
 @kernel
-def render_components(boxes, offsets, morphologies, stamps, reach, sides, classes, shape):
-    """Convolve every morphology with the kernel of every band.
+def render_components(boxes, offsets, morphologies, kernel_fft, members, grown, grown_offsets, out):
+    """Convolve the morphologies of some components with the kernel of every band.
 
-    boxes (K, 4), offsets (K + 1,) and morphologies packed; stamps (B, P, Q) float64, odd sides; reach (K,) how far
-    from its box each component is rendered; sides (C,) the square transform sizes in use and classes (K,) which of
-    them holds component k and its reach on both sides. What the kernel has beyond the reach wraps around: the caller
-    sees to it that it is small. Returns the boxes (K, 4) and offsets (K + 1,) of the rendered components and their
-    pixels (B, offsets[-1]) float32 for a spectrum of one. Cost O(K B s^2 log s) for transforms of side s.
+    boxes (K, 4), offsets (K + 1,) and morphologies packed; kernel_fft (B, side, side // 2 + 1) from transform_kernels;
+    members (n,) the components to render; grown (K, 4) and grown_offsets (K + 1,) the boxes to render them on, none
+    wider than `side`. What a kernel has beyond wraps around: the caller sees to it that it is small. Writes the pixels
+    for a spectrum of one into out (B, grown_offsets[-1]). Cost O(n B side^2 log side).
     """
-    n_bands = len(stamps)
-    grown, grown_offsets = rendered_boxes(boxes, reach, shape)
-    out = np.zeros((n_bands, grown_offsets[-1]), dtype=np.float32)
+    n_bands, side = kernel_fft.shape[:2]
     axes = np.arange(2)
-    for c in range(len(sides)):
-        side = sides[c]
-        kernel_fft = transform_kernels(stamps, side, side)
-        plane = np.zeros((side, side), dtype=np.float32)
-        transformed = np.empty((side, side // 2 + 1), dtype=np.complex64)
-        product = np.empty((side, side // 2 + 1), dtype=np.complex64)
-        for k in range(len(boxes)):
-            if classes[k] != c or offsets[k + 1] == offsets[k]:
-                continue
-            y0, x0, height, width = boxes[k]
-            g0, g1, gh, gw = grown[k]
-            dy, dx = y0 - g0, x0 - g1
-            plane[:] = 0.0
-            for y in range(height):
-                for x in range(width):
-                    plane[dy + y, dx + x] = morphologies[offsets[k] + y * width + x]
-            r2c(plane, transformed, axes, True, 1.0, 1)
-            for b in range(n_bands):
-                multiply_into(product, transformed, kernel_fft[b])
-                c2r(product, plane, axes, False, 1.0, 1)
-                copy_above_rounding(out[b, grown_offsets[k] : grown_offsets[k + 1]], plane, gh, gw)
-    return grown, grown_offsets, out
+    plane = np.zeros((side, side), dtype=np.float32)
+    transformed = np.empty((side, side // 2 + 1), dtype=np.complex64)
+    product = np.empty((side, side // 2 + 1), dtype=np.complex64)
+    for k in members:
+        y0, x0, height, width = boxes[k]
+        g0, g1, gh, gw = grown[k]
+        dy, dx = y0 - g0, x0 - g1
+        plane[:] = 0.0
+        for y in range(height):
+            for x in range(width):
+                plane[dy + y, dx + x] = morphologies[offsets[k] + y * width + x]
+        r2c(plane, transformed, axes, True, 1.0, 1)
+        for b in range(n_bands):
+            multiply_into(product, transformed, kernel_fft[b])
+            c2r(product, plane, axes, False, 1.0, 1)
+            copy_above_rounding(out[b, grown_offsets[k] : grown_offsets[k + 1]], plane, gh, gw)
