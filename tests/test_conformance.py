@@ -20,7 +20,7 @@ from kermes.kernels.fitting import fit_components
 from kermes.kernels.initialization import first_morphologies, signal_to_noise
 from kermes.metrics import blend_metrics
 from kermes.psf import difference_kernels, model_psf
-from kermes.rendering import Convolution, Packed, render_source, unpack
+from kermes.rendering import Convolution, KernelSet, Packed, render_source, unpack
 
 OF_PEAK = 1e-5
 """Tolerance of pixels, relative to the brightest: a hundred roundings of single precision."""
@@ -260,5 +260,5 @@ def test_reduced_chi2_of_the_fitted_scene(prepared, fitted_model, convolution, f
 
 def test_boxes_of_the_sources_as_observed(blend, fitted_scene, convolution, fit):
     for s, source in enumerate(fitted_scene.sources):
-        _, box = render_source(source, convolution["difference_kernel"], blend.box)
+        _, box = render_source(source, KernelSet(convolution["difference_kernel"]), blend.box)
         assert box == Box.of_shape(fit[f"redistributed_{s}"].shape, *fit[f"redistributed_origin_{s}"])

@@ -35,7 +35,7 @@ def test_fluxes_of_a_scene_without_noise_are_recovered():
     scene = three_sources()
     packed, blend = observe(scene)
     fluxes = measure_fluxes(replace(packed, spectra=np.ones_like(packed.spectra)), 3, blend, KernelSet(KERNELS))
-    # Solved to some tens of steps of a thousandth of an error.
+    # Sweeps stop at steps of a hundredth of an error; what is left is a few such steps at most.
     assert (abs(fluxes.flux - flux_of(scene)) < 0.05 * fluxes.flux_err).all()
 
 

@@ -191,7 +191,7 @@ def test_rendering_one_source_is_convolving_its_whole_model(position):
     image = Box(100, -20, 32, 27)
     component = gaussian(*position, 1.5, [10, 20, 5], image.shape)
     one = source(shifted(component, image))
-    pixels, box = render_source(one, KERNELS, image)
+    pixels, box = render_source(one, KernelSet(KERNELS), image)
     whole = np.zeros((3, *image.shape))
     whole[(slice(None), *one.box.within(image))] = one.model(3)
     expected = reference.convolve(whole, KERNELS)
@@ -207,7 +207,7 @@ def test_a_source_has_the_same_bits_alone_and_with_its_blend():
     packed = pack(scene, 3)
     together = combine_sources(packed, render_packed(packed, KernelSet(KERNELS), scene.box.shape), 3)
     for s, one in enumerate(scene.sources):
-        pixels, _ = render_source(one, KERNELS, scene.box)
+        pixels, _ = render_source(one, KernelSet(KERNELS), scene.box)
         np.testing.assert_array_equal(
             pixels.reshape(3, -1), together.pixels[:, together.offsets[s] : together.offsets[s + 1]]
         )
@@ -217,7 +217,7 @@ def test_a_point_source_is_seen_as_the_psf():
     point = FactorizedComponent(
         spectrum=np.ones(3, np.float32), morphology=(TARGET / TARGET.max()).astype(np.float32), box=Box(13, 13, 15, 15)
     )
-    pixels, box = render_source(source(point), KERNELS, Box(0, 0, 40, 40))
+    pixels, box = render_source(source(point), KernelSet(KERNELS), Box(0, 0, 40, 40))
     assert box == Box(3, 3, 35, 35)
     expected = PSFS / TARGET.max()
     np.testing.assert_allclose(pixels[:, 7:-7, 7:-7], expected, rtol=0, atol=OF_PEAK * expected.max())
@@ -226,12 +226,12 @@ def test_a_point_source_is_seen_as_the_psf():
 def test_what_is_only_rounding_is_zero():
     image = Box(0, 0, 80, 80)
     component = gaussian(40, 40, 0.5, [1, 1, 1], image.shape, reach=30)
-    pixels, _ = render_source(source(component), KERNELS, image)
+    pixels, _ = render_source(source(component), KernelSet(KERNELS), image)
     # Half a kernel is 10 pixels, and at 7 more the Gaussian is 1e-43.
     assert (pixels[:, : 40 - 17] == 0).all()
 
 
 def test_a_source_without_components_has_no_pixels():
-    pixels, box = render_source(Source(peak=(7, 9), components=()), KERNELS, Box(0, 0, 30, 30))
+    pixels, box = render_source(Source(peak=(7, 9), components=()), KernelSet(KERNELS), Box(0, 0, 30, 30))
     assert pixels.shape == (3, 0, 0)
     assert box.is_empty

@@ -267,14 +267,13 @@ def combine_sources(packed: Packed, rendered: Rendered, n_sources: int) -> Sourc
     return SourceModels(boxes=boxes, offsets=offsets, pixels=pixels)
 
 
-def render_source(source: Source, kernels: ArrayLike, within: Box) -> tuple[FloatArray, Box]:
+def render_source(source: Source, kernels: KernelSet, within: Box) -> tuple[FloatArray, Box]:
     """Render one source as it is observed.
 
     Parameters
     ----------
     source : Source
-    kernels : array_like, shape (B, P, Q)
-        Difference kernels, odd sides.
+    kernels : KernelSet
     within : Box
         The image, array index; nothing is rendered outside.
 
@@ -286,10 +285,10 @@ def render_source(source: Source, kernels: ArrayLike, within: Box) -> tuple[Floa
     box : Box
         Where it lies: the box of the source grown by half a kernel, inside `within`; empty without components.
     """
-    kernels = np.ascontiguousarray(kernels, dtype=np.float64)
+    n_bands = len(kernels.stamps)
     if source.box.is_empty:
-        return np.zeros((len(kernels), 0, 0), dtype=np.float32), Box(*source.peak, 0, 0)
-    packed = pack(Scene(sources=(source,), box=within), len(kernels))
-    models = combine_sources(packed, render_packed(packed, KernelSet(kernels), within.shape), 1)
+        return np.zeros((n_bands, 0, 0), dtype=np.float32), Box(*source.peak, 0, 0)
+    packed = pack(Scene(sources=(source,), box=within), n_bands)
+    models = combine_sources(packed, render_packed(packed, kernels, within.shape), 1)
     y0, x0, height, width = models.boxes[0].tolist()
     return models.pixels.reshape(-1, height, width), Box(y0 + within.y0, x0 + within.x0, height, width)

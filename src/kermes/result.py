@@ -19,7 +19,7 @@ from kermes.errors import InputError
 from kermes.flux import redistribute
 from kermes.geometry import Box
 from kermes.psf import difference_kernels, model_psf
-from kermes.rendering import render_source
+from kermes.rendering import KernelSet, render_source
 from kermes.scene import Source
 
 FloatArray = NDArray[np.float32]
@@ -117,8 +117,8 @@ class ObjectHandle:
         """Share out the observed flux in one band and return what belongs to this object.
 
         Every valid pixel is divided among all objects of the image in proportion to the positive part of their
-        models as observed; over all objects the shares add up to the image. Where all models together stay below a
-        thousandth of the noise, the pixel belongs to nobody.
+        models as observed; over all objects the shares add up to the image. Where all models together stay below
+        `flux.LEAST_MODEL` times the noise, the pixel belongs to nobody.
 
         Parameters
         ----------
@@ -284,8 +284,9 @@ class Result:
             raise InputError(f"{what} needs the images: open the result with coadd=")
         return self.coadd
 
-    def _kernels(self, psfs: NDArray[np.float64]) -> NDArray[np.float64]:
-        return difference_kernels(psfs, model_psf(self.config.model_psf_sigma), self.config.kernel_regularization)
+    def _kernels(self, psfs: NDArray[np.float64]) -> KernelSet:
+        target = model_psf(self.config.model_psf_sigma)
+        return KernelSet(difference_kernels(psfs, target, self.config.kernel_regularization))
 
     @cached_property
     def _sums(self) -> tuple[FloatArray, FloatArray]:
@@ -294,7 +295,7 @@ class Result:
         model = np.zeros((len(self.bands), *self.shape), dtype=np.float32)
         positive = np.zeros_like(model) if self.total is None else self.total
         # Blends often share one PSF, the same array: its kernels are made once.
-        known: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        known: dict[int, tuple[NDArray[np.float64], KernelSet]] = {}
         for object_id, blend_id in self.objects["object_id", "blend_id"].iterrows():
             source = self.models[int(object_id)]
             if source.box.is_empty:
