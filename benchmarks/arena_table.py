@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
-from cases import load_scorer
-from machine import parser, print_header, write
+from cases import config_of, load_scorer
+from machine import add_model, parser, print_header, write
 from numpy.typing import NDArray
 from resampling import FEWEST, describe, figures_of_row, heading
 
@@ -135,14 +135,14 @@ def print_rows(run: Run, reference: dict[str, Any], n_resamples: int) -> list[di
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__)
-    options.add_argument("--model", help="kermes model; the default one if left out")
+    add_model(options)
     options.add_argument("--kinds", help="some of the kinds, with commas between")
     args = options.parse_args()
     arena = load_scorer(args.shared, "arena")
     reference = json.loads((args.shared / "arena" / "reference.json").read_text())
     kinds = args.kinds.split(",") if args.kinds else (["pair"] if args.quick else list(arena.KINDS))
 
-    print_header(f"arena, model {args.model or 'default'}")
+    print_header(f"arena, model {config_of(args.model).model}")
     figures: dict[str, Any] = {}
     for kind in kinds:
         run = run_kind(arena, kind, args.model)

@@ -36,6 +36,11 @@ class Case:
         return kermes.deblend(self.coadd, peaks=self.peaks, footprints=self.footprints, **options)
 
 
+def config_of(model: str | None) -> kermes.Config:
+    """Make the configuration that a benchmark was asked for; None: the default model."""
+    return kermes.Config() if model is None else kermes.Config(model=model)  # type: ignore[arg-type]
+
+
 def load_scorer(shared: Path, name: str) -> ModuleType:
     """Import one of the scorers, shared/arena/NAME.py, from where it lies."""
     path = shared / "arena" / f"{name}.py"

@@ -15,10 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from cases import Case, arena_case, check, hsc_cases, load_scorer
-from machine import parser, print_header, write
-
-import kermes
+from cases import Case, arena_case, check, config_of, hsc_cases, load_scorer
+from machine import add_model, parser, print_header, write
 
 LARGEST_RATIO = 1.01
 
@@ -37,14 +35,14 @@ def cases_of(arena: ModuleType, hsc_fakes: ModuleType, quick: bool) -> Iterator[
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__)
-    options.add_argument("--model", help="kermes model; the default one if left out")
+    add_model(options)
     args = options.parse_args()
     arena, hsc_fakes = load_scorer(args.shared, "arena"), load_scorer(args.shared, "hsc_fakes")
     stored = json.loads((args.shared / "arena" / "reference_chi2.json").read_text())
     reference = {**stored["scenes"], **stored["hsc_fakes"]}
-    config = kermes.Config(model=args.model) if args.model else None
+    config = config_of(args.model)
 
-    print_header(f"reduced chi2, model {args.model or 'default'}")
+    print_header(f"reduced chi2, model {config.model}")
     rows: list[dict[str, Any]] = []
     for kind, case in cases_of(arena, hsc_fakes, args.quick):
         if not rows:

@@ -14,8 +14,8 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from cases import check, hsc_case, load_scorer
-from machine import parser, print_header, write
+from cases import check, config_of, hsc_case, load_scorer
+from machine import add_model, parser, print_header, write
 from numpy.typing import NDArray
 from resampling import FEWEST, describe, figures_of_row, heading
 
@@ -55,7 +55,10 @@ def fakes_of(rows: DoubleArray) -> NDArray[np.int64]:
 
 def main() -> None:
     """Measure and print."""
-    args = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    add_model(options)
+    args = options.parse_args()
+    config = config_of(args.model)
     scorer = load_scorer(args.shared, "hsc_fakes")
     limit = 15 if args.quick else None
     fluxes: dict[str, list[DoubleArray]] = {"model": [], "redistributed": []}
@@ -63,9 +66,9 @@ def main() -> None:
     for k, path in enumerate(scorer.paths()[:limit]):
         case = hsc_case(scorer, path)
         if k == 0:
-            case.deblend()
+            case.deblend(config=config)
         start = time.process_time()
-        result = case.deblend(workers=1)
+        result = case.deblend(config=config, workers=1)
         seconds += time.process_time() - start
         chi2.append(check(case, result))
         table = result.objects[np.argsort(result.objects["peak_index"])]
@@ -73,7 +76,7 @@ def main() -> None:
         for what, suffix in (("model", "flux"), ("redistributed", "redistributed_flux")):
             fluxes[what].append(np.array([np.asarray(table[f"{b}_{suffix}"], dtype=float) for b in result.bands]).T)
 
-    print_header("HSC blends with fakes")
+    print_header(f"HSC blends with fakes, model {config.model}")
     print(
         f"{len(chi2)} blends, {n_rows} peaks, {1e3 * seconds / n_rows:.2f} ms per peak, "
         f"reduced chi2 median {np.median(chi2):.3f}"

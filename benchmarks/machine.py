@@ -26,6 +26,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return out
 
 
+def add_model(options: argparse.ArgumentParser) -> None:
+    """Add the option that chooses the model, None if left out."""
+    options.add_argument("--model", help="kermes or scarlet-lite; the default model if left out")
+
+
 def _cpu() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import Case, check, hsc_case, load_scorer, simulated_case
-from machine import parser, print_header, print_verdict, write
+from cases import Case, check, config_of, hsc_case, load_scorer, simulated_case
+from machine import add_model, parser, print_header, print_verdict, write
+
+import kermes
 
 LIMIT_MB = 5.7
 N_FITS = 20_000
@@ -45,23 +47,23 @@ def settle() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def peak_growth(case: Case) -> dict[str, float]:
+def peak_growth(case: Case, config: kermes.Config) -> dict[str, float]:
     """Growth of resident memory [MB] while a case is deblended: its peak, and what the result keeps."""
     settle()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_mb("VmRSS")
     if resident_mb("VmHWM") > before + 0.5:
         sys.exit("this system does not reset the high-water mark of memory")
-    result = case.deblend()
+    result = case.deblend(config=config)
     peak = resident_mb("VmHWM")
     settle()
     after = resident_mb("VmRSS")
     return {"peak_mb": peak - before, "kept_mb": after - before, "chi2": check(case, result)}
 
 
-def measure_alone(shared: Path, path: str, warm_up: str) -> dict[str, float]:
+def measure_alone(shared: Path, path: str, warm_up: str, model: str) -> dict[str, float]:
     """Measure one blend in a fresh process."""
-    command = [sys.executable, __file__, "--shared", str(shared), "--one", path, "--warm-up", warm_up]
+    command = [sys.executable, __file__, "--shared", str(shared), "--one", path, "--warm-up", warm_up, "--model", model]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(done.stderr)
@@ -69,11 +71,11 @@ def measure_alone(shared: Path, path: str, warm_up: str) -> dict[str, float]:
     return figures
 
 
-def growth_over_fits(n_fits: int) -> dict[str, Any]:
+def growth_over_fits(n_fits: int, config: kermes.Config) -> dict[str, Any]:
     """Resident memory [MB] along `n_fits` fits in this process."""
     cases = [simulated_case(n, seed, pixels_per_source=300) for seed, n in enumerate((1, 2, 3, 4))]
     for case in cases * 5:
-        check(case, case.deblend())
+        check(case, case.deblend(config=config))
     marks = np.unique(np.linspace(0, n_fits, 11).astype(int)).tolist()
     resident = []
     start = time.perf_counter()
@@ -82,26 +84,28 @@ def growth_over_fits(n_fits: int) -> dict[str, Any]:
             settle()
             resident.append(resident_mb("VmRSS"))
         if k < n_fits:
-            cases[k % len(cases)].deblend()
+            cases[k % len(cases)].deblend(config=config)
     return {"fits": marks, "resident_mb": resident, "seconds": time.perf_counter() - start}
 
 
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__)
+    add_model(options)
     options.add_argument("--all", action="store_true", help=f"all blends with 3 to 10 peaks, not only {N_SAMPLE}")
     options.add_argument("--fits", type=int, help=f"fits of the growth test; default {N_FITS}, --quick 500")
     options.add_argument("--one", help="measure this blend only, in this process; print JSON")
     options.add_argument("--warm-up", help="blend to deblend first")
     args = options.parse_args()
+    config = config_of(args.model)
     scorer = load_scorer(args.shared, "hsc_fakes")
     if args.one:
         warm_up = hsc_case(scorer, args.warm_up)
-        check(warm_up, warm_up.deblend())
-        print(json.dumps(peak_growth(hsc_case(scorer, args.one))))
+        check(warm_up, warm_up.deblend(config=config))
+        print(json.dumps(peak_growth(hsc_case(scorer, args.one), config)))
         return
 
-    print_header("memory")
+    print_header(f"memory, model {config.model}")
     sizes = {path: hsc_case(scorer, path) for path in scorer.paths()}
     wanted = sorted(
         (p for p, case in sizes.items() if 3 <= len(case.peaks) <= 10), key=lambda p: sizes[p].coadd.images.size
@@ -114,7 +118,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for path in wanted:
         case = sizes[path]
-        figures = measure_alone(args.shared, path, warm_up)
+        figures = measure_alone(args.shared, path, warm_up, config.model)
         rows.append({"name": case.name, "peaks": len(case.peaks), "shape": case.coadd.images.shape, **figures})
     peak, kept = (np.array([row[key] for row in rows]) for key in ("peak_mb", "kept_mb"))
     print(
@@ -128,7 +132,7 @@ def main() -> None:
         print("   {name} {shape}, {peaks} peaks: {peak_mb:.2f}".format(**row))
     print_verdict("largest peak growth", float(peak.max()), LIMIT_MB, unit=" MB")
 
-    growth = growth_over_fits(args.fits or (500 if args.quick else N_FITS))
+    growth = growth_over_fits(args.fits or (500 if args.quick else N_FITS), config)
     marks, resident = growth["fits"], growth["resident_mb"]
     middle = len(resident) // 2
     print(f"resident memory over {marks[-1]} fits, {growth['seconds'] / marks[-1] * 1e3:.1f} ms each [MB]:")

@@ -19,14 +19,13 @@ import numpy as np
 from cases import Case, arena_case, check, hsc_case, load_scorer
 from machine import parser, print_header, write
 from numba import njit
-from numpy.typing import NDArray
 from rocket_fft import c2r, r2c
 
 import kermes
 from kermes import catalog, fitting, tile
 from kermes.constraints import monotonic_weights, table_radius
 from kermes.kernels.components import add_component, add_gradient
-from kermes.kernels.convolution import multiply, multiply_conjugate
+from kermes.kernels.convolution import multiply_conjugate_into, multiply_into
 from kermes.kernels.fitting import (
     amsgrad,
     background_limit,
@@ -85,12 +84,11 @@ def add_gradients(plane, boxes, offsets, morphologies, spectra, gradient, n):  #
 
 
 @njit(nogil=True)
-def take_steps(boxes, offsets, morphologies, buffers, n):  # type: ignore[no-untyped-def]
+def take_steps(offsets, state, gradient, n):  # type: ignore[no-untyped-def]
     """Take n steps of all components."""
     for _ in range(n):
-        for k in range(len(boxes)):
-            part = slice(offsets[k], offsets[k + 1])
-            amsgrad(morphologies[part], buffers[0][part], buffers[1][part], buffers[2][part], buffers[3][part], 1e-2)
+        for k in range(len(offsets) - 1):
+            amsgrad(state, gradient, offsets[k], offsets[k + 1], np.float32(1e-2))
 
 
 @njit(nogil=True)
@@ -107,13 +105,13 @@ def project_all(boxes, offsets, centers, morphologies, spectra, noise, threshold
 
 
 @njit(nogil=True)
-def compare(plane, transformed, kernel_fft, image, weights, n):  # type: ignore[no-untyped-def]
+def compare(plane, transformed, known, kernel_fft, image, weights, n):  # type: ignore[no-untyped-def]
     """Do all of a comparison with the pixels that is no transform, n times one band."""
     total = 0.0
     for _ in range(n):
-        multiply(transformed, kernel_fft)
+        multiply_into(transformed, known, kernel_fft)
         total += weighted_residual(plane, image, weights)
-        multiply_conjugate(transformed, kernel_fft)
+        multiply_conjugate_into(known, transformed, kernel_fft)
     return total
 
 
@@ -218,17 +216,16 @@ def fit_shares(arguments: tuple[Any, ...]) -> tuple[dict[str, float], dict[str, 
     centers = np.ascontiguousarray(blend.peaks[packed.sources])
     noise = np.nan_to_num(blend.noise_rms, nan=1.0).astype(np.float32)
     table = monotonic_weights(table_radius(convolution.shape), config.monotonic_weighting, config.min_gradient)
-    buffers: list[NDArray[np.float32]] = [1e-3 * np.ones_like(packed.morphologies) for _ in range(4)]
+    gradient = 1e-3 * np.ones_like(packed.morphologies)
+    state = np.stack([packed.morphologies, gradient, gradient, gradient])
     flags = np.array([config.monotonic, config.symmetric, False])
     components = (packed.boxes, packed.offsets, packed.morphologies)
     image, weights = blend.images[0], blend.weights[0]
 
     pair = seconds_per_call(lambda n: transform_pairs(plane, transformed, n))
     add = seconds_per_call(lambda n: add_components(plane.copy(), *components, packed.spectra, n))
-    collect = seconds_per_call(lambda n: add_gradients(plane, *components, packed.spectra, buffers[0].copy(), n))
-    step = seconds_per_call(
-        lambda n: take_steps(packed.boxes, packed.offsets, packed.morphologies.copy(), np.array(buffers), n)
-    )
+    collect = seconds_per_call(lambda n: add_gradients(plane, *components, packed.spectra, gradient.copy(), n))
+    step = seconds_per_call(lambda n: take_steps(packed.offsets, state.copy(), gradient, n))
     project = seconds_per_call(
         lambda n: project_all(
             packed.boxes,
@@ -243,7 +240,9 @@ def fit_shares(arguments: tuple[Any, ...]) -> tuple[dict[str, float], dict[str, 
             n,
         )
     )
-    comparison = seconds_per_call(lambda n: compare(plane, transformed.copy(), 0 * kernel_fft + 1, image, weights, n))
+    comparison = seconds_per_call(
+        lambda n: compare(plane, transformed.copy(), transformed.copy(), 0 * kernel_fft + 1, image, weights, n)
+    )
     product = seconds_per_call(lambda n: extrapolate(transformed.copy(), transformed, transformed, power, n))
 
     n_exact, n_all = len(fit.losses), fit.iterations + 1

@@ -13,9 +13,10 @@ import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from cases import PIXELS_PER_SOURCE, check, simulated_case
-from machine import parser, print_header, print_verdict, write
+from cases import PIXELS_PER_SOURCE, check, config_of, simulated_case
+from machine import add_model, parser, print_header, print_verdict, write
 
+import kermes
 from kermes.tile import collect, fit_blends, plan_tile
 
 SIZES = (3, 10, 30, 100, 300, 1000)
@@ -41,15 +42,15 @@ class Row:
     converged: float
 
 
-def measure(n_sources: int, one_blend: bool, total: int) -> Row:
+def measure(n_sources: int, one_blend: bool, total: int, config: kermes.Config) -> Row:
     """Time all fields of one size, after a first one that is not counted."""
     fields = [simulated_case(n_sources, seed, one_blend=one_blend) for seed in range(max(1, round(total / n_sources)))]
     if n_sources < 100:
-        fields[0].deblend()
+        fields[0].deblend(config=config)
     seconds, fits, chi2, iterations, converged, n_peaks = 0.0, 0.0, [], [], [], 0
     for case in fields:
         start = time.process_time()
-        plan = plan_tile(case.coadd, case.peaks, case.footprints)
+        plan = plan_tile(case.coadd, case.peaks, case.footprints, config)
         planned = time.process_time()
         outcomes = list(fit_blends(plan))
         fitted = time.process_time()
@@ -77,18 +78,20 @@ def measure(n_sources: int, one_blend: bool, total: int) -> Row:
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__)
+    add_model(options)
     args = options.parse_args()
+    config = config_of(args.model)
     sizes = QUICK_SIZES if args.quick else SIZES
     total = 60 if args.quick else N_SOURCES
-    print_header(f"scaling: six bands, {PIXELS_PER_SOURCE} pixels per source")
-    simulated_case(3, 0).deblend()
+    print_header(f"scaling, model {config.model}: six bands, {PIXELS_PER_SOURCE} pixels per source")
+    simulated_case(3, 0).deblend(config=config)
     figures = {}
     for label, one_blend in (("one connected blend", True), ("as detected", False)):
         print(label)
         print("   sources fields  ms/source  of fits  iterations  ms/source/iteration  converged   chi2")
         rows = []
         for n_sources in sizes:
-            row = measure(n_sources, one_blend, total)
+            row = measure(n_sources, one_blend, total, config)
             rows.append(row)
             print(
                 f"   {row.n_sources:7d} {row.n_fields:6d} {row.ms_per_source:10.2f} "

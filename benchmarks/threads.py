@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-from cases import Case, check, simulated_case
-from machine import parser, print_header, print_verdict, write
+from cases import Case, check, config_of, simulated_case
+from machine import add_model, parser, print_header, print_verdict, write
 from numba import njit
 
 import kermes
@@ -53,7 +53,7 @@ def gain_of_machine(workers: int) -> float:
 def differing_columns(one: kermes.Result, other: kermes.Result) -> list[str]:
     """Name everything that is not the same to the last bit."""
     pairs = [("models", one.model_image(), other.model_image())]
-    for table in ("objects", "parents", "blends"):
+    for table in ("objects", "parents", "blends", "candidates"):
         columns = getattr(one, table).colnames
         pairs += [
             (f"{table}.{c}", np.asarray(getattr(one, table)[c]), np.asarray(getattr(other, table)[c])) for c in columns
@@ -69,32 +69,34 @@ class Seconds:
     processor: float
 
 
-def time_fits(case: Case, workers: int) -> Seconds:
+def time_fits(case: Case, workers: int, config: kermes.Config) -> Seconds:
     """Fit all blends, without planning and collecting."""
-    plan = plan_tile(case.coadd, case.peaks, case.footprints)
+    plan = plan_tile(case.coadd, case.peaks, case.footprints, config)
     clock, processor = time.perf_counter(), time.process_time()
     for _ in fit_blends(plan, workers):
         pass
     return Seconds(clock=time.perf_counter() - clock, processor=time.process_time() - processor)
 
 
-def time_deblend(case: Case, workers: int) -> Seconds:
+def time_deblend(case: Case, workers: int, config: kermes.Config) -> Seconds:
     """Do everything."""
     clock, processor = time.perf_counter(), time.process_time()
-    case.deblend(workers=workers)
+    case.deblend(workers=workers, config=config)
     return Seconds(clock=time.perf_counter() - clock, processor=time.process_time() - processor)
 
 
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__)
+    add_model(options)
     options.add_argument("--workers", type=int, default=2, help="the larger number of workers")
     options.add_argument("--repeat", type=int, help="turns; default 15, --quick 4")
     args = options.parse_args()
+    config = config_of(args.model)
     repeat = args.repeat or (4 if args.quick else 15)
     case = simulated_case(60 if args.quick else 200, 5, pixels_per_source=PIXELS_PER_SOURCE)
-    print_header("threads", workers=f"1 and {args.workers}")
-    alone, together = case.deblend(workers=1), case.deblend(workers=args.workers)
+    print_header(f"threads, model {config.model}", workers=f"1 and {args.workers}")
+    alone, together = (case.deblend(workers=workers, config=config) for workers in (1, args.workers))
     chi2 = check(case, alone)
     sizes = np.asarray(alone.blends["n_sources"])
     print(
@@ -106,7 +108,7 @@ def main() -> None:
 
     figures: dict[str, object] = {"peaks": len(case.peaks), "blends": len(sizes), "differing": differing, "chi2": chi2}
     spin(10)
-    with_footprints = replace(case, footprints=plan_tile(case.coadd, case.peaks).labels)
+    with_footprints = replace(case, footprints=plan_tile(case.coadd, case.peaks, config=config).labels)
     for label, measure, of in (
         ("fits", time_fits, with_footprints),
         ("deblend, footprints given", time_deblend, with_footprints),
@@ -115,7 +117,7 @@ def main() -> None:
         turns = []
         for _ in range(repeat):
             before = gain_of_machine(args.workers)
-            one, several = (measure(of, workers) for workers in (1, args.workers))
+            one, several = (measure(of, workers, config) for workers in (1, args.workers))
             gain = min(before, gain_of_machine(args.workers))
             turns.append((gain, one.clock, several.clock, several.processor / one.processor))
         figures[label] = turns

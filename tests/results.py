@@ -8,7 +8,8 @@ import kermes
 from kermes import catalog
 from kermes.geometry import Box
 from kermes.psf import model_psf
-from kermes.scene import FactorizedComponent, Source
+from kermes.rendering import render_source
+from kermes.scene import FactorizedComponent, ProfileComponent, Source
 
 SHAPE = (60, 70)
 ORIGIN = (100, -20)
@@ -34,6 +35,37 @@ def sources():
         7: Source(peak=(31, 36), components=(blob(31, 36, 1.5, [20, 50]),)),
         8: Source(peak=(2, 66), components=(blob(2, 66, 1.5, [30, 10]),)),
         9: Source(peak=(50, 10), components=()),
+    }
+
+
+def profile(y, x, spectrum, **shape):
+    """A profile, or a point source, on a stamp of 32 pixels."""
+    return ProfileComponent(
+        spectrum=np.array(spectrum, dtype=np.float32),
+        center=np.array([y, x]),
+        sigma=0.8,
+        box=Box(round(y) - 16, round(x) - 16, 32, 32),
+        **({"shear": np.zeros(2)} | shape),
+    )
+
+
+def fitted_sources():
+    """The four sources as profiles: a double with a free form on top, a point source, a galaxy at the edge, none."""
+    shape = {"shear": np.array([0.3, -0.1 / 3])}
+    double = profile(30.1, 29.7, [400, -60], radius=2.1, **shape), profile(30.1, 29.7, [40, 90], index=np.e, **shape)
+    return {
+        4: Source(peak=(30, 30), components=(*double, blob(30, 30, 1.0, [8, 7], side=9))),
+        7: Source(peak=(31, 36), components=(profile(31.2, 35.9, [200, 300]),)),
+        8: Source(peak=(2, 66), components=(profile(2.3, 66.4, [300, 500], radius=3.0),)),
+        9: Source(peak=(50, 10), components=()),
+    }
+
+
+def candidate_sources():
+    """Two point sources that nobody listed, beside the first and the second blend's sources, by minus their number."""
+    return {
+        -1: Source(peak=(31, 22), components=(profile(31.4, 22.2, [55.5, 40]),)),
+        -2: Source(peak=(10, 13), components=(profile(9.9, 12.5, [-3.1, 70]),)),
     }
 
 
@@ -96,7 +128,18 @@ def make_result(with_coadd=True, **changes):
     settings = {
         "objects": catalog.make_objects(objects, BANDS, units.nJy),
         "parents": catalog.make_parents(_table(catalog.PARENT_COLUMNS, 1)),
-        "blends": catalog.make_blends(_table(catalog.BLEND_COLUMNS, 2, blend_id=[1, 2])),
+        "blends": catalog.make_blends(
+            # The first holds the pair, the second reaches from one corner to the other.
+            _table(
+                catalog.BLEND_COLUMNS,
+                2,
+                blend_id=[1, 2],
+                y0=[120, 100],
+                x0=[0, -20],
+                height=[25, 60],
+                width=[30, 70],
+            )
+        ),
         "bands": BANDS,
         "config": kermes.Config(),
         "models": models,
@@ -110,3 +153,34 @@ def make_result(with_coadd=True, **changes):
         "timings": {"fit": 0.5},
     }
     return kermes.Result(**(settings | changes))
+
+
+def fitted_result(with_coadd=True, **changes):
+    """Result of the four sources as profiles, and of two candidates."""
+    candidates = _table(
+        catalog.candidate_columns(BANDS),
+        2,
+        candidate_id=[1, 2],
+        blend_id=[1, 2],
+        y=[131.4, 109.9],
+        x=[2.2, -7.5],
+        g_flux=[55.5, -3.1],
+        significance=[9.1, 6.6],
+        origin=["image", "residual"],
+    )
+    settings = {
+        "models": fitted_sources() | candidate_sources(),
+        "candidates": catalog.make_candidates(candidates, BANDS, units.nJy),
+    }
+    return make_result(with_coadd, **(settings | changes))
+
+
+def light_of_candidates(result):
+    """Models of the candidates as observed, shape (A, B, H, W)."""
+    images = np.zeros((len(result.candidates), len(result.bands), *result.shape), dtype=np.float32)
+    for image, row in zip(images, result.candidates, strict=True):
+        blend_id = int(row["blend_id"])
+        kernels = result._kernels(result.psfs[blend_id])
+        pixels, box = render_source(result.models[-int(row["candidate_id"])], kernels, result._outer(blend_id))
+        image[:, box.y, box.x] = pixels
+    return images

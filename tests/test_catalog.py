@@ -39,8 +39,8 @@ def test_positions_are_double_precision_pixels(columns):
 
 @pytest.mark.parametrize(
     "definitions",
-    [catalog.object_columns(["g"]), catalog.PARENT_COLUMNS, catalog.BLEND_COLUMNS],
-    ids=["objects", "parents", "blends"],
+    [catalog.object_columns(["g"]), catalog.PARENT_COLUMNS, catalog.BLEND_COLUMNS, catalog.candidate_columns(["g"])],
+    ids=["objects", "parents", "blends", "candidates"],
 )
 def test_every_column_is_named_once_and_described_in_one_line(definitions):
     assert len({item.name for item in definitions}) == len(definitions)
@@ -78,3 +78,16 @@ def test_no_peaks_make_an_empty_table_with_all_columns():
     names = [item.name for item in catalog.object_columns(["g"])]
     table = catalog.make_objects({name: [] for name in names}, ["g"], None)
     assert (len(table), table.colnames) == (0, names)
+
+
+def test_fluxes_of_candidates_have_the_unit_of_the_coadd():
+    table = catalog.make_candidates(zeros(catalog.candidate_columns(["g", "r"])), ["g", "r"], units.nJy)
+    assert table["r_flux_err"].unit == units.nJy
+
+
+def test_every_model_and_origin_fits_into_an_unfilled_column():
+    columns = catalog.empty_columns([*catalog.object_columns(["g"]), *catalog.candidate_columns(["g"])], 1)
+    for name, values in (("model", catalog.Model), ("origin", catalog.Origin)):
+        for value in values:
+            columns[name][0] = value
+            assert columns[name][0] == value

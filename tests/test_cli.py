@@ -322,6 +322,16 @@ def test_a_simulated_scene_can_be_read(tmp_path):
         assert len(content["truth_g_flux"]) == 4
 
 
+def test_the_knots_of_a_simulated_scene_lie_beside_its_truth(tmp_path):
+    path = tmp_path / "scene.npz"
+    words = ["--kind", "knots", "--n-sources", "4", "--shape", "50", "60", "--bands", "g", "--seed", "2"]
+    assert cli.run(["simulate", "-o", str(path), *words]) == 0
+    expected = simulate_scene(kind="knots", n_sources=4, shape=(50, 60), bands=("g",), seed=2).knots
+    with np.load(path) as content:
+        for name in expected.colnames:
+            np.testing.assert_array_equal(content[f"knots_{name}"], np.asarray(expected[name]))
+
+
 def test_an_unknown_kind_of_scene_is_refused(tmp_path, capsys):
     assert cli.run(["simulate", "-o", str(tmp_path / "scene.npz"), "--kind", "void"]) == 1
     assert "kind must be one of" in message_of(capsys)

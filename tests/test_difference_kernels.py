@@ -181,7 +181,7 @@ def coadd_of(sigma, flux=500.0):
 def test_a_narrow_psf_is_refused_with_its_band_and_the_remedy():
     message = r"model_psf_sigma = 0.8 pixels; that of band 'r' is narrower: choose a smaller model_psf_sigma"
     with pytest.raises(InputError, match=message):
-        plan_tile(coadd_of(0.62))
+        plan_tile(coadd_of(0.62), config=Config(model="scarlet-lite"))
 
 
 def test_model_psf_sigma_of_zero_chooses_one_that_fits():
@@ -196,7 +196,7 @@ def test_model_psf_sigma_of_zero_is_the_usual_one_for_wide_psfs():
 
 def test_a_psf_narrower_than_any_model_psf_is_refused():
     with pytest.raises(InputError, match="model_psf_sigma = 0.5 pixels; that of band 'r' is narrower"):
-        plan_tile(coadd_of(0.3), config=Config(model_psf_sigma=0))
+        plan_tile(coadd_of(0.3), config=Config(model="scarlet-lite", model_psf_sigma=0))
 
 
 def test_a_star_with_a_narrow_psf_gets_its_flux_and_the_result_knows_the_width():

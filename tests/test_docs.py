@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import kermes
-from kermes.catalog import BLEND_COLUMNS, PARENT_COLUMNS, object_columns
+from kermes.catalog import BLEND_COLUMNS, PARENT_COLUMNS, candidate_columns, object_columns
 from kermes.cli import run
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ def test_reference_lists_every_public_name_and_module():
 
 def test_page_of_files_lists_every_column():
     words = set(re.findall(r"``(\S+?)``", (ROOT / "docs" / "files.rst").read_text()))
-    columns = [*object_columns(["{band}"]), *PARENT_COLUMNS, *BLEND_COLUMNS]
+    columns = [*object_columns(["{band}"]), *PARENT_COLUMNS, *BLEND_COLUMNS, *candidate_columns(["{band}"])]
     assert {column.name for column in columns} - words == set()
 
 

@@ -1,5 +1,6 @@
 """The fit takes the steps of its slow twin, keeps what is right already, and has no preferred place or unit."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -114,11 +115,11 @@ def test_bounds_of_the_positive_pixels_are_tight(morphology):
 def test_pixels_that_move_to_another_box_stay_where_they_are(pairs):
     old, new = (np.array([pair[side] for pair in pairs], dtype=np.int64) for side in (0, 1))
     old_offsets, new_offsets = (np.concatenate([[0], np.cumsum(b[:, 2] * b[:, 3])]) for b in (old, new))
-    values = np.arange(1, old_offsets[-1] + 1, dtype=np.float32)
-    moved = repack(values, old, old_offsets, new, new_offsets)
-    for k in range(len(pairs)):
-        before = reference.whole(old[k], values[old_offsets[k] : old_offsets[k + 1]].reshape(old[k, 2:]), (9, 8))
-        after = reference.whole(new[k], moved[new_offsets[k] : new_offsets[k + 1]].reshape(new[k, 2:]), (9, 8))
+    state = np.arange(1, 2 * old_offsets[-1] + 1, dtype=np.float32).reshape(2, -1)
+    moved = repack(state, old, old_offsets, new, new_offsets)
+    for buffer, k in itertools.product(range(2), range(len(pairs))):
+        before = reference.whole(old[k], state[buffer, old_offsets[k] : old_offsets[k + 1]].reshape(old[k, 2:]), (9, 8))
+        after = reference.whole(new[k], moved[buffer, new_offsets[k] : new_offsets[k + 1]].reshape(new[k, 2:]), (9, 8))
         inside = reference.whole(new[k], 1, (9, 8))
         np.testing.assert_array_equal(after, before * inside)
 

@@ -12,7 +12,7 @@ from kermes.fitting import fit_packed
 from kermes.general_fitting import adaprox_direction, fit_packed_general, fit_scene
 from kermes.geometry import Box
 from kermes.rendering import pack, unpack
-from kermes.scene import CubeComponent, PointComponent, Scene, Source
+from kermes.scene import CubeComponent, PointComponent, ProfileComponent, Scene, Source
 
 ADAPROX = ("adam", "nadam", "amsgrad", "padam", "adamx", "radam")
 SCHEMES = (*ADAPROX, "fista")
@@ -315,6 +315,28 @@ def test_a_point_source_is_found_within_its_pixel(scheme):
     # Half of what noise would move them by: 8 pi sigma^4 / F^2 added up inversely for the centre, 4 pi sigma^2 for F.
     np.testing.assert_allclose(found.center, [12.3, 10.6], rtol=0, atol=0.007)
     np.testing.assert_allclose(found.spectrum, [400, 600, 800], rtol=0, atol=2.5)
+
+
+@pytest.mark.parametrize("scheme", ["amsgrad", "fista"])
+def test_a_profile_is_found_beside_a_factorized_neighbour(scheme):
+    box = Box(0, 0, 32, 27)
+    shape = {"shear": np.array([0.2, 0.1]), "sigma": 0.8, "box": Box(-4, -4, 32, 32)}
+    galaxy = ProfileComponent(
+        spectrum=np.array([900, 1200, 1500], np.float32), center=np.array([12.3, 10.6]), radius=1.8, **shape
+    )
+    neighbour = source(gaussian(18, 18, 1.5, [30, 40, 50], box.shape))
+    blend = show(Scene(sources=(Source(peak=(12, 11), components=(galaxy,)), neighbour), box=box))
+    round_one = {"center": np.array([12.0, 11.0]), "radius": 1.2, "shear": np.zeros(2)}
+    guess = replace(galaxy, spectrum=np.float32([700, 700, 700]), **round_one)
+    start = Scene(sources=(Source(peak=(12, 11), components=(guess,)), neighbour), box=box)
+    fit = run(start, blend, scheme=scheme, fixed={"index", "morphology"}, max_iterations=400, patience=400)
+    found = fit.scene.sources[0].components[0]
+    # Without noise the truth is the only minimum; what is left is rounding of the pixels, and of the gradient.
+    np.testing.assert_allclose(found.center, galaxy.center, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found.shear, galaxy.shear, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found.radius, galaxy.radius, rtol=1e-4)
+    np.testing.assert_allclose(found.spectrum, galaxy.spectrum, rtol=1e-4)
+    assert found.index == galaxy.index
 
 
 def test_a_source_of_changing_colour_is_a_cube():

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import reference
 from blends import gaussian, source, three_sources
 from kermes.geometry import Box
-from kermes.metrics import blend_metrics
-from kermes.rendering import pack
+from kermes.metrics import blend_metrics, model_metrics
+from kermes.rendering import SourceModels, frame_models, pack
 from kermes.scene import Scene, Source
 
 pytestmark = pytest.mark.nojit
@@ -100,3 +100,25 @@ def test_order_of_the_sources_does_not_matter(order):
     permuted = metrics_of(*(sources[i] for i in order), shape=shape, n_bands=3)
     # Sums of three models in single precision in another order.
     np.testing.assert_allclose(permuted, expected, rtol=1e-4, atol=1e-6 * expected.max())
+
+
+def test_metrics_of_models_are_those_of_their_components():
+    scene = three_sources()
+    got = model_metrics(frame_models(scene, 3), scene.box.shape)
+    expected = blend_metrics(pack(scene, 3), 3, scene.box.shape)
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+
+
+def test_metrics_of_any_models_agree_with_the_slow_twin():
+    rng = np.random.default_rng(3)
+    boxes = np.array([[2, 1, 9, 8], [5, 4, 7, 7], [9, 8, 3, 3]])
+    offsets = np.concatenate([[0], np.cumsum(boxes[:, 2] * boxes[:, 3])])
+    pixels = rng.normal(1, 1, (2, offsets[-1])).astype(np.float32)
+    whole = np.zeros((3, 2, 13, 12))
+    for s, box in enumerate(Box(*row) for row in boxes.tolist()):
+        whole[(s, slice(None), box.y, box.x)] = pixels[:, offsets[s] : offsets[s + 1]].reshape(2, *box.shape)
+    metrics = model_metrics(SourceModels(boxes=boxes, offsets=offsets, pixels=pixels), (13, 12))
+    # Roundings of the sum of all models in single precision.
+    for name, expected in zip(NAMES, reference.blend_metrics(whole), strict=True):
+        np.testing.assert_allclose(getattr(metrics, name), expected, rtol=1e-5, atol=1e-5, err_msg=name)

@@ -4,7 +4,7 @@ import io
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +12,19 @@ import pytest
 from astropy import units
 from astropy.table import Table
 
+import kermes
 from kermes.coadd import Coadd
 from kermes.errors import InputError, ShapeError
 from kermes.geometry import Box
-from kermes.plots import colour_scale, lupton_rgb, show_objects, show_result, show_scene, wavelength_order
+from kermes.plots import (
+    colour_scale,
+    lupton_rgb,
+    show_objects,
+    show_parts,
+    show_result,
+    show_scene,
+    wavelength_order,
+)
 from kermes.simulation import render_truth, simulate_scene
 
 
@@ -313,3 +322,42 @@ def test_pictures_leave_pyplot_alone():
     )
     code += ".savefig(sys.stdout.buffer); sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def deblended():
+    """A deblended scene of a few sources."""
+    scene = simulate_scene(n_sources=4, shape=(60, 60), seed=1, bands=("g", "r", "i"))
+    return kermes.deblend(scene.coadd, peaks=scene.peaks)
+
+
+def test_parts_are_seven_panels_for_each_object(deblended):
+    figure = show_parts(deblended, n=2)
+    titles = [axes.get_title() for axes in figure.axes[:7]]
+    expected = ["data", "data above noise", "flux below noise", "model", "rendered model", "observation", "residual"]
+    assert titles == expected
+    assert len(figure.axes) == 14
+
+
+def test_data_above_noise_and_flux_below_make_up_the_data(deblended):
+    data, above, below = (axes.images[0].get_array() for axes in show_parts(deblended, n=1).axes[:3])
+    assert ((above == data).all(axis=2) | (below == data).all(axis=2)).all()
+
+
+def test_the_model_is_sharper_than_the_rendered_model(deblended):
+    def width(axes):
+        light = axes.images[0].get_array().astype(float).mean(axis=2)
+        return np.count_nonzero(light > 0.5 * light.max())
+
+    panels = show_parts(deblended, n=1).axes
+    assert width(panels[3]) < width(panels[4])
+
+
+def test_parts_of_an_object_that_is_not_there_are_refused(deblended):
+    with pytest.raises(InputError, match="object_id must be one of"):
+        show_parts(deblended, ids=[99])
+
+
+def test_parts_need_the_images(deblended):
+    with pytest.raises(InputError, match="must have its images"):
+        show_parts(replace(deblended, coadd=None))

@@ -7,14 +7,20 @@ from astropy import units
 import kermes
 from kermes.flux import claimed
 from kermes.geometry import Box
-from kermes.psf import difference_kernels, model_psf
-from kermes.rendering import convolve
-from results import make_result
+from kermes.psf import continued, difference_kernels, model_psf
+from kermes.rendering import KernelSet, convolve, render_scene
+from kermes.scene import ProfileComponent, Scene
+from results import fitted_result, light_of_candidates, make_result
 
 
 @pytest.fixture(scope="module")
 def result():
     return make_result()
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fitted_result()
 
 
 def test_one_handle_per_row_in_the_order_of_the_table(result):
@@ -121,6 +127,62 @@ def test_an_object_alone_is_what_remains_without_its_neighbours(result):
     window = stamp.box.within(result.coadd.box)
     residual = result.residual()[1][window]
     np.testing.assert_allclose(stamp.array - result[7].model("r").array, residual, atol=1e-3)
+
+
+def test_models_of_profiles_add_up_to_the_model_image(fitted):
+    total = light_of_candidates(fitted)[:, 1].sum(axis=0)
+    for handle in fitted:
+        stamp = handle.model("r")
+        total[stamp.box.within(fitted.coadd.box)] += stamp.array
+    np.testing.assert_allclose(total, fitted.model_image()[1], atol=1e-5 * total.max())
+
+
+def test_an_object_has_the_same_bits_as_in_its_blend(fitted):
+    # The box of the first blend, grown by half a PSF of 21 pixels.
+    outer = Box(10, 10, 45, 50)
+    psfs = fitted.psfs[1]
+    kernels = KernelSet(difference_kernels(psfs, model_psf(fitted.config.model_psf_sigma)), continued(psfs))
+    models = render_scene(Scene(sources=(fitted.models[4], fitted.models[7]), box=outer), kernels)
+    for s, object_id in enumerate((4, 7)):
+        stamp = fitted[object_id].model("g")
+        assert (*stamp.box.shift(-100, 20).shift(-10, -10).origin, *stamp.box.shape) == tuple(models.boxes[s].tolist())
+        pixels = models.pixels[0, models.offsets[s] : models.offsets[s + 1]]
+        np.testing.assert_array_equal(stamp.array.ravel(), pixels)
+
+
+def test_a_profile_is_cut_where_its_blend_ends(fitted):
+    # Its stamp would reach from column 20 to 51, its blend from 10 to 59; a narrower blend cuts it.
+    blends = fitted.blends.copy()
+    blends["width"][0] = 15
+    narrow = fitted_result(blends=blends)
+    whole, cut = fitted[7].model("g"), narrow[7].model("g")
+    assert (whole.box.x1, cut.box.x1) == (32, 25)
+    np.testing.assert_array_equal(cut.array, whole.array[:, :-7])
+
+
+def test_shares_of_profiles_close_in_every_claimed_pixel(fitted):
+    coadd, total = fitted.coadd, fitted.model_image(positive=True)
+    shared = claimed(coadd.variance, coadd.valid, total)[1]
+    others = np.maximum(light_of_candidates(fitted)[:, 1], 0).sum(axis=0, dtype=np.float64)
+    shares = np.where(shared, coadd.images[1] * others / np.where(shared, total[1], 1), 0)
+    assert shares.any()
+    for handle in fitted:
+        stamp = handle.redistributed("r")
+        shares[stamp.box.within(coadd.box)] += stamp.array
+    np.testing.assert_allclose(shares, np.where(shared, coadd.images[1], 0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_unconvolved_model_of_a_profile_has_its_flux(fitted):
+    (point,) = fitted.models[7].components
+    assert isinstance(point, ProfileComponent)
+    stamp = fitted[7].model("r", convolved=False)
+    np.testing.assert_allclose(stamp.array.sum(dtype=float), 300, rtol=1e-5)
+
+
+def test_without_candidates_their_table_is_empty_and_has_all_columns(result, fitted):
+    assert len(result.candidates) == 0
+    assert result.candidates.colnames == fitted.candidates.colnames
+    assert result.candidates["g_flux"].unit == units.nJy
 
 
 def test_an_object_without_light_has_empty_stamps(result):

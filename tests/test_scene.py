@@ -18,6 +18,7 @@ from kermes.scene import (
     FactorizedComponent,
     FitContext,
     PointComponent,
+    ProfileComponent,
     Resizable,
     Scene,
     Source,
@@ -53,7 +54,25 @@ def point(y=13.3, x=23.6, sigma=0.8):
     )
 
 
-KINDS = {"factorized": factorized(), "cube": cube(), "point": point()}
+def profile(radius=1.8, index=1.6):
+    return ProfileComponent(
+        spectrum=np.array([50, -70, 90], dtype=np.float32),
+        center=np.array([13.3, 23.6]),
+        radius=radius,
+        shear=np.array([0.3, -0.2]),
+        index=index,
+        sigma=0.8,
+        box=Box(-3, 8, 32, 32),
+    )
+
+
+KINDS = {
+    "factorized": factorized(),
+    "cube": cube(),
+    "point": point(),
+    "profile": profile(),
+    "profile of a point": profile(radius=0),
+}
 ROUNDING = 1e-6
 """A few roundings of float32, relative."""
 
@@ -86,7 +105,13 @@ def test_a_model_covers_the_box_in_all_bands(component):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("factorized", "spectrum"), ("factorized", "morphology"), ("cube", "cube"), ("point", "spectrum")],
+    [
+        ("factorized", "spectrum"),
+        ("factorized", "morphology"),
+        ("cube", "cube"),
+        ("point", "spectrum"),
+        ("profile", "spectrum"),
+    ],
 )
 def test_gradient_is_the_adjoint_where_the_model_is_linear(kind, name):
     component = KINDS[kind]
@@ -111,8 +136,31 @@ def test_gradient_of_the_centre_of_a_point_is_that_of_differences(axis):
 
 
 @pytest.mark.parametrize(
+    ("name", "h"),
+    [("center", (1e-2, 0)), ("center", (0, 1e-2)), ("radius", 1e-2), ("shear", (1e-2, 0)), ("shear", (0, 1e-2))]
+    + [("index", 1e-2)],
+    ids=["y", "x", "radius", "e1", "e2", "index"],
+)
+def test_gradient_of_the_shape_of_a_profile_is_that_of_differences(name, h):
+    component, h = profile(), np.array(h)
+    gradient = random_gradient(component)
+    value = component.parameters[name]
+    after, before = (component.updated({name: value + sign * h}).evaluate().astype(float) for sign in (1, -1))
+    expected = np.vdot(gradient, after - before)
+    # 2e-3 of the change: derivatives of the table are good to 2e-4, and h^2 to 1e-4 of lengths of one.
+    tolerance = 2e-3 * np.linalg.norm(gradient) * np.linalg.norm(after - before)
+    assert abs(np.vdot(component.gradient(gradient)[name], 2 * h) - expected) < tolerance
+
+
+@pytest.mark.parametrize(
     ("kind", "name"),
-    [("factorized", "spectrum"), ("factorized", "morphology"), ("cube", "cube"), ("point", "spectrum")],
+    [
+        ("factorized", "spectrum"),
+        ("factorized", "morphology"),
+        ("cube", "cube"),
+        ("point", "spectrum"),
+        ("profile", "spectrum"),
+    ],
 )
 def test_curvature_bounds_the_second_derivative(kind, name):
     component, weights = KINDS[kind], np.array([1.0, 0.25, 4.0])
@@ -158,7 +206,7 @@ def test_steps_are_positive_and_fit_the_parameters(component):
         assert (np.broadcast_to(steps[name], value.shape) > 0).all()
 
 
-@pytest.mark.parametrize("component", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("component", [KINDS[kind] for kind in ("factorized", "cube", "point")])
 def test_nothing_negative_or_broken_is_left_of_the_light(component):
     name = "cube" if "cube" in component.parameters else "spectrum"
     broken = component.parameters[name].copy()
@@ -323,3 +371,76 @@ def test_other_components_where_factorized_ones_are_needed_are_refused():
     source = Source(peak=PEAK, components=(factorized(), point()))
     with pytest.raises(InputError, match="components must be factorized here, got a PointComponent"):
         _ = Scene(sources=(source,), box=BLEND).factorized
+
+
+# ---------------------------------------------------------------- profiles
+
+
+@pytest.mark.parametrize(("sigma", "tolerance"), [(0.5, 4e-4), (0.7, 1e-4), (0.8, 1e-4)])
+def test_a_profile_of_no_radius_is_a_point_source(sigma, tolerance):
+    one = replace(profile(radius=0), sigma=sigma)
+    expected = PointComponent(spectrum=one.spectrum, center=one.center, sigma=sigma)
+    cut = one.evaluate()[(slice(None), *expected.box.within(one.box))]
+    # Modes that are left out: faint ones, and those of half a pixel and less, which the narrowest PSF has.
+    np.testing.assert_allclose(cut, expected.evaluate(), rtol=0, atol=tolerance * abs(expected.evaluate()).max())
+
+
+def test_the_axes_of_a_profile_follow_from_its_shear():
+    one = replace(profile(), shear=np.array([0.0, np.log(2)]))
+    assert one.axis_ratio == pytest.approx(0.5)
+    assert one.angle == pytest.approx(45)
+    y, x = np.mgrid[one.box.y, one.box.x] - one.center[:, None, None]
+    assert np.sum(one.evaluate()[0] * y * x) > 0
+
+
+def test_a_profile_is_long_along_x_for_a_positive_first_shear():
+    one = replace(profile(), shear=np.array([0.5, 0.0]))
+    y, x = np.mgrid[one.box.y, one.box.x] - one.center[:, None, None]
+    assert np.sum(one.evaluate()[0] * x**2) > np.sum(one.evaluate()[0] * y**2)
+
+
+def test_all_flux_of_a_profile_is_on_its_stamp():
+    one = profile(radius=20, index=4)
+    # The table is within 2e-5 of the transforms.
+    np.testing.assert_allclose(one.evaluate().sum(axis=(1, 2), dtype=float), one.flux(), rtol=2e-5)
+
+
+def test_the_centre_of_a_profile_survives_another_origin():
+    one = replace(profile(), center=np.array([np.pi, np.e]))
+    assert ((one.center + 123457) - 123457 == one.center).all()
+
+
+def test_a_point_source_has_no_shape_to_fit():
+    assert set(profile(radius=0).parameters) == {"spectrum", "center"}
+
+
+def test_a_profile_stays_near_its_peak_and_between_its_limits():
+    wild = profile().updated(
+        {"radius": -1.0, "index": 9.0, "shear": np.array([3.0, 4.0]), "center": np.array([0.0, 99.0])}
+    )
+    kept = wild.projected(context())
+    assert (kept.radius, kept.index) == (scenes.LEAST_RADIUS, scenes.LARGEST_INDEX)
+    np.testing.assert_allclose(kept.shear, np.array([0.6, 0.8]) * scenes.LARGEST_SHEAR)
+    np.testing.assert_array_equal(kept.center, [PEAK[0] - scenes.CENTER_REACH, PEAK[1] + scenes.CENTER_REACH])
+
+
+def test_the_flux_of_a_profile_may_be_negative():
+    assert profile().projected(context()).spectrum[1] == -70
+
+
+@pytest.mark.parametrize("box", [Box(0, 0, 32, 30), Box(0, 0, 31, 31), Box(0, 0, 0, 0)])
+def test_a_stamp_that_is_not_square_and_even_is_refused(box):
+    with pytest.raises(InputError, match=rf"box must be square with an even side, got {box.height} x {box.width}"):
+        replace(profile(), box=box)
+
+
+@pytest.mark.parametrize("radius", [-1.0, np.nan, np.inf])
+def test_an_impossible_radius_is_refused(radius):
+    with pytest.raises(InputError, match="radius must be positive, or 0 for a point source, got"):
+        replace(profile(), radius=radius)
+
+
+@pytest.mark.parametrize("index", [0.4, 7.0, np.nan])
+def test_an_index_outside_of_the_table_is_refused(index):
+    with pytest.raises(InputError, match=r"index must lie between 0\.5 and 6\.5, got"):
+        replace(profile(), index=index)

@@ -1,5 +1,7 @@
 """Simulated scenes: the drawing is exact, the noise is what it claims, the same seed gives the same scene."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from astropy.table import Table
@@ -7,9 +9,16 @@ from scipy.signal import fftconvolve
 from scipy.special import gamma, gammaincinv
 
 from kermes.errors import InputError
-from kermes.simulation import DEPTH, MoffatPsf, SimulatedScene, render_truth, simulate_scene
+from kermes.simulation import (
+    DEPTH,
+    MoffatPsf,
+    SimulatedScene,
+    compute_oracle_sigma,
+    render_truth,
+    simulate_scene,
+)
 
-KINDS = ("field", "pair", "crowded", "bright")
+KINDS = ("field", "knots", "pair", "crowded", "bright")
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +26,17 @@ def scene() -> SimulatedScene:
     return simulate_scene(seed=3)
 
 
+@pytest.fixture(scope="module")
+def irregulars() -> SimulatedScene:
+    return simulate_scene(kind="knots", seed=3, magnitudes=(20.0, 25.0))
+
+
 def one_source(scene: SimulatedScene, **changes: float) -> SimulatedScene:
     """Make a scene whose truth is the first row of `scene` with some columns changed."""
     truth = Table(scene.truth[:1])
     for name, value in changes.items():
         truth[name] = value
-    return SimulatedScene(
-        coadd=scene.coadd, peaks=scene.peaks[:1], truth=truth, psfs=scene.psfs, seed=scene.seed, kind=scene.kind
-    )
+    return dataclasses.replace(scene, peaks=scene.peaks[:1], truth=truth)
 
 
 def integrated(psf: MoffatPsf, dy: float, dx: float, side: int) -> np.ndarray:
@@ -100,7 +112,9 @@ def test_galaxy_is_the_convolution_of_its_profile_with_the_psf(scene, n_index):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3 * expected.max())
 
 
-def test_flux_of_every_source_is_the_stated_one(scene):
+@pytest.mark.parametrize("name", ["scene", "irregulars"])
+def test_flux_of_every_source_is_the_stated_one(name, request):
+    scene = request.getfixturevalue(name)
     for k in range(len(scene.truth)):
         got = render_truth(scene, k)[0].sum(axis=(1, 2), dtype=float)
         expected = [scene.truth[f"{band}_flux"][k] for band in scene.coadd.bands]
@@ -120,7 +134,9 @@ def test_every_source_is_centred_where_the_truth_says(scene):
         np.testing.assert_allclose(center, (row["y"], row["x"]), atol=0.002)
 
 
-def test_images_without_their_sources_are_noise_of_the_stated_variance(scene):
+@pytest.mark.parametrize("name", ["scene", "irregulars"])
+def test_images_without_their_sources_are_noise_of_the_stated_variance(name, request):
+    scene = request.getfixturevalue(name)
     residual = scene.coadd.images.astype(float)
     for k in range(len(scene.truth)):
         image, box = render_truth(scene, k)
@@ -175,12 +191,12 @@ def test_of_two_sources_on_one_pixel_the_brighter_has_the_peak():
         assert rivals["snr"][0] >= bright["snr"][k]
 
 
-def test_pair_is_half_to_four_psf_widths_apart():
+def test_pair_is_less_than_one_to_three_psf_widths_apart():
     for seed in range(20):
         scene = simulate_scene(kind="pair", seed=seed)
         distance = np.hypot(*np.ptp([scene.truth["y"], scene.truth["x"]], axis=1))
         fwhm = np.mean([psf.fwhm_pix for psf in scene.psfs])
-        assert 0.5 * fwhm <= distance <= 4.0 * fwhm
+        assert 0.7 * fwhm <= distance <= 3.0 * fwhm
 
 
 def test_crowded_scene_is_a_cluster_of_stars():
@@ -192,6 +208,147 @@ def test_crowded_scene_is_a_cluster_of_stars():
 def test_bright_scene_has_one_source_far_above_the_rest():
     flux = np.sort(simulate_scene(kind="bright", seed=1).truth["i_flux"])
     assert flux[-1] > 2 * flux[-2]
+
+
+@pytest.mark.parametrize("is_star", [True, False])
+def test_bright_object_is_a_star_in_some_scenes_and_a_galaxy_in_others(is_star):
+    scenes = (simulate_scene(kind="bright", n_sources=1, seed=seed) for seed in range(9))
+    assert any(scene.truth["is_star"][0] == is_star for scene in scenes)
+
+
+def test_third_of_the_light_of_irregular_galaxies_lies_in_knots(irregulars):
+    knots, truth = irregulars.knots, irregulars.truth
+    share = np.bincount(knots["source"], knots["i_flux"], minlength=len(truth)) / truth["i_flux"]
+    galaxies = ~truth["is_star"]
+    # Evenly between 0.2 and 0.5, so that the mean of 30 scatters by 0.016; three times that around 0.35.
+    assert share[galaxies].mean() == pytest.approx(0.35, abs=0.05)
+    assert share[galaxies].min() >= 0.2
+    assert share[galaxies].max() <= 0.5
+
+
+def test_every_galaxy_and_no_star_of_a_scene_of_knots_has_several(irregulars):
+    n_knots = np.bincount(irregulars.knots["source"], minlength=len(irregulars.truth))
+    assert set(n_knots[irregulars.truth["is_star"]]) == {0}
+    assert n_knots[~irregulars.truth["is_star"]].min() >= 3
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "knots"])
+def test_other_kinds_have_no_knots(kind):
+    assert len(simulate_scene(kind=kind, seed=1).knots) == 0
+
+
+def test_knots_are_bluer_than_the_rest_of_their_galaxy(irregulars):
+    knots, truth = irregulars.knots, irregulars.truth
+    g, i = (np.bincount(knots["source"], knots[f"{band}_flux"], minlength=len(truth)) for band in "gi")
+    galaxies = ~truth["is_star"]
+    rest = ((truth["g_flux"] - g) / (truth["i_flux"] - i))[galaxies]
+    assert ((g / np.where(galaxies, i, 1.0))[galaxies] > rest).all()
+
+
+def test_knots_of_one_galaxy_differ_in_colour(irregulars):
+    knots = irregulars.knots[irregulars.knots["source"] == irregulars.knots["source"][0]]
+    assert np.ptp(knots["g_flux"] / knots["i_flux"]) > 0.01
+
+
+def test_knots_lie_on_the_ellipse_of_their_disc(irregulars):
+    knots, truth = irregulars.knots, irregulars.truth
+    rows = truth[knots["source"]]
+    y, x, angle = knots["y"] - rows["y"], knots["x"] - rows["x"], np.deg2rad(rows["angle"])
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    radius = np.sqrt(along**2 * rows["axis_ratio"] + across**2 / rows["axis_ratio"]) / rows["disc_radius"]
+    assert radius.max() < gammaincinv(2, 0.9) / gammaincinv(2, 0.5)
+    # Half of the knots inside the radius of 45 % of the light; the share of 190 scatters by 0.036, three times that.
+    inside = np.mean(radius < gammaincinv(2, 0.45) / gammaincinv(2, 0.5))
+    assert inside == pytest.approx(0.5, abs=0.11)
+
+
+def test_knot_is_drawn_where_the_table_says(irregulars):
+    knot = irregulars.knots[0]
+    k = knot["source"]
+    with_knot, box = render_truth(irregulars, k)
+    dimmed = irregulars.knots.copy()
+    dimmed["i_flux"][0] = 0.0
+    truth = irregulars.truth.copy()
+    truth["i_flux"][k] -= knot["i_flux"]
+    without, same_box = render_truth(dataclasses.replace(irregulars, knots=dimmed, truth=truth), k)
+    assert same_box == box
+    band = irregulars.coadd.bands.index("i")
+    light = (with_knot[band] - without[band]).astype(float)
+    y, x = np.indices(light.shape)
+    center = (light * y).sum() / light.sum() + box.y0, (light * x).sum() / light.sum() + box.x0
+    np.testing.assert_allclose(center, (knot["y"], knot["x"]), atol=0.01)  # float32 pixels of the bright galaxy
+
+
+def test_faint_sources_get_no_peak_below_the_signal_to_noise_asked_for():
+    all_peaks, bright = simulate_scene(seed=2), simulate_scene(seed=2, min_snr=20.0)
+    np.testing.assert_array_equal(bright.truth["peak_index"] >= 0, all_peaks.truth["snr"] > 20.0)
+
+
+def test_peaks_keep_the_separation_asked_for():
+    scene = simulate_scene(kind="crowded", seed=2, min_separation_pix=3.0)
+    listed = scene.truth[scene.truth["peak_index"] >= 0]
+    distance = np.hypot(listed["y"][:, None] - listed["y"], listed["x"][:, None] - listed["x"])
+    assert distance[~np.eye(len(listed), dtype=bool)].min() >= 3.0
+
+
+def test_source_without_a_peak_is_close_to_a_brighter_one():
+    scene = simulate_scene(kind="crowded", seed=2, min_separation_pix=3.0)
+    listed = scene.truth[scene.truth["peak_index"] >= 0]
+    lost = scene.truth[(scene.truth["peak_index"] < 0) & (scene.truth["snr"] > 5.0)]
+    assert len(lost)
+    for source in lost:
+        near = np.hypot(listed["y"] - source["y"], listed["x"] - source["x"]) < 3.0
+        assert listed["snr"][near].max() > source["snr"]
+
+
+def test_oracle_error_of_a_lone_star_is_that_of_its_psf():
+    scene = simulate_scene(kind="bright", n_sources=1, seed=0, star_fraction=1.0)
+    lone = one_source(scene, is_star=True, disc_radius=0.0, bulge_radius=0.0, y=100.3, x=99.6)
+    shape = np.array([integrated(psf, 0.3, -0.4, 43) for psf in lone.psfs])
+    expected = np.sqrt(lone.coadd.variance[:, 0, 0] / (shape**2).sum(axis=(1, 2)))
+    # Sampling twice per pixel leaves 1e-6 in the stamps.
+    np.testing.assert_allclose(compute_oracle_sigma(lone)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_oracle_error_is_that_of_a_fit_of_all_shapes(kind):
+    scene = simulate_scene(kind=kind, n_sources=12, shape=(60, 50), bands=("g", "z"), seed=4, min_separation_pix=1.0)
+    rows = np.flatnonzero(scene.truth["peak_index"] >= 0)
+    shapes = np.zeros((2, len(rows), *scene.coadd.box.shape))
+    for n, k in enumerate(rows):
+        image, box = render_truth(scene, k)
+        image = image.astype(float) / image.sum(axis=(1, 2), dtype=float)[:, None, None]
+        shapes[(slice(None), n, *box.within(scene.coadd.box))] = image[(slice(None), *scene.coadd.box.within(box))]
+    shapes = shapes.reshape(2, len(rows), -1)
+    expected = []
+    for band_shapes, variance in zip(shapes, scene.coadd.variance[:, 0, 0], strict=True):
+        inverse = np.linalg.pinv(band_shapes)  # flux = image @ inverse
+        expected.append(np.sqrt(np.diag(inverse.T @ inverse) * variance))
+    # float32 pixels here, and close sources that are told apart by small differences.
+    np.testing.assert_allclose(compute_oracle_sigma(scene), np.array(expected).T, rtol=1e-3)
+
+
+def test_oracle_fit_scatters_by_the_oracle_error(scene):
+    shapes, truth = [], []
+    for k in np.flatnonzero(scene.truth["peak_index"] >= 0):
+        image, box = render_truth(scene, k)
+        full = np.zeros(scene.coadd.box.shape)
+        full[box.within(scene.coadd.box)] = image[2][scene.coadd.box.within(box)] / image[2].sum(dtype=float)
+        shapes.append(full.ravel())
+        truth.append(scene.truth["r_flux"][k])
+    flux = np.linalg.lstsq(np.array(shapes).T, scene.coadd.images[2].ravel().astype(float), rcond=None)[0]
+    pull = (flux - truth) / compute_oracle_sigma(scene)[:, 2]
+    # About 40 pulls: their scatter is known to 0.11; three times that.
+    assert np.sqrt(np.mean(pull**2)) == pytest.approx(1.0, abs=0.35)
+
+
+def test_neighbour_never_makes_the_oracle_error_smaller(scene):
+    sigma = compute_oracle_sigma(scene)
+    for n, k in enumerate(np.flatnonzero(scene.truth["peak_index"] >= 0)):
+        truth = Table(scene.truth[k : k + 1])
+        truth["peak_index"] = 0
+        alone = dataclasses.replace(scene, truth=truth, peaks=scene.peaks[n : n + 1])
+        assert (sigma[n] >= compute_oracle_sigma(alone)[0] * (1 - 1e-12)).all()
 
 
 def test_wcs_points_the_middle_at_its_position_with_north_up(scene):
@@ -231,6 +388,8 @@ def test_scene_without_sources_is_noise_without_peaks():
         ("star_fraction", 1.5),
         ("magnitudes", (25.0, 20.0)),
         ("pixel_scale_arcsec", 0.5),
+        ("min_snr", -1.0),
+        ("min_separation_pix", float("nan")),
     ],
 )
 def test_bad_argument_is_refused_by_name(argument, value):

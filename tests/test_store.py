@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,13 +13,15 @@ from astropy.table import Column, Table
 
 import kermes
 from kermes import store
-from results import make_coadd, make_result
+from kermes.scene import CubeComponent, ProfileComponent, Source
+from results import fitted_result, make_coadd, make_result
 
 FILES = {
     "metadata.json",
     "objects.parquet",
     "parents.parquet",
     "blends.parquet",
+    "candidates.parquet",
     "models.parquet",
     "psfs.parquet",
     "timings.json",
@@ -45,7 +48,7 @@ def assert_same_table(got, expected):
         np.testing.assert_array_equal(np.asarray(got[name]), np.asarray(expected[name]), err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["objects", "parents", "blends"])
+@pytest.mark.parametrize("name", ["objects", "parents", "blends", "candidates"])
 def test_tables_come_back_exactly(result, written, name):
     assert_same_table(getattr(kermes.open(written), name), getattr(result, name))
 
@@ -89,6 +92,67 @@ def test_models_come_back_exactly(result, written):
         for component, expected in zip(got.components, source.components, strict=True):
             np.testing.assert_array_equal(component.spectrum, expected.spectrum, strict=True)
             np.testing.assert_array_equal(component.morphology, expected.morphology, strict=True)
+
+
+def test_profiles_come_back_exactly(tmp_path):
+    result = fitted_result()
+    result.write(tmp_path / "out")
+    opened = kermes.open(tmp_path / "out")
+    for object_id, source in result.models.items():
+        got = opened.models[object_id]
+        assert [type(component) for component in got.components] == [type(each) for each in source.components]
+        for component, expected in zip(got.components, source.components, strict=True):
+            if not isinstance(expected, ProfileComponent):
+                continue
+            for name in ("box", "radius", "index", "sigma"):
+                assert getattr(component, name) == getattr(expected, name), name
+            for name in ("spectrum", "center", "shear"):
+                np.testing.assert_array_equal(getattr(component, name), getattr(expected, name), strict=True)
+
+
+def test_stamps_of_profiles_are_the_same_after_opening(tmp_path):
+    result = fitted_result()
+    result.write(tmp_path / "out")
+    opened = kermes.open(tmp_path / "out", coadd=make_coadd())
+    for handle in result:
+        for what in ("model", "redistributed", "neighbor_subtracted"):
+            got, expected = (getattr(each[handle.object_id], what)("r") for each in (opened, result))
+            assert got.box == expected.box
+            np.testing.assert_array_equal(got.array, expected.array)
+
+
+def test_candidates_come_back_exactly(tmp_path):
+    result = fitted_result()
+    result.write(tmp_path / "out")
+    assert len(result.candidates) == 2
+    assert_same_table(kermes.open(tmp_path / "out").candidates, result.candidates)
+
+
+def test_a_profile_takes_little_room(tmp_path):
+    one, n = fitted_result(), 2000
+    ids = np.arange(n)
+    rng = np.random.default_rng(1)
+    models = {}
+    for object_id in ids.tolist():
+        spectrum = rng.normal(size=2).astype(np.float32)
+        models[object_id] = Source(
+            peak=(31, 36), components=(replace(one.models[8].components[0], center=rng.uniform(30, 40, 2)),)
+        )
+        models[object_id] = replace(
+            models[object_id], components=(replace(models[object_id].components[0], spectrum=spectrum),)
+        )
+    objects = one.objects[np.zeros(n, dtype=int)]
+    objects["object_id"] = ids
+    make_result(objects=objects, models=models).write(tmp_path / "out")
+    # Two fluxes and a position are 24 bytes of noise; everything else is the same for all, and row groups are small.
+    assert (tmp_path / "out" / "models.parquet").stat().st_size < 200 * n
+
+
+def test_components_of_other_kinds_are_not_written(tmp_path):
+    cube = CubeComponent(cube=np.ones((2, 3, 3), dtype=np.float32), box=kermes.Box(30, 30, 3, 3))
+    models = make_result().models | {7: Source(peak=(31, 31), components=(cube,))}
+    with pytest.raises(kermes.InputError, match="components must be factorized or profiles to be written, got a Cube"):
+        make_result(models=models).write(tmp_path / "out")
 
 
 def test_psfs_come_back_exactly(result, written):
@@ -276,6 +340,23 @@ def test_a_file_is_not_a_result(tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(kermes.FileError, match="is not one"):
         kermes.open(tmp_path / "out")
+
+
+def as_first_schema(folder):
+    """Turn a written result of factorized components into what the first version wrote."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps(metadata | {"schema": 1}))
+    (folder / "candidates.parquet").unlink()
+    models = pq.read_table(folder / "models.parquet")
+    groups = pq.read_metadata(folder / "models.parquet").num_rows
+    pq.write_table(models.select(models.column_names[:12]), folder / "models.parquet", row_group_size=groups)
+
+
+def test_a_result_of_the_first_schema_opens(result, written):
+    as_first_schema(written)
+    opened = kermes.open(written)
+    assert len(opened.candidates) == 0
+    np.testing.assert_array_equal(opened[4].model("g").array, result[4].model("g").array)
 
 
 def test_a_newer_schema_is_refused(written):

@@ -32,6 +32,25 @@ class Outcome(StrEnum):
     """As a PSF at the peak."""
 
 
+class Model(StrEnum):
+    """What was fitted to a source."""
+
+    POINT = "point"
+    """A point source."""
+
+    EXPONENTIAL = "exponential"
+    """An exponential profile."""
+
+    SERSIC = "sersic"
+    """A Sersic profile of free index."""
+
+    DOUBLE = "double"
+    """An exponential disc and a Sersic bulge."""
+
+    FREE_FORM = "free-form"
+    """Morphologies on pixels."""
+
+
 class Flag(StrEnum):
     """Names of the boolean columns of `objects`."""
 
@@ -78,12 +97,29 @@ class ColumnDefinition:
 _PER_BAND = (
     ColumnDefinition("flux", np.float64, "Total flux of the model", "flux"),
     ColumnDefinition("flux_err", np.float64, "Standard deviation of the flux, neighbours included", "flux"),
+    ColumnDefinition("bulge_flux", np.float64, "Total flux of the bulge; NaN where the model has none", "flux"),
     ColumnDefinition("redistributed_flux", np.float64, "Sum of the share of the observed pixels", "flux"),
     ColumnDefinition("redistributed_flux_err", np.float64, "Standard deviation of redistributed_flux", "flux"),
     ColumnDefinition("max_overlap", np.float32, "Largest light of the neighbours in a pixel, model frame", "flux"),
     ColumnDefinition("flux_overlap", np.float32, "Light of the neighbours in its pixels, model frame", "flux"),
     ColumnDefinition("flux_overlap_fraction", np.float32, "flux_overlap over the flux of the model"),
     ColumnDefinition("blendedness", np.float32, "1 - (m . m) / (A . m), m its model, A that of all; 0: alone"),
+)
+
+
+_MODEL = (
+    ColumnDefinition("model", np.str_, f"What was fitted: {', '.join(Model)}; empty without a model"),
+    ColumnDefinition("center_y", np.float64, "Row of the fitted centre, in the coordinates of the coadd", "pix"),
+    ColumnDefinition("center_x", np.float64, "Column of the fitted centre, in the coordinates of the coadd", "pix"),
+    ColumnDefinition("center_y_err", np.float64, "Standard deviation of center_y", "pix"),
+    ColumnDefinition("center_x_err", np.float64, "Standard deviation of center_x", "pix"),
+    ColumnDefinition("radius", np.float64, "Half-light radius, mean of both half-axes; the disc's of a double", "pix"),
+    ColumnDefinition("axis_ratio", np.float64, "Minor over major axis"),
+    ColumnDefinition("angle", np.float64, "Direction of the major axis, from +x towards +y", "deg"),
+    ColumnDefinition("sersic_index", np.float64, "Sersic index; the disc's of a double"),
+    ColumnDefinition("bulge_radius", np.float64, "Half-light radius of the bulge of a double", "pix"),
+    ColumnDefinition("bulge_index", np.float64, "Sersic index of the bulge of a double"),
+    ColumnDefinition("evidence", np.float64, "Fall of the penalised chi2 from the next simpler model to this one"),
 )
 
 
@@ -103,6 +139,7 @@ def object_columns(bands: Sequence[str]) -> tuple[ColumnDefinition, ...]:
             for band in bands
             for column in _PER_BAND
         ),
+        *_MODEL,
         ColumnDefinition("n_components", np.int64, "Number of components of the model"),
         ColumnDefinition("chi2", np.float64, "Mean of residual^2 / variance over the valid pixels of the object"),
         ColumnDefinition("iterations", np.int64, "Iterations of the fit of the blend"),
@@ -143,6 +180,33 @@ BLEND_COLUMNS = (
     *(ColumnDefinition(f"n_{outcome}", np.int64, f"Number of sources with outcome {outcome}") for outcome in Outcome),
 )
 """Columns of `blends`, in order."""
+
+
+class Origin(StrEnum):
+    """Where a candidate was found."""
+
+    IMAGE = "image"
+    """In the image."""
+
+    RESIDUAL = "residual"
+    """In what the models of the listed sources leave of it."""
+
+
+def candidate_columns(bands: Sequence[str]) -> tuple[ColumnDefinition, ...]:
+    """Columns of `candidates` for these bands, in order."""
+    return (
+        ColumnDefinition("candidate_id", np.int64, "Number of the candidate"),
+        ColumnDefinition("blend_id", np.int64, "Number of the blend it was found in"),
+        ColumnDefinition("y", np.float64, "Row of the centre, in the coordinates of the coadd", "pix"),
+        ColumnDefinition("x", np.float64, "Column of the centre, in the coordinates of the coadd", "pix"),
+        *(
+            ColumnDefinition(f"{band}_{name}", np.float64, f"{description}, band {band}", "flux")
+            for band in bands
+            for name, description in (("flux", "Total flux"), ("flux_err", "Standard deviation of the flux"))
+        ),
+        ColumnDefinition("significance", np.float64, "Significance of the detection [standard deviations]"),
+        ColumnDefinition("origin", np.str_, f"Where it was found: {', '.join(Origin)}"),
+    )
 
 
 def empty_columns(definitions: Sequence[ColumnDefinition], n_rows: int) -> dict[str, NDArray[Any]]:
@@ -202,3 +266,11 @@ def make_parents(columns: Mapping[str, ArrayLike]) -> Table:
 def make_blends(columns: Mapping[str, ArrayLike]) -> Table:
     """Make the table of blends from the values of every column of `BLEND_COLUMNS`, each of shape (N,)."""
     return _make_table(columns, BLEND_COLUMNS, None)
+
+
+def make_candidates(columns: Mapping[str, ArrayLike], bands: Sequence[str], unit: units.UnitBase | None) -> Table:
+    """Make the table of candidates: sources that were found although nobody had listed them.
+
+    Parameters, and what is returned, are as in `make_objects`, with the columns of `candidate_columns`.
+    """
+    return _make_table(columns, candidate_columns(bands), unit)

@@ -102,9 +102,9 @@ def deblend(
     config
         TOML file of settings; see kermes config.
     setting
-        Change one setting, for example --set fit.tolerance=1e-4; may be repeated.
+        Change one setting, for example --set profiles.residual_rounds=0; may be repeated.
     model
-        What a source is modelled as; short for --set model=...
+        kermes (points and galaxy profiles, the default) or scarlet-lite (free shapes); short for --set model=...
     workers
         Number of blends fitted at the same time; does not change the answer.
     picture
@@ -222,9 +222,11 @@ def simulate(
     Parameters
     ----------
     output
-        Archive (.npz) to write; kermes deblend reads it. The truth is in its arrays truth_...
+        Archive (.npz) to write; kermes deblend reads it. The truth is in its arrays truth_..., one row per source, that
+        of the knots of irregular galaxies in knots_...
     kind
-        field, pair, crowded or bright.
+        field: spread evenly; knots: irregular galaxies, a third of their light in knots; pair: two by two; crowded: a
+        star cluster; bright: one source outshines the rest.
     n_sources
         Number of sources; left out: what suits the kind.
     shape
@@ -241,7 +243,8 @@ def simulate(
     options: dict[str, Any] = {"bands": bands} if bands else {}
     scene = simulate_scene(kind=kind, n_sources=n_sources, shape=shape, seed=seed, **options)  # type: ignore[arg-type]
     truth = {f"truth_{name}": scene.truth[name] for name in scene.truth.colnames}
-    io.write_npz(output, scene.coadd, peaks=scene.peaks, **truth)
+    knots = {f"knots_{name}": scene.knots[name] for name in scene.knots.colnames}
+    io.write_npz(output, scene.coadd, peaks=scene.peaks, **truth, **knots)
     _say(f"{len(scene.truth)} sources, {len(scene.peaks)} peaks; written to {output}")
 
 
@@ -258,7 +261,7 @@ def config(
     config
         TOML file of settings that differ from the defaults.
     setting
-        Change one setting, for example --set fit.tolerance=1e-4; may be repeated.
+        Change one setting, for example --set profiles.residual_rounds=0; may be repeated.
     """
     from kermes.config import load_config
 

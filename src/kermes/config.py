@@ -175,11 +175,177 @@ class FitConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileConfig:
+    """How point sources and galaxy profiles are fitted. A prior of width 0 is switched off."""
+
+    link: float = 13.0
+    """Neighbours closer than this [pixels] are fitted jointly."""
+
+    largest_group: int = 5
+    """Most sources that are fitted jointly; between groups the fit goes back and forth."""
+
+    steps: int = 3
+    """Most Levenberg-Marquardt steps per visit to a group."""
+
+    max_sweeps: int = 2
+    """Give up after this many last sweeps over all groups that are not settled."""
+
+    tolerance: float = 1e-3
+    """A visit ends when a step lowers half the chi2 by less than this."""
+
+    radius: float = 1.4
+    """Half-light radius that galaxies are expected to have [pixels]."""
+
+    radius_width: float = 0.5
+    """Width of the prior on the logarithm of the half-light radius."""
+
+    shear_width: float = 0.35
+    """Width of the prior on each component of the log-shear e; an axis ratio is exp(-e)."""
+
+    center_width: float = 0.4
+    """Width of the prior on each coordinate of the centre, about the peak [pixels]."""
+
+    center_box: float = 1.5
+    """Farthest that a centre may be from its peak along each axis [pixels]."""
+
+    index_width: float = 0.5
+    """Width of the prior on the logarithm of Sersic indices, about 1 and about `bulge_index`."""
+
+    bulge_index: float = 3.0
+    """Sersic index that bulges are expected to have."""
+
+    largest_radius: float = 4.0
+    """Largest half-light radius at a signal-to-noise of 10 [pixels]; it grows with its power 0.3. 0: no limit."""
+
+    sersic_snr: float = 30.0
+    """A free Sersic index is tried above this signal-to-noise."""
+
+    double_snr: float = 100.0
+    """A disc with a bulge is tried above this signal-to-noise."""
+
+    extended_penalty: float = 1.5
+    """How much half the chi2, priors included, must fall for a source not to be a point."""
+
+    sersic_penalty: float = 2.0
+    """The same for a free Sersic index."""
+
+    double_penalty: float = 12.0
+    """The same for a disc with a bulge."""
+
+    bright_snr: float = 300.0
+    """Sources above this signal-to-noise are fitted first."""
+
+    brightness_ratio: float = 40.0
+    """Sources whose signal-to-noise differs by more are not fitted jointly but in turn."""
+
+    residual_rounds: int = 2
+    """How many times sources that nobody listed are looked for in what is left of the data; 0: never."""
+
+    residual_snr: float = 6.0
+    """Such a source stands out by at least this signal-to-noise,"""
+
+    residual_share: float = 0.3
+    """and this share of that of the model there,"""
+
+    residual_distance: float = 2.5
+    """and is farther than this from every other source [pixels]."""
+
+    clump_radius: float = 3.0
+    """What stands out within this many half-light radii of a galaxy is taken for a part of it"""
+
+    clump_share: float = 0.25
+    """if its signal-to-noise is below this share of the galaxy's."""
+
+    crowded_sources: int = 30
+    """A blend of at least so many sources may be a crowded field of stars, where all are points at first;"""
+
+    crowded_areas: float = 5.0
+    """it is if there are fewer pixels per source than this many areas of the PSF."""
+
+    model_error: float = 0.02
+    """Error of the model of a bright source relative to it, as its neighbours see it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for name in ("link", "radius", "bulge_index", "center_box", "tolerance", "brightness_ratio"):
+            _check(getattr(self, name) > 0, f"profiles.{name} must be positive, got {getattr(self, name)}")
+        for name in (
+            "radius_width",
+            "shear_width",
+            "center_width",
+            "index_width",
+            "largest_radius",
+            "sersic_snr",
+            "double_snr",
+            "extended_penalty",
+            "sersic_penalty",
+            "double_penalty",
+            "bright_snr",
+            "model_error",
+            "residual_rounds",
+            "residual_snr",
+            "residual_share",
+            "residual_distance",
+            "clump_radius",
+            "crowded_sources",
+            "crowded_areas",
+            "clump_share",
+        ):
+            _check(getattr(self, name) >= 0, f"profiles.{name} must be >= 0, got {getattr(self, name)}")
+        _check(
+            1 <= self.largest_group <= 12, f"profiles.largest_group must lie between 1 and 12, got {self.largest_group}"
+        )
+        _check(self.steps >= 1, f"profiles.steps must be >= 1, got {self.steps}")
+        _check(self.max_sweeps >= 1, f"profiles.max_sweeps must be >= 1, got {self.max_sweeps}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeFormConfig:
+    """When and how free shapes are laid over profiles that do not suffice."""
+
+    min_snr: float = 20.0
+    """Sources below this signal-to-noise, all bands together, keep their profile as it is."""
+
+    point_snr: float = 300.0
+    """The same for point sources, of which only the PSF can be wrong."""
+
+    significance: float = -2.0
+    """How much more of the chi2 a correction must explain at first sight than noise would, in units of the root of the
+    number of parameters that the data determine. Where profiles suffice it is -5, and rarely above -3: they have been
+    fitted to the noise, too."""
+
+    strength: float = 2.0
+    """Expected difference between a free shape and its profile, pixel by pixel, relative to it; 0: profiles alone."""
+
+    floor: float = 0.1
+    """Where a profile of the model frame is fainter than this many sigma in all bands, it stays as it is."""
+
+    tolerance: float = 0.2
+    """The fit ends when a step promises less than this part of what noise alone would promise at first sight."""
+
+    max_iterations: int = 20
+    """Most steps of the fit."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for name in ("min_snr", "point_snr", "strength", "tolerance"):
+            _check(getattr(self, name) >= 0, f"free_form.{name} must be >= 0, got {getattr(self, name)}")
+        _check(self.floor > 0, f"free_form.floor must be positive, got {self.floor}")
+        _check(self.max_iterations >= 1, f"free_form.max_iterations must be >= 1, got {self.max_iterations}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings of one run; the defaults work."""
 
-    model: Literal["scarlet-lite"] = "scarlet-lite"
-    """What a source is modelled as."""
+    model: Literal["kermes", "scarlet-lite"] = "kermes"
+    """What a source is modelled as: points and galaxy profiles fitted jointly, or the free shapes of scarlet lite."""
+
+    add_sources: bool = False
+    """Whether what the model "kermes" finds in the residuals becomes objects too, after the listed ones, in a second
+    run; else it is reported in the table of candidates."""
 
     model_psf_sigma: float = 0.8
     """Width of the Gaussian PSF of the model frame [pixels]; must be narrower than every observed PSF. 0: the widest
@@ -192,16 +358,24 @@ class Config:
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     """Used when no peaks or footprints are given."""
 
+    profiles: ProfileConfig = field(default_factory=ProfileConfig)
+    """Fit of one blend with the model "kermes"."""
+
+    free_form: FreeFormConfig = field(default_factory=FreeFormConfig)
+    """Free shapes over profiles with the model "kermes"."""
+
     initialization: InitializationConfig = field(default_factory=InitializationConfig)
-    """First model of each source."""
+    """First model of each source with the model "scarlet-lite"."""
 
     fit: FitConfig = field(default_factory=FitConfig)
-    """Fit of one blend."""
+    """Fit of one blend with the model "scarlet-lite"."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        _check(self.model in ("scarlet-lite",), f"model must be 'scarlet-lite', got {self.model!r}")
+        _check(
+            self.model in ("kermes", "scarlet-lite"), f"model must be 'kermes' or 'scarlet-lite', got {self.model!r}"
+        )
         _check(
             self.model_psf_sigma == 0 or 0.5 <= self.model_psf_sigma <= 10,
             f"model_psf_sigma must be 0 or lie between 0.5 and 10 pixels, got {self.model_psf_sigma}",

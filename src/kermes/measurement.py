@@ -60,20 +60,11 @@ def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, kernels: Kernel
     if filled.any():
         sums[filled] = np.add.reduceat(packed.morphologies.astype(np.float64), packed.offsets[:-1][filled])
     spectra = packed.spectra.copy()
-    variance = kernels_spectra.solve_fluxes(
-        rendered.pixels,
-        rendered.boxes,
-        rendered.offsets,
-        blend.images,
-        blend.weights,
-        packed.sources,
-        n_sources,
-        spectra,
-        sums,
-        100,
-        1e-2,
-        MAX_NEIGHBOURS,
+    # Two calls: one kernel of both would be compiled once more as a whole.
+    normal = kernels_spectra.solve_spectra(
+        rendered.pixels, rendered.boxes, rendered.offsets, blend.images, blend.weights, spectra, 100, 1e-2
     )
+    variance = kernels_spectra.flux_variance(*normal, packed.sources, n_sources, spectra, sums, MAX_NEIGHBOURS)
     variance[~np.isfinite(variance)] = np.nan
     flux = np.zeros((n_sources, len(blend.images)))
     np.add.at(flux, packed.sources, spectra * sums[:, None])

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import metrics as kernels
-from kermes.rendering import Packed
+from kermes.rendering import Packed, SourceModels
 
 DoubleArray = NDArray[np.float64]
 
@@ -34,14 +34,31 @@ class BlendMetrics:
 def blend_metrics(packed: Packed, n_sources: int, shape: tuple[int, int]) -> BlendMetrics:
     """Measure how much the sources of a blend overlap in the model frame.
 
+    Parameters
+    ----------
+    packed : Packed
+        Components of all sources, all of them factorized; for any mix see `model_metrics`.
+    n_sources : int
+        Number of sources, with or without components.
+    shape : tuple of int
+        Height and width of the blend.
+    """
+    boxes, offsets = kernels_flux.source_boxes(packed.boxes, packed.sources, n_sources)
+    pixels = kernels_flux.combine_components(
+        packed.morphologies[None], packed.boxes, packed.offsets, packed.sources, packed.spectra, boxes, offsets
+    )
+    return model_metrics(SourceModels(boxes=boxes, offsets=offsets, pixels=pixels), shape)
+
+
+def model_metrics(models: SourceModels, shape: tuple[int, int]) -> BlendMetrics:
+    """Measure how much the models of the sources of a blend overlap.
+
     The pixels of a source are those where its model is positive in any band.
 
     Parameters
     ----------
-    packed : Packed
-        Components of all sources.
-    n_sources : int
-        Number of sources, with or without components.
+    models : SourceModels
+        In the model frame: from `rendering.frame_models`.
     shape : tuple of int
         Height and width of the blend.
 
@@ -50,11 +67,7 @@ def blend_metrics(packed: Packed, n_sources: int, shape: tuple[int, int]) -> Ble
     The metrics of the LSST deblender (Moolekamp et al., meas_extensions_scarlet); blendedness after Bosch et al. 2018,
     section 4.9.11.
     """
-    boxes, offsets = kernels_flux.source_boxes(packed.boxes, packed.sources, n_sources)
-    models = kernels_flux.combine_components(
-        packed.morphologies[None], packed.boxes, packed.offsets, packed.sources, packed.spectra, boxes, offsets
-    )
-    largest, others, fraction, blendedness = kernels.blend_metrics(models, boxes, offsets, shape)
+    largest, others, fraction, blendedness = kernels.blend_metrics(models.pixels, models.boxes, models.offsets, shape)
     return BlendMetrics(
         max_overlap=largest, flux_overlap=others, flux_overlap_fraction=fraction, blendedness=blendedness
     )

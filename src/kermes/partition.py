@@ -1,4 +1,4 @@
-"""Which peaks are modelled together: for now, those of one connected footprint."""
+"""Which peaks are modelled together: those of one footprint, or of several that come close."""
 
 from __future__ import annotations
 
@@ -45,6 +45,28 @@ class Partition:
 
     labels: LabelArray
     """Footprint of each pixel, shape (H, W), 0 outside."""
+
+
+def join_close(labels: LabelArray, distance: float) -> LabelArray:
+    """Give footprints one label that come closer to each other than a distance [pixels], directly or by way of others.
+
+    Parameters
+    ----------
+    labels : ndarray, shape (H, W)
+        Footprint of each pixel, 0 outside.
+    distance : float
+
+    Returns
+    -------
+    joined : ndarray, shape (H, W)
+        Zero where `labels` is; counted from 1 in raster order of the grown footprints.
+    """
+    covered = labels > 0
+    if not covered.any():
+        return labels
+    grown = ndimage.distance_transform_edt(~covered) <= 0.5 * distance
+    joined = ndimage.label(grown, structure=np.ones((3, 3), dtype=bool))[0]
+    return np.where(covered, joined, 0).astype(np.int64)
 
 
 def partition(labels: LabelArray, peaks: LabelArray, shape: tuple[int, int]) -> Partition:

@@ -19,6 +19,7 @@ from kermes.errors import InputError, ShapeError
 from kermes.geometry import Box
 
 if TYPE_CHECKING:
+    from kermes.coadd import Coadd
     from kermes.result import ObjectHandle, Result
 
 FloatArray = NDArray[np.float64]
@@ -38,6 +39,7 @@ _LEAST_WHITE = 30.0  # sigma; what is drawn white at least, so that noise alone 
 _BRIGHT = 5.0  # sigma; brighter pixels decide on the balance of colours
 _MAX_GAIN = 4.0
 _RESIDUAL_RANGE = 5.0  # sigma
+_ABOVE_NOISE = 3.0  # sigma, all bands together
 _WIDTH = 12.0  # inches
 _STRIP_HEIGHT = 2.1  # inches
 _MAX_NUMBERS = 150  # with more peaks the numbers would hide the image
@@ -553,6 +555,101 @@ def show_objects(result: Result, ids: Sequence[int] | None = None, n: int = 5) -
     figure = _new_figure(*_strips_size(result, len(chosen)))
     if chosen:
         _draw_objects(figure, result, chosen, _result_scale(result))
+    return figure
+
+
+_PARTS = (
+    "data",
+    "data above noise",
+    "flux below noise",
+    "model",
+    "rendered model",
+    "observation",
+    "residual",
+)
+
+
+def _draw_parts(panels: Sequence[Axes], obj: ObjectHandle, result: Result, coadd: Coadd, scale: ColourScale) -> None:
+    """Fill the seven panels of one object."""
+    bands, row = result.bands, obj.row
+    rendered_stamps = [obj.model(band) for band in bands]
+    peak = float(row["y"]), float(row["x"])
+    view = (
+        _close_up(np.array([s.array for s in rendered_stamps]), rendered_stamps[0].box, scale.noise, peak) & coadd.box
+    )
+    cut = (slice(None), *view.within(coadd.box))
+    data, variance, valid = coadd.images[cut], coadd.variance[cut], coadd.valid[cut]
+    rendered = np.nan_to_num(_stamp_image(rendered_stamps, view))
+    model = np.nan_to_num(_stamp_image([obj.model(band, convolved=False) for band in bands], view))
+    own = _stamp_image([obj.neighbor_subtracted(band) for band in bands], view)
+    # What lies beyond the model of the object is none of its light; no neighbours were subtracted there.
+    observation = np.where(np.isnan(own), data, own)
+    bright = _significance(data, np.zeros_like(data), variance, valid) > _ABOVE_NOISE
+    white = colour_scale(rendered, bands, noise=scale.noise).white
+    sharper = colour_scale(model, bands, noise=scale.noise).white
+    everywhere = np.ones_like(valid)
+    images: list[tuple[ImageArray, float, BoolArray]] = [
+        (data, white, valid),
+        (np.where(bright, data, 0), white, valid),
+        (np.where(bright, 0, data), white, valid),
+        (model, sharper, everywhere),
+        (rendered, white, everywhere),
+        (observation, white, valid),
+    ]
+    for axes, (image, own_white, shown) in zip(panels, images, strict=False):
+        rgb = lupton_rgb(image, bands, scale=replace(scale, white=own_white), valid=shown)
+        axes.imshow(rgb, extent=_extent(view), origin="lower")
+    panels[-1].imshow(
+        np.ma.masked_invalid(_significance(observation, rendered, variance, valid)),
+        extent=_extent(view),
+        origin="lower",
+        cmap="RdBu_r",
+        vmin=-_RESIDUAL_RANGE,
+        vmax=_RESIDUAL_RANGE,
+    )
+    panels[-1].set_facecolor((_MID_GREY / 255,) * 3)
+    for axes in panels:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    panels[0].set_ylabel(f"object {obj.object_id}\n{row['model']}", fontsize="small")
+
+
+def show_parts(result: Result, ids: Sequence[int] | None = None, n: int = 3) -> Figure:
+    """Draw what of an object stands out of the noise, what does not, and how its model accounts for both.
+
+    Parameters
+    ----------
+    result : Result
+    ids : sequence of int, optional
+        Values of `object_id`, one strip each. None: the brightest.
+    n : int, optional
+        How many of the brightest.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+        Seven panels per object: the data; the pixels of it above three sigma, all bands together, and the rest; the
+        model in the model frame, on a scale of its own, and as observed; what is observed with all neighbours
+        subtracted; and the residual, up to five sigma.
+
+    Raises
+    ------
+    InputError
+        If an object is not in the result, or the result has no coadd.
+    """
+    if result.coadd is None:
+        raise InputError("result must have its images to be drawn: open it with coadd=, got none")
+    chosen = _brightest(result, n) if ids is None else [int(object_id) for object_id in ids]
+    rows = max(len(chosen), 1)
+    width, height = _WIDTH, _WIDTH / len(_PARTS) * rows + 0.4
+    figure = _new_figure(width, height)
+    margins = _margins(width, height, left=0.5, right=0.1, bottom=0.1, top=0.3, space=(0.04, 0.04))
+    panels = figure.subplots(rows, len(_PARTS), squeeze=False, gridspec_kw=margins)
+    for axes, title in zip(panels[0], _PARTS, strict=True):
+        axes.set_title(title, fontsize="medium")
+    scale = _result_scale(result)
+    for strip, object_id in zip(panels, chosen, strict=False):
+        _draw_parts(strip, result[object_id], result, result.coadd, scale)
     return figure
 
 

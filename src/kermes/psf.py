@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -265,3 +266,54 @@ def truncated(kernels: DoubleArray, radius: int) -> DoubleArray:
     half_height, half_width = kernels.shape[1] // 2, kernels.shape[2] // 2
     rows, columns = max(half_height - radius, 0), max(half_width - radius, 0)
     return np.ascontiguousarray(kernels[:, rows : kernels.shape[1] - rows, columns : kernels.shape[2] - columns])
+
+
+def continued(psfs: NDArray[np.float64], factor: int = 3) -> NDArray[np.float64]:
+    """Continue the wings of PSFs beyond their stamps by a power law.
+
+    Parameters
+    ----------
+    psfs : ndarray, shape (B, P, Q)
+        Odd sides.
+    factor : int
+        How many times wider than the longer side the result is.
+
+    Returns
+    -------
+    continued : ndarray, shape (B, side, side)
+        Each sums to one. The power law is that of the mean intensity in six rings of the outer 40 % of the stamp; a
+        PSF that is not positive there, or falls slower than r^-2.2 or faster than r^-7, is only padded.
+    """
+    n_bands, height, width = psfs.shape
+    reach = factor * (max(height, width) // 2)
+    ring, ln_radius, outside, ln_outside = _outer_rings(height, width, reach)
+    rows, columns = (slice(reach - side // 2, reach + side // 2 + 1) for side in (height, width))
+    out = np.zeros((n_bands, 2 * reach + 1, 2 * reach + 1))
+    out[:, rows, columns] = psfs
+    n_pixels = np.bincount(ring, minlength=7)[1:]
+    for plane, psf in zip(out, psfs, strict=True):
+        means = np.bincount(ring, weights=psf.ravel(), minlength=7)[1:] / np.maximum(n_pixels, 1)
+        if (means <= 0).any():
+            continue
+        ln_means = np.log(means)
+        spread = ln_radius - ln_radius.mean()
+        slope = float(spread @ ln_means / (spread @ spread))
+        if -7 < slope < -2.2:
+            plane[outside] = np.exp(ln_means.mean() + slope * (ln_outside - ln_radius.mean()))
+            plane /= plane.sum()
+    return out
+
+
+@lru_cache(maxsize=8)
+def _outer_rings(height: int, width: int, reach: int) -> tuple[NDArray[Any], ...]:
+    """Rings 1 to 6 of the outer part of a stamp (0: the rest), their ln radius; pixels beyond it, and theirs."""
+    half = min(height, width) // 2
+    y, x = np.arange(height) - height // 2, np.arange(width) - width // 2
+    radius = np.hypot(y[:, None], x)
+    edges = np.linspace(0.6 * half, half, 7)
+    ring = np.searchsorted(edges, radius.ravel(), side="right") % 7
+    own = [radius.ravel()[ring == k] for k in range(1, 7)]
+    ln_radius = np.array([np.log(inside).mean() if len(inside) else 0.0 for inside in own])
+    offset = np.arange(-reach, reach + 1)
+    outside = (np.abs(offset)[:, None] > height // 2) | (np.abs(offset) > width // 2)
+    return ring, ln_radius, outside, np.log(np.hypot(offset[:, None], offset)[outside])

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from rocket_fft import good_size
 
-from kermes.errors import ShapeError
+from kermes.errors import InputError, ShapeError
 from kermes.geometry import Box
-from kermes.kernels import convolution
+from kermes.kernels import convolution, profile_rendering
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import rendering as kernels_rendering
 from kermes.psf import cut_error
-from kermes.scene import FactorizedComponent, Scene, Source
+from kermes.scene import (
+    FactorizedComponent,
+    Modes,
+    ProfileComponent,
+    Scene,
+    Source,
+    frame_modes,
+    kernel_table,
+    stamp_modes,
+)
 
 FloatArray = NDArray[np.float32]
 
@@ -117,15 +127,24 @@ class Packed:
         return len(self.boxes)
 
 
-def pack(scene: Scene, n_bands: int) -> Packed:
-    """Pack the components of a scene, in pixels of its box."""
-    components = scene.factorized
+def _boxes(components: Sequence[FactorizedComponent | ProfileComponent], origin: tuple[int, int]) -> NDArray[np.int64]:
+    """Boxes (K, 4) of components in pixels that are counted from `origin`."""
     boxes = np.array([(*c.box.origin, *c.box.shape) for c in components], dtype=np.int64).reshape(-1, 4)
-    boxes[:, :2] -= scene.box.origin
+    boxes[:, :2] -= origin
+    return boxes
+
+
+def pack(scene: Scene, n_bands: int) -> Packed:
+    """Pack the components of a scene, all of them factorized, in pixels of its box."""
+    sources = np.repeat(np.arange(len(scene.sources)), [len(s.components) for s in scene.sources])
+    return _pack(scene.factorized, sources, scene.box, n_bands)
+
+
+def _pack(components: Sequence[FactorizedComponent], sources: NDArray[np.int64], box: Box, n_bands: int) -> Packed:
+    boxes = _boxes(components, box.origin)
     offsets = np.concatenate([[0], np.cumsum(boxes[:, 2] * boxes[:, 3])]).astype(np.int64)
     morphologies = np.concatenate([np.empty(0, np.float32), *(c.morphology.ravel() for c in components)])
     spectra = np.array([c.spectrum for c in components], dtype=np.float32).reshape(-1, n_bands)
-    sources = np.repeat(np.arange(len(scene.sources)), [len(s.components) for s in scene.sources])
     return Packed(
         boxes=boxes,
         offsets=offsets,
@@ -198,7 +217,12 @@ class KernelSet:
     stamps: NDArray[np.float64]
     """Difference kernels, shape (B, P, Q), odd sides."""
 
+    psfs: NDArray[np.float64] | None = None
+    """Observed PSFs, shape (B, P', Q'), odd sides: what profiles are convolved with, from `psf.continued` to have
+    wings. None: profiles cannot be rendered."""
+
     _known: dict[int, NDArray[np.complex64]] = field(default_factory=dict)
+    _known_psfs: dict[int, NDArray[np.complex64]] = field(default_factory=dict)
     _errors: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=dict)
 
     def cut_error(self, psfs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -213,6 +237,14 @@ class KernelSet:
         if side not in self._known:
             self._known[side] = convolution.transform_kernels(self.stamps, side, side)
         return self._known[side]
+
+    def psf_transforms(self, side: int) -> NDArray[np.complex64]:
+        """Transforms of the observed PSFs for stamps of (side, side) pixels; what does not fit wraps around."""
+        if self.psfs is None:
+            raise InputError("kernels must hold the observed PSFs to render profiles, got none")
+        if side not in self._known_psfs:
+            self._known_psfs[side] = convolution.transform_kernels(self.psfs, side, side)
+        return self._known_psfs[side]
 
 
 def render_packed(
@@ -267,28 +299,182 @@ def combine_sources(packed: Packed, rendered: Rendered, n_sources: int) -> Sourc
     return SourceModels(boxes=boxes, offsets=offsets, pixels=pixels)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedProfiles:
+    """The profile components of a blend in flat arrays, as kernels take them."""
+
+    boxes: NDArray[np.int64]
+    """Stamp (y0, x0, side, side) of each component in pixels of the blend, shape (K, 4); may reach beyond it."""
+
+    shapes: NDArray[np.float64]
+    """y and x from the first pixel of the stamp, ln r (-inf: a point source), e1, e2, ln n; shape (K, 6)."""
+
+    spectra: FloatArray
+    """Total flux in each band, shape (K, B)."""
+
+    sources: NDArray[np.int64]
+    """Source that each component belongs to, ascending, shape (K,)."""
+
+    sigmas: tuple[float, ...]
+    """Width of the PSF of the model frame [pixels], K numbers."""
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def within(self, shape: tuple[int, int]) -> NDArray[np.int64]:
+        """Cut the stamps at the edge of the blend: boxes (K, 4)."""
+        first = np.maximum(self.boxes[:, :2], 0)
+        sides = np.minimum(self.boxes[:, :2] + self.boxes[:, 2:], shape) - first
+        sides[(sides <= 0).any(axis=1)] = 0
+        return np.concatenate([first, sides], axis=1)
+
+
+def _divide(scene: Scene, n_bands: int) -> tuple[Packed, PackedProfiles]:
+    """Pack the factorized components of a scene and its profiles, in pixels of its box."""
+    factorized: list[FactorizedComponent] = []
+    profiles: list[ProfileComponent] = []
+    owners: tuple[list[int], list[int]] = [], []
+    for s, source in enumerate(scene.sources):
+        for component in source.components:
+            if isinstance(component, ProfileComponent):
+                profiles.append(component)
+                owners[1].append(s)
+            elif isinstance(component, FactorizedComponent):
+                factorized.append(component)
+                owners[0].append(s)
+            else:
+                raise InputError(f"components must be factorized or profiles here, got a {type(component).__name__}")
+    of_factorized, of_profiles = (np.array(numbers, dtype=np.int64) for numbers in owners)
+    return _pack(factorized, of_factorized, scene.box, n_bands), PackedProfiles(
+        boxes=_boxes(profiles, scene.box.origin),
+        shapes=np.array([c.shape for c in profiles]).reshape(-1, 6),
+        spectra=np.array([c.spectrum for c in profiles], dtype=np.float32).reshape(-1, n_bands),
+        sources=of_profiles,
+        sigmas=tuple(c.sigma for c in profiles),
+    )
+
+
+def _draw(
+    profiles: PackedProfiles,
+    members: NDArray[np.bool_],
+    modes: Modes,
+    transforms: NDArray[np.complex64],
+    to: SourceModels,
+) -> None:
+    """Add some profiles, all on stamps of one side, to the models of their sources."""
+    profile_rendering.add_profiles(
+        kernel_table(),
+        modes,
+        transforms,
+        profiles.boxes,
+        profiles.shapes,
+        profiles.spectra,
+        profiles.sources,
+        np.flatnonzero(members),
+        to.boxes,
+        to.offsets,
+        to.pixels,
+    )
+
+
+def _combine(
+    packed: Packed, rendered: Rendered, profiles: PackedProfiles, n_sources: int, shape: tuple[int, int]
+) -> SourceModels:
+    """Add up the rendered components of each source, on pixels that hold its profiles too."""
+    boxes, offsets = kernels_flux.source_boxes(
+        np.concatenate([rendered.boxes, profiles.within(shape)]),
+        np.concatenate([packed.sources, profiles.sources]),
+        n_sources,
+    )
+    pixels = kernels_flux.combine_components(
+        rendered.pixels, rendered.boxes, rendered.offsets, packed.sources, packed.spectra, boxes, offsets
+    )
+    return SourceModels(boxes=boxes, offsets=offsets, pixels=pixels)
+
+
+def render_scene(scene: Scene, kernels: KernelSet) -> SourceModels:
+    """Render every source as observed.
+
+    Profiles are drawn on their stamps with the observed PSFs themselves, not by way of the model frame.
+
+    Parameters
+    ----------
+    scene : Scene
+        Factorized components and profiles, in any mix.
+    kernels : KernelSet
+
+    Returns
+    -------
+    models : SourceModels
+        In pixels of the scene's box; nothing is rendered outside. Zero below a millionth of the peak of each
+        factorized component or stamp, where the transforms are no longer accurate.
+
+    Raises
+    ------
+    InputError
+        If there are components of other kinds, or profiles while the observed PSFs are not given.
+
+    Notes
+    -----
+    O(B side^2 log side) for a component on a stamp of that side.
+    """
+    packed, profiles = _divide(scene, len(kernels.stamps))
+    models = _combine(
+        packed, render_packed(packed, kernels, scene.box.shape), profiles, len(scene.sources), scene.box.shape
+    )
+    for side in np.unique(profiles.boxes[:, 2]).tolist():
+        _draw(profiles, profiles.boxes[:, 2] == side, stamp_modes(side), kernels.psf_transforms(side), models)
+    return models
+
+
+def frame_models(scene: Scene, n_bands: int) -> SourceModels:
+    """Evaluate every source in the model frame.
+
+    Parameters, errors and what is returned are as in `render_scene`; profiles are those of
+    `ProfileComponent.evaluate`, zero below a millionth of their peak.
+    """
+    packed, profiles = _divide(scene, n_bands)
+    unconvolved = Rendered(boxes=packed.boxes, offsets=packed.offsets, pixels=packed.morphologies[None])
+    models = _combine(packed, unconvolved, profiles, len(scene.sources), scene.box.shape)
+    kinds = list(zip(profiles.boxes[:, 2].tolist(), profiles.sigmas, strict=True))
+    for side, sigma in sorted(set(kinds)):
+        members = np.array([kind == (side, sigma) for kind in kinds])
+        without_psf = np.empty((0, side, side // 2 + 1), dtype=np.complex64)
+        _draw(profiles, members, frame_modes(side, sigma), without_psf, models)
+    return models
+
+
+def outer_box(box: Box, psfs: NDArray[np.float64], image: Box) -> Box:
+    """Grow the box of a blend by half its PSFs (B, P, Q), inside the image: the pixels that its models can reach."""
+    return box.grow(max(psfs.shape[1:]) // 2) & image
+
+
 def render_source(source: Source, kernels: KernelSet, within: Box) -> tuple[FloatArray, Box]:
     """Render one source as it is observed.
 
     Parameters
     ----------
     source : Source
+        Factorized components and profiles, in any mix.
     kernels : KernelSet
     within : Box
-        The image, array index; nothing is rendered outside.
+        The pixels that its blend can reach, array index; nothing is rendered outside.
 
     Returns
     -------
     image : ndarray, shape (B, h, w)
-        Flux per pixel [unit of the spectra]; zero below a millionth of the peak of each component, where the
-        transforms are no longer accurate. The same bits as when the source is rendered with all of its blend.
+        Flux per pixel [unit of the spectra]. The same bits as when the source is rendered with all of its blend.
     box : Box
-        Where it lies: the box of the source grown by half a kernel, inside `within`; empty without components.
+        Where it lies, inside `within`: the boxes of factorized components grown by half a kernel, and the stamps of
+        profiles; empty without components there.
+
+    Raises
+    ------
+    InputError
+        As `render_scene`.
     """
-    n_bands = len(kernels.stamps)
-    if source.box.is_empty:
-        return np.zeros((n_bands, 0, 0), dtype=np.float32), Box(*source.peak, 0, 0)
-    packed = pack(Scene(sources=(source,), box=within), n_bands)
-    models = combine_sources(packed, render_packed(packed, kernels, within.shape), 1)
+    models = render_scene(Scene(sources=(source,), box=within), kernels)
     y0, x0, height, width = models.boxes[0].tolist()
+    if models.offsets[1] == 0:
+        return np.zeros((len(models.pixels), 0, 0), dtype=np.float32), Box(*source.peak, 0, 0)
     return models.pixels.reshape(-1, height, width), Box(y0 + within.y0, x0 + within.x0, height, width)

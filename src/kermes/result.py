@@ -13,13 +13,14 @@ from astropy import units
 from astropy.table import Row, Table
 from numpy.typing import NDArray
 
+from kermes.catalog import candidate_columns, empty_columns, make_candidates
 from kermes.coadd import Coadd
 from kermes.config import Config
 from kermes.errors import InputError
 from kermes.flux import redistribute
 from kermes.geometry import Box
-from kermes.psf import difference_kernels, model_psf
-from kermes.rendering import KernelSet, render_source
+from kermes.psf import continued, difference_kernels, model_psf
+from kermes.rendering import KernelSet, outer_box, render_source
 from kermes.scene import Source
 
 FloatArray = NDArray[np.float32]
@@ -79,8 +80,9 @@ class ObjectHandle:
         """Convolved model (B, h, w), and its box as array index."""
         if self.source.box.is_empty:
             return np.zeros((len(self.bands), 0, 0), dtype=np.float32), Box(*self.source.peak, 0, 0)
-        kernels = self.result._kernels(self.result.psfs[int(self.row["blend_id"])])
-        return render_source(self.source, kernels, Box.of_shape(self.result.shape))
+        blend_id = int(self.row["blend_id"])
+        kernels = self.result._kernels(self.result.psfs[blend_id])
+        return render_source(self.source, kernels, self.result._outer(blend_id))
 
     def _stamp(self, array: FloatArray) -> Stamp:
         return Stamp(array, self._observed[1].shift(*self.result.origin))
@@ -176,19 +178,38 @@ class _LazyTable:
     A table of a hundred columns takes milliseconds to make, as long as the deblending of a small blend.
     """
 
+    def __init__(self, default: Callable[[Any], Table] | None = None) -> None:
+        self._default = default  # makes the table of an instance that was given None
+
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = "_" + name
 
     def __get__(self, instance: Any, owner: type) -> Table:
         if instance is None:
-            raise AttributeError  # so the field has no default
+            if self._default is None:
+                raise AttributeError  # so the field has no default
+            return None
         value = instance.__dict__[self._name]
-        if callable(value):
+        if value is None and self._default is not None:
+            value = instance.__dict__[self._name] = self._default(instance)
+        elif callable(value):
             value = instance.__dict__[self._name] = value()
         return value
 
     def __set__(self, instance: Any, value: Table | Callable[[], Table]) -> None:
         instance.__dict__[self._name] = value
+
+
+def model_ids(objects: Table, candidates: Table) -> NDArray[np.int64]:
+    """Number of the model of each object, and minus that of each candidate, with their blends, shape (2, N)."""
+    of_objects = np.array([objects["object_id"], objects["blend_id"]], dtype=np.int64)
+    of_candidates = np.array([candidates["candidate_id"], candidates["blend_id"]], dtype=np.int64)
+    return np.concatenate([of_objects, of_candidates * [[-1], [1]]], axis=1)
+
+
+def _no_candidates(result: Result) -> Table:
+    columns = candidate_columns(result.bands)
+    return make_candidates(empty_columns(columns, 0), result.bands, result.unit)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -212,6 +233,9 @@ class Result:
     blends: _LazyTable = _LazyTable()
     """One row per blend."""
 
+    candidates: _LazyTable = _LazyTable(_no_candidates)
+    """Sources that were found although nobody had listed them; left out: none."""
+
     bands: tuple[str, ...]
     """Names of the bands, in the order of the spectra."""
 
@@ -219,7 +243,8 @@ class Result:
     """The settings it was made with."""
 
     models: Mapping[int, Source]
-    """Model of each object by `object_id`, as array index of the coadd (origin not added)."""
+    """Model of each object by `object_id`, and of each candidate by minus its `candidate_id`, as array index of the
+    coadd (origin not added)."""
 
     psfs: Mapping[int, NDArray[np.float64]]
     """Observed PSF (B, P, Q) of each blend by `blend_id`."""
@@ -286,24 +311,38 @@ class Result:
 
     def _kernels(self, psfs: NDArray[np.float64]) -> KernelSet:
         target = model_psf(self.config.model_psf_sigma)
-        return KernelSet(difference_kernels(psfs, target, self.config.kernel_regularization))
+        return KernelSet(difference_kernels(psfs, target, self.config.kernel_regularization), continued(psfs))
+
+    def model_ids(self) -> NDArray[np.int64]:
+        """Keys of `models` and the blends they belong to, shape (2, N): objects in their order, then candidates."""
+        return model_ids(self.objects, self.candidates)
+
+    @cached_property
+    def _boxes(self) -> dict[int, Box]:
+        """Box of each blend by `blend_id`, as array index."""
+        columns = ("blend_id", "y0", "x0", "height", "width")
+        table = np.array([np.asarray(self.blends[name]) for name in columns]).T.tolist()
+        return {row[0]: Box(*row[1:]).shift(-self.origin[0], -self.origin[1]) for row in table}
+
+    def _outer(self, blend_id: int) -> Box:
+        """Pixels that the models of a blend can reach, as array index."""
+        return outer_box(self._boxes[blend_id], self.psfs[blend_id], Box.of_shape(self.shape))
 
     @cached_property
     def _sums(self) -> tuple[FloatArray, FloatArray]:
         """Sum of all convolved models, and of their positive parts, each (B, H, W) and read-only."""
-        image_box = Box.of_shape(self.shape)
         model = np.zeros((len(self.bands), *self.shape), dtype=np.float32)
         positive = np.zeros_like(model) if self.total is None else self.total
         # Blends often share one PSF, the same array: its kernels are made once.
         known: dict[int, tuple[NDArray[np.float64], KernelSet]] = {}
-        for object_id, blend_id in self.objects["object_id", "blend_id"].iterrows():
-            source = self.models[int(object_id)]
+        for model_id, blend_id in self.model_ids().T.tolist():
+            source = self.models[model_id]
             if source.box.is_empty:
                 continue
-            psfs = self.psfs[int(blend_id)]
+            psfs = self.psfs[blend_id]
             if id(psfs) not in known:
                 known[id(psfs)] = psfs, self._kernels(psfs)
-            array, box = render_source(source, known[id(psfs)][1], image_box)
+            array, box = render_source(source, known[id(psfs)][1], self._outer(blend_id))
             window = (slice(None), box.y, box.x)
             model[window] += array
             if self.total is None:

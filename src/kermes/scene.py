@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +15,9 @@ from kermes import constraints
 from kermes.config import FitConfig
 from kermes.errors import InputError
 from kermes.geometry import Box
+from kermes.kernels import profile_rendering
+from kermes.kernels.profiles import N_COLUMNS, Table, interpolate_index
+from kermes.profiles import LARGEST_INDEX, LEAST_INDEX, profile_table
 
 FloatArray = NDArray[np.float32]
 DoubleArray = NDArray[np.float64]
@@ -26,7 +30,22 @@ CENTER_STEP = 0.03
 """Step of the centre of a point source [pixels]."""
 
 CENTER_REACH = 2.0
-"""How far from its peak a point source may move, along either axis [pixels]."""
+"""How far from its peak a point source or a profile may move, along either axis [pixels]."""
+
+CENTER_UNIT = 2.0**-30
+"""Centres of profiles are multiples of this [pixels], so that adding the origin of a coadd to them is exact."""
+
+LEAST_RADIUS = 0.05
+"""Smallest half-light radius that a fit gives to a profile [pixels]; less looks like a point source."""
+
+LARGEST_SHEAR = 2.5
+"""Largest log-shear that a fit gives to a profile: an axis ratio of 0.08."""
+
+SHAPE_STEP = 0.03
+"""Step of ln radius, log-shear and ln index of a profile."""
+
+LEAST_WINDOW = 1e-4
+"""Fourier modes that the PSF of the model frame weakens further than this are left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -351,6 +370,227 @@ class PointComponent:
             "spectrum": weights * np.sum(along_y**2) * np.sum(along_x**2),
             "center": np.maximum(total * by_center, 1.0),
         }
+
+    def flux(self) -> DoubleArray:
+        """Total flux in each band [unit], shape (B,)."""
+        return self.spectrum.astype(np.float64)
+
+
+class Modes(NamedTuple):
+    """Fourier modes of a square stamp and how they become those of its pixels; a tuple, so that kernels take it."""
+
+    lengths: NDArray[np.int64]
+    """Number of modes of each row of the half plane of pixels of half the side, shape (2 side,)."""
+
+    numbers: NDArray[np.int64]
+    """Modes, counted row by row, shape (E,)."""
+
+    places: NDArray[np.int64]
+    """Where each is added in the half plane (side, side // 2 + 1), which is flat; shape (E,)."""
+
+    weights: FloatArray
+    """What its real and its imaginary part are multiplied by, shape (2, E)."""
+
+
+@lru_cache(maxsize=64)
+def stamp_modes(side: int) -> Modes:
+    """List the modes of a stamp of even side for a PSF that is given by pixels.
+
+    The modes at the end of the ky axis count as the mean of both their signs; the transform sees to those of kx.
+    """
+    half = side // 2
+    rows = np.fft.ifftshift(np.arange(-side, side))
+    lengths = np.where(np.abs(rows) <= half, half + 1, 0)
+    rows = np.repeat(rows, lengths)
+    weights = np.where(np.abs(rows) == half, np.float32(0.5), np.float32(1.0))
+    numbers = np.arange(len(rows))
+    return Modes(lengths, numbers, rows % side * (half + 1) + numbers % (half + 1), np.stack([weights, weights]))
+
+
+@lru_cache(maxsize=64)
+def frame_modes(side: int, sigma: float) -> Modes:
+    """List the modes of a stamp of even side in the model frame, weighted with the transform of its PSF.
+
+    That is a Gaussian integrated over pixels, which has power beyond what pixels sample: modes up to twice as far are
+    folded back, so that the images are those of light that falls on pixels.
+    """
+    half = side // 2
+    order = np.fft.ifftshift(np.arange(-side, side))
+    window = np.outer(*(_window(numbers / side, sigma) for numbers in (order, np.arange(side + 1))))
+    kept = window > LEAST_WINDOW
+    rows, columns = order[np.nonzero(kept)[0]], np.nonzero(kept)[1]
+    weights = (window[kept] / side**2).astype(np.float32)
+    # Half planes leave out the modes whose conjugates they have: what comes back from beyond on kx is one of them.
+    direct, conjugate = np.flatnonzero(columns <= half), np.flatnonzero(columns >= half)
+    places = (
+        rows[direct] % side * (half + 1) + columns[direct],
+        -rows[conjugate] % side * (half + 1) + side - columns[conjugate],
+    )
+    numbers = np.concatenate([direct, conjugate])
+    signs = np.repeat(np.array([1, -1], dtype=np.float32), [len(direct), len(conjugate)])
+    return Modes(
+        kept.sum(axis=1), numbers, np.concatenate(places), np.stack([weights[numbers], signs * weights[numbers]])
+    )
+
+
+def _window(frequency: DoubleArray, sigma: float) -> DoubleArray:
+    """Transform of a Gaussian integrated over pixels, at frequencies in turns per pixel."""
+    return np.asarray(np.exp(-2 * (np.pi * sigma * frequency) ** 2) * np.sinc(frequency))
+
+
+@lru_cache(maxsize=1)
+def kernel_table() -> Table:
+    """Give the table of profiles as kernels take it."""
+    table = profile_table()
+    ln_index = np.array([table.ln_index[0], table.ln_index[1] - table.ln_index[0]])
+    exponential = np.empty((table.values.shape[1] - 1, 6), dtype=np.float32)
+    interpolate_index(table.values, table.slopes, ln_index, 0.0, exponential)
+    return Table(table.values, table.slopes, ln_index, exponential)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ProfileComponent:
+    """A point source or an elliptical Sersic profile at a sub-pixel position.
+
+    Raises
+    ------
+    InputError
+        If the box is not square with an even side, or radius or index cannot be.
+    """
+
+    spectrum: FloatArray
+    """Total flux in each band [unit], shape (B,); may be negative."""
+
+    center: DoubleArray
+    """Position (y, x), array index of the coadd, rounded to `CENTER_UNIT`; an integer is the centre of a pixel."""
+
+    radius: float = 0.0
+    """Half-light radius, geometric mean of both half-axes [pixels]; 0: a point source."""
+
+    shear: DoubleArray
+    """Logarithmic shear (e1, e2) as in `kermes.profiles`, shape (2,); e1 > 0 is longer along x."""
+
+    index: float = 1.0
+    """Sersic index, from `profiles.LEAST_INDEX` to `profiles.LARGEST_INDEX`."""
+
+    sigma: float
+    """Width of the PSF of the model frame [pixels], not fitted."""
+
+    box: Box
+    """Square stamp of even side that it is drawn on, array index of the coadd; may reach beyond the image. Light that
+    leaves it comes back on the other side, so that all of the flux is inside."""
+
+    def __post_init__(self) -> None:
+        if self.box.height != self.box.width or self.box.height % 2 or self.box.is_empty:
+            raise InputError(f"box must be square with an even side, got {self.box.height} x {self.box.width} pixels")
+        if not 0 <= self.radius < np.inf:
+            raise InputError(f"radius must be positive, or 0 for a point source, got {self.radius}")
+        if not LEAST_INDEX <= self.index <= LARGEST_INDEX:
+            raise InputError(f"index must lie between {LEAST_INDEX} and {LARGEST_INDEX}, got {self.index}")
+        center = np.rint(np.asarray(self.center, dtype=np.float64) / CENTER_UNIT) * CENTER_UNIT
+        object.__setattr__(self, "center", center)
+
+    @property
+    def is_point(self) -> bool:
+        """Whether it is a point source, without radius, shear and index."""
+        return self.radius == 0
+
+    @property
+    def axis_ratio(self) -> float:
+        """Minor over major axis."""
+        return float(np.exp(-np.hypot(*self.shear)))
+
+    @property
+    def angle(self) -> float:
+        """Direction of the major axis, from the x axis towards the y axis [deg], above -90 and up to 90."""
+        return float(np.degrees(0.5 * np.arctan2(self.shear[1], self.shear[0])))
+
+    @property
+    def shape(self) -> DoubleArray:
+        """What kernels call its shape: y and x from the first pixel of the box, ln r, e1, e2 and ln n."""
+        (y, x), (e1, e2) = self.center, self.shear
+        ln_radius = np.log(self.radius) if self.radius > 0 else -np.inf
+        return np.array([y - self.box.y0, x - self.box.x0, ln_radius, e1, e2, np.log(self.index)])
+
+    @property
+    def parameters(self) -> Parameters:
+        """Spectrum and centre; radius, shear and index if it is no point source."""
+        parameters = {"spectrum": self.spectrum, "center": self.center}
+        if self.is_point:
+            return parameters
+        return {**parameters, "radius": np.array(self.radius), "shear": self.shear, "index": np.array(self.index)}
+
+    def _images(self, n_columns: int) -> FloatArray:
+        """Draw it with flux one, and its derivatives; see `kernels.profile_rendering.profile_images`."""
+        side = self.box.height
+        images: FloatArray = profile_rendering.profile_images(
+            kernel_table(), frame_modes(side, self.sigma), self.shape, side, n_columns
+        )
+        return images
+
+    def _derivatives(self) -> tuple[FloatArray, dict[str, FloatArray]]:
+        """Draw it with flux one, and its derivatives (..., h, w) by the parameters of shape (...)."""
+        images = self._images(N_COLUMNS)
+        if self.is_point:
+            return images[0], {"center": images[1:3]}
+        return images[0], {
+            "center": images[1:3],
+            "radius": images[3] / np.float32(self.radius),
+            "shear": images[4:6],
+            "index": images[6] / np.float32(self.index),
+        }
+
+    def evaluate(self) -> FloatArray:
+        """Evaluate the component, shape (B, h, w) [unit].
+
+        It is within 1e-4 of its brightest pixel for `sigma` of 0.7 pixels or more, and within 4e-4 for 0.5.
+        """
+        return np.asarray(self.spectrum[:, None, None] * self._images(1)[0])
+
+    def gradient(self, image_gradient: FloatArray) -> Parameters:
+        """Gradients of all parameters."""
+        profile, derivatives = self._derivatives()
+        weighted = np.einsum("bhw,b->hw", image_gradient, self.spectrum)
+        by_spectrum = np.einsum("bhw,hw->b", image_gradient, profile, dtype=np.float64)
+        by_shape = {
+            name: np.asarray(np.sum(weighted * image, axis=(-2, -1), dtype=np.float64))
+            for name, image in derivatives.items()
+        }
+        return {"spectrum": by_spectrum.astype(np.float32), **by_shape}
+
+    def updated(self, parameters: Parameters) -> Self:
+        """Replace any of the parameters; radius and index are brought between their limits."""
+        limits = {"radius": (LEAST_RADIUS, self.box.height), "index": (LEAST_INDEX, LARGEST_INDEX)}
+        numbers = {name: float(np.clip(parameters[name], *limits[name])) for name in limits if name in parameters}
+        return replace(self, **{**parameters, **numbers})
+
+    def projected(self, context: FitContext) -> Self:
+        """Keep the centre within `CENTER_REACH` of the peak, and the shear below `LARGEST_SHEAR`."""
+        peak = np.array(context.peak, dtype=np.float64)
+        return replace(
+            self,
+            center=np.clip(self.center, peak - CENTER_REACH, peak + CENTER_REACH),
+            shear=self.shear * (LARGEST_SHEAR / max(float(np.hypot(*self.shear)), LARGEST_SHEAR)),
+        )
+
+    def steps(self, context: FitContext) -> Mapping[str, ArrayLike]:
+        """As those of a point source; `SHAPE_STEP` for the shape."""
+        area = np.float32(2 * np.pi * (self.sigma**2 + self.radius**2))
+        spectrum = _spectrum_steps(self.spectrum, area * context.noise, context.config.spectrum_step)
+        steps: dict[str, ArrayLike] = {"spectrum": spectrum, "center": CENTER_STEP}
+        if self.is_point:
+            return steps
+        return {**steps, "radius": SHAPE_STEP * self.radius, "shear": SHAPE_STEP, "index": SHAPE_STEP * self.index}
+
+    def curvature(self, weights: DoubleArray) -> Mapping[str, ArrayLike]:
+        """Sums of squares of the derivatives; those of the shape as if the source had a S/N of one at least."""
+        profile, derivatives = self._derivatives()
+        total = np.sum(weights * np.square(self.spectrum, dtype=np.float64))
+        by_shape = {
+            name: np.maximum(total * np.sum(np.square(image), axis=(-2, -1), dtype=np.float64), 1.0)
+            for name, image in derivatives.items()
+        }
+        return {"spectrum": weights * np.sum(np.square(profile), dtype=np.float64), **by_shape}
 
     def flux(self) -> DoubleArray:
         """Total flux in each band [unit], shape (B,)."""

@@ -5,6 +5,7 @@ metadata.json       what the result is: bands, shape, unit, WCS, settings, versi
 objects.parquet     table of objects; units and descriptions are metadata of the fields
 parents.parquet     table of parents
 blends.parquet      table of blends; ``psf_id`` names the PSF of the blend
+candidates.parquet  table of candidates
 models.parquet      one row per component, in the order of the objects
 psfs.parquet        one row per PSF and band; a PSF that blends share is stored once
 timings.json        how long it took; the only file that differs from run to run
@@ -40,16 +41,17 @@ from numpy.typing import NDArray
 
 from kermes.coadd import Coadd
 from kermes.config import config_from_dict, to_toml
-from kermes.errors import FileError
+from kermes.errors import FileError, InputError
 from kermes.geometry import Box
-from kermes.result import Result
-from kermes.scene import FactorizedComponent, Source
+from kermes.result import Result, model_ids
+from kermes.scene import Component, FactorizedComponent, ProfileComponent, Source
 
-SCHEMA = 1
-"""Version of the layout; raised when a reader of the old one would be misled."""
+SCHEMA = 2
+"""Version of the layout; raised when a reader of the old one would be misled. Version 1 had factorized components
+alone, and no candidates; it is still read."""
 
 _FORMAT = "kermes result"
-_TABLES = ("objects", "parents", "blends")
+_TABLES = ("objects", "parents", "blends", "candidates")
 _ROWS_PER_GROUP = 64
 _PIXELS_PER_GROUP = 1 << 15
 _MODEL_FIELDS = (
@@ -65,6 +67,13 @@ _MODEL_FIELDS = (
     ("width", pa.int64()),
     ("spectrum", pa.list_(pa.float32())),
     ("morphology", pa.list_(pa.float32())),
+    ("center_y", pa.float64()),
+    ("center_x", pa.float64()),
+    ("radius", pa.float64()),
+    ("shear_1", pa.float64()),
+    ("shear_2", pa.float64()),
+    ("sersic_index", pa.float64()),
+    ("sigma", pa.float64()),
 )
 _PSF_FIELDS = (
     ("psf_id", pa.int64()),
@@ -144,10 +153,13 @@ def _row_group(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     columns = [
         _lists((row[item.name] for row in rows), item.type)
         if pa.types.is_list(item.type)
-        else pa.array([row[item.name] for row in rows], type=item.type)
+        else pa.array([row.get(item.name) for row in rows], type=item.type)
         for item in schema
     ]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+_NO_PIXELS = np.zeros(0, dtype=np.float32)
 
 
 def _model_rows(result: Result, object_id: int, blend_id: int) -> list[dict[str, Any]]:
@@ -160,24 +172,41 @@ def _model_rows(result: Result, object_id: int, blend_id: int) -> list[dict[str,
         "peak_y": source.peak[0] + dy,
         "peak_x": source.peak[1] + dx,
     }
-    empty = np.zeros(0, dtype=np.float32)
     if not source.components:
         place = {"y0": row["peak_y"], "x0": row["peak_x"], "height": 0, "width": 0}
-        return [{**row, "component": 0, "kind": "none", **place, "spectrum": empty, "morphology": empty}]
+        return [{**row, "component": 0, "kind": "none", **place, "spectrum": _NO_PIXELS, "morphology": _NO_PIXELS}]
     return [
         {
             **row,
             "component": number,
-            "kind": "factorized",
             "y0": component.box.y0 + dy,
             "x0": component.box.x0 + dx,
             "height": component.box.height,
             "width": component.box.width,
-            "spectrum": component.spectrum,
-            "morphology": component.morphology,
+            **_component_columns(component, result.origin),
         }
-        for number, component in enumerate(source.factorized)
+        for number, component in enumerate(source.components)
     ]
+
+
+def _component_columns(component: Component, origin: tuple[int, int]) -> dict[str, Any]:
+    """Say what is particular to a kind of component; columns of other kinds are left out."""
+    if isinstance(component, FactorizedComponent):
+        return {"kind": "factorized", "spectrum": component.spectrum, "morphology": component.morphology}
+    if isinstance(component, ProfileComponent):
+        return {
+            "kind": "profile",
+            "spectrum": component.spectrum,
+            "morphology": _NO_PIXELS,
+            "center_y": component.center[0] + origin[0],
+            "center_x": component.center[1] + origin[1],
+            "radius": component.radius,
+            "shear_1": component.shear[0],
+            "shear_2": component.shear[1],
+            "sersic_index": component.index,
+            "sigma": component.sigma,
+        }
+    raise InputError(f"components must be factorized or profiles to be written, got a {type(component).__name__}")
 
 
 def _write_models(result: Result, path: Path, metadata: Mapping[str, str]) -> None:
@@ -185,7 +214,7 @@ def _write_models(result: Result, path: Path, metadata: Mapping[str, str]) -> No
     with _writer(path, schema, key="object_id", floats=("spectrum", "morphology")) as writer:
         rows: list[dict[str, Any]] = []
         n_pixels = 0
-        ids = np.array([result.objects["object_id"], result.objects["blend_id"]], dtype=np.int64)
+        ids = result.model_ids()
         for object_id, blend_id in ids[:, np.argsort(ids[0])].T.tolist():
             added = _model_rows(result, object_id, blend_id)
             rows += added
@@ -242,6 +271,7 @@ def _write_files(result: Result, folder: Path) -> None:
     _write_models(result, folder / "models.parquet", metadata)
     _write_table(to_arrow(result.objects), folder / "objects.parquet", metadata)
     _write_table(to_arrow(result.parents), folder / "parents.parquet", metadata)
+    _write_table(to_arrow(result.candidates), folder / "candidates.parquet", metadata)
     blends = result.blends.copy()
     blends["psf_id"] = Column(np.array(psf_ids, dtype=np.int64), description="Number of its PSF in psfs.parquet")
     _write_table(to_arrow(blends), folder / "blends.parquet", metadata)
@@ -421,13 +451,24 @@ class _StoredModels(Mapping[int, Source]):
                 peak=(rows[0]["peak_y"] - dy, rows[0]["peak_x"] - dx),
                 components=tuple(self._component(row) for row in rows if row["kind"] != "none"),
             )
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise _damaged(self._file.path, error) from None
 
-    def _component(self, row: Mapping[str, Any]) -> FactorizedComponent:
+    def _component(self, row: Mapping[str, Any]) -> FactorizedComponent | ProfileComponent:
+        dy, dx = self._origin
+        box = Box(row["y0"], row["x0"], row["height"], row["width"]).shift(-dy, -dx)
+        if row["kind"] == "profile":
+            return ProfileComponent(
+                spectrum=row["spectrum"],
+                center=np.array([row["center_y"] - dy, row["center_x"] - dx]),
+                radius=row["radius"],
+                shear=np.array([row["shear_1"], row["shear_2"]]),
+                index=row["sersic_index"],
+                sigma=row["sigma"],
+                box=box,
+            )
         if row["kind"] != "factorized":
             raise ValueError(f"unknown kind of component {row['kind']!r}")
-        box = Box(row["y0"], row["x0"], row["height"], row["width"]).shift(-self._origin[0], -self._origin[1])
         return FactorizedComponent(spectrum=row["spectrum"], morphology=row["morphology"].reshape(box.shape), box=box)
 
 
@@ -500,6 +541,14 @@ def _read_wcs(header: str | None) -> WCS | None:
         return WCS(fits.Header.fromstring(header))
 
 
+def _ids(tables: Mapping[str, Table]) -> NDArray[np.int64]:
+    """Keys of the models; results of older versions have no candidates."""
+    if "candidates" in tables:
+        ids: NDArray[np.int64] = model_ids(tables["objects"], tables["candidates"])[0]
+        return ids
+    return np.asarray(tables["objects"]["object_id"], dtype=np.int64)
+
+
 def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result:
     """Open a result that was written before.
 
@@ -529,7 +578,8 @@ def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result
     """
     folder = Path(path)
     metadata = _read_metadata(folder)
-    tables = {name: _read_table(folder / f"{name}.parquet") for name in _TABLES}
+    known = _TABLES if metadata["schema"] > 1 else _TABLES[:3]
+    tables = {name: _read_table(folder / f"{name}.parquet") for name in known}
     try:
         origin = (metadata["origin"][0], metadata["origin"][1])
         blends = tables["blends"]
@@ -540,7 +590,7 @@ def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result
             **tables,
             bands=tuple(metadata["bands"]),
             config=config_from_dict(tomllib.loads(metadata["config"]), origin=f"config of {folder}"),
-            models=_StoredModels(folder / "models.parquet", np.asarray(tables["objects"]["object_id"]), origin),
+            models=_StoredModels(folder / "models.parquet", _ids(tables), origin),
             psfs=_StoredPsfs(folder / "psfs.parquet", psf_ids),
             shape=(metadata["shape"][0], metadata["shape"][1]),
             origin=origin,

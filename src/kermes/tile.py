@@ -22,15 +22,28 @@ from kermes.detection import detect, footprints_of_peaks
 from kermes.errors import BlendError, InputError
 from kermes.fitting import fit_packed
 from kermes.flux import add_positive, shared_fluxes
+from kermes.free_form import with_free_form
 from kermes.geometry import Box
 from kermes.initialization import fit_kernels, initialize
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import metrics as kernels_metrics
+from kermes.kernels.profile_fitting import DOUBLE, EXPONENTIAL, POINT, SERSIC
 from kermes.measurement import Fluxes, measure_fluxes
-from kermes.metrics import blend_metrics
-from kermes.partition import Parent, partition
-from kermes.psf import MODEL_PSF_SIGMAS, amplify, difference_kernels, model_psf, widest_sigma
-from kermes.rendering import Convolution, KernelSet, SourceModels, combine_sources, render_packed, unpack
+from kermes.metrics import BlendMetrics, blend_metrics, model_metrics
+from kermes.partition import Parent, join_close, partition
+from kermes.profile_fitting import KINDS, ModeBank, ProfileFit, fit_profiles, scene_of_fit
+from kermes.psf import MODEL_PSF_SIGMAS, amplify, continued, difference_kernels, model_psf, widest_sigma
+from kermes.rendering import (
+    Convolution,
+    KernelSet,
+    SourceModels,
+    combine_sources,
+    frame_models,
+    outer_box,
+    render_packed,
+    render_scene,
+    unpack,
+)
 from kermes.result import Result
 from kermes.scene import Scene, Source
 
@@ -42,6 +55,12 @@ LabelArray = NDArray[np.int64]
 
 MARGIN = 6
 """Pixels of background around a footprint that are fitted too, so that the wings of the models are held down."""
+
+PROFILE_MARGIN = 12
+"""The same where the wings of profiles reach farther."""
+
+LINK = 12.0
+"""Footprints that come closer than this [pixels] are fitted together with the model "kermes"."""
 
 RUNGS = (Outcome.FULL, Outcome.SINGLE, Outcome.POINT)
 """Models that are tried, one after the other, until one works."""
@@ -74,6 +93,9 @@ class BlendTask:
 
     kernels: KernelSet
     """Difference kernels; zero likewise."""
+
+    bank: ModeBank
+    """Fourier modes of profiles."""
 
     last_neighbor: int
     """Place in the plan of the last blend whose models can reach `outer`, itself included."""
@@ -120,6 +142,15 @@ class BlendOutcome:
     models: SourceModels
     """Sources as observed, in pixels of `task.outer`."""
 
+    others: SourceModels | None
+    """All sources as observed, with those that nobody listed; None if there are none."""
+
+    candidates: tuple[Source, ...]
+    """Sources that nobody listed."""
+
+    per_candidate: Mapping[str, DoubleArray]
+    """Their columns: y, x, significance (A,); flux, flux_err (A, B)."""
+
     unknown: NDArray[np.bool_]
     """True for the bands of a source that no usable pixel tells about, shape (S, B)."""
 
@@ -152,12 +183,16 @@ def plan_tile(
         raise InputError(f"config must be a kermes.Config, got {type(config).__name__}")
     positions, labels, given = _peaks_and_footprints(coadd, peaks, footprints, config)
     image_box = Box.of_shape(coadd.shape)
+    profiles = config.model == "kermes"
+    if profiles and not given:
+        labels = join_close(labels, LINK)
     parents = partition(labels, positions, coadd.shape).parents
     members = [_by_position(parent.peaks, positions) for parent in parents]
-    boxes = [parent.box.grow(MARGIN) & image_box for parent in parents]
+    margin = PROFILE_MARGIN if profiles else MARGIN
+    boxes = [parent.box.grow(margin) & image_box for parent in parents]
     config = _with_model_psf(config, coadd, boxes)
     psfs = _psfs_of_blends(coadd, boxes, config)
-    outers = [box.grow(max(psf.shape[1:]) // 2) & image_box for box, (psf, _) in zip(boxes, psfs, strict=True)]
+    outers = [outer_box(box, psf, image_box) for box, (psf, _, _) in zip(boxes, psfs, strict=True)]
 
     # What decides about the order is the same for peaks in any order.
     costs = [box.area * len(rows) for box, rows in zip(boxes, members, strict=True)]
@@ -176,6 +211,7 @@ def plan_tile(
             outer=outers[k],
             psfs=psfs[k][0],
             kernels=psfs[k][1],
+            bank=psfs[k][2],
             last_neighbor=int(latest[outers[k].y, outers[k].x].max()),
         )
         for k in order
@@ -228,27 +264,24 @@ def _with_model_psf(config: Config, coadd: Coadd, boxes: list[Box]) -> Config:
     return replace(config, model_psf_sigma=sigma)
 
 
-def _psfs_of_blends(coadd: Coadd, boxes: list[Box], config: Config) -> list[tuple[DoubleArray, KernelSet]]:
+def _psfs_of_blends(coadd: Coadd, boxes: list[Box], config: Config) -> list[tuple[DoubleArray, KernelSet, ModeBank]]:
     """PSFs and difference kernels at the centre of each box; equal PSFs are one array.
 
     Bands without a PSF there, or with one narrower than that of the model frame, are zero.
     """
-    target = model_psf(config.model_psf_sigma)
-    known: dict[tuple[Any, ...], tuple[DoubleArray, KernelSet, NDArray[np.bool_]]] = {}
+    known: dict[bytes, tuple[DoubleArray, KernelSet, ModeBank, NDArray[np.bool_]]] = {}
     found = []
     for box in boxes:
         psfs = psf_of_box(coadd, box)
-        key = (psfs.shape, psfs.tobytes())
-        if key not in known:
-            kernels = difference_kernels(psfs, target, config.kernel_regularization)
-            narrow = amplify(kernels)
-            if narrow.any():
-                psfs, kernels = (np.where(narrow[:, None, None], 0.0, stamps) for stamps in (psfs, kernels))
-            known[key] = psfs, KernelSet(kernels), narrow
-        found.append(known[key])
+        content = psfs.tobytes()
+        if content not in known:
+            known[content] = _prepare_psfs(
+                content, psfs.shape, config.model_psf_sigma, config.kernel_regularization, config.model
+            )
+        found.append(known[content])
     for b, band in enumerate(coadd.bands):
-        n_narrow = sum(narrow[b] for _, _, narrow in found)
-        n_unusable = sum(not psfs[b].any() for psfs, _, _ in found)
+        n_narrow = sum(narrow[b] for *_, narrow in found)
+        n_unusable = sum(not psfs[b].any() for psfs, *_ in found)
         if found and n_narrow == len(found):
             raise InputError(
                 "psfs must be wider than the PSF of the model frame, a Gaussian of model_psf_sigma = "
@@ -264,7 +297,29 @@ def _psfs_of_blends(coadd: Coadd, boxes: list[Box], config: Config) -> list[tupl
                 len(found),
                 n_narrow,
             )
-    return [(psfs, kernels) for psfs, kernels, _ in found]
+    return [(psfs, kernels, bank) for psfs, kernels, bank, _ in found]
+
+
+@lru_cache(maxsize=4)
+def _prepare_psfs(
+    content: bytes, shape: tuple[int, int, int], sigma: float, regularization: float, model: str
+) -> tuple[DoubleArray, KernelSet, ModeBank, NDArray[np.bool_]]:
+    """PSFs, difference kernels, Fourier modes, and which bands are too narrow for the model frame.
+
+    Many coadds have the PSFs of the one before; what was transformed for them is kept.
+    """
+    psfs = np.frombuffer(content, dtype=np.float64).reshape(shape)
+    kernels = difference_kernels(psfs, model_psf(sigma), regularization)
+    narrow = amplify(kernels)
+    if narrow.any():
+        kernels = np.where(narrow[:, None, None], 0.0, kernels)
+        if model == "kermes":
+            # Profiles are seen through the PSF itself; only free shapes need the model frame.
+            narrow = np.zeros_like(narrow)
+        else:
+            psfs = np.where(narrow[:, None, None], 0.0, psfs)
+    wide = continued(psfs)
+    return psfs, KernelSet(kernels, wide), ModeBank(wide), narrow
 
 
 def _usable(plan: TilePlan, task: BlendTask) -> NDArray[np.bool_]:
@@ -343,6 +398,15 @@ def _model_blend(outer: Blend, task: BlendTask, config: Config, rung: Outcome) -
     return _Modelled(rung=rung, fluxes=fluxes, iterations=iterations, converged=converged)
 
 
+def _fit_profiles(blend: Blend, task: BlendTask, config: Config, rung: Outcome) -> ProfileFit:
+    """Fit profiles to one blend; raises BlendError when the answer is not finite."""
+    most = {Outcome.FULL: DOUBLE, Outcome.SINGLE: EXPONENTIAL, Outcome.POINT: POINT}[rung]
+    fit = fit_profiles(blend.images, blend.weights, task.bank, blend.peaks.astype(np.float64), config.profiles, most)
+    if not np.isfinite(fit.sources.fluxes).all() or not np.isfinite(fit.sources.shapes).all():
+        raise BlendError("the fitted fluxes or shapes are not finite")
+    return fit
+
+
 def fit_blend(plan: TilePlan, task: BlendTask) -> BlendOutcome:
     """Model one blend on the highest rung of the ladder that works."""
     start = time.perf_counter()
@@ -356,12 +420,16 @@ def fit_blend(plan: TilePlan, task: BlendTask) -> BlendOutcome:
         reason = ""
         for rung in RUNGS:
             try:
-                modelled = _model_blend(scaled, task, plan.config, rung)
+                if plan.config.model == "kermes":
+                    fit = _fit_profiles(scaled, task, plan.config, rung)
+                    outcome = _with_profiles(plan, task, cut, fit, unit, rung, reason)
+                else:
+                    modelled = _model_blend(scaled, task, plan.config, rung)
+                    outcome = _with_model(plan, task, cut, modelled, unit, reason)
             except BlendError as error:
                 logger.warning("blend %d is not modelled as %s: %s", task.index + 1, rung, error)
                 reason = "not_finite"
             else:
-                outcome = _with_model(plan, task, cut, modelled, unit, reason)
                 break
         else:
             outcome = _without_model(task, cut, reason)
@@ -376,57 +444,181 @@ def _with_model(
     unit: float,
     reason: str,
 ) -> BlendOutcome:
-    """Describe a blend whose fluxes were found, in a unit of flux."""
+    """Describe a blend of free shapes whose fluxes were found, in a unit of flux."""
     fluxes, n_sources = modelled.fluxes, len(task.members)
     shift = np.array([task.box.y0 - task.outer.y0, task.box.x0 - task.outer.x0, 0, 0])
     packed = replace(fluxes.packed, boxes=fluxes.packed.boxes + shift, spectra=fluxes.packed.spectra * np.float32(unit))
-    models = combine_sources(packed, render_packed(packed, task.kernels, task.outer.shape), n_sources)
+    boxes, _ = kernels_flux.source_boxes(packed.boxes, packed.sources, n_sources)
+    return _describe(
+        plan,
+        task,
+        cut,
+        scene=unpack(packed, cut.peaks, task.outer),
+        models=combine_sources(packed, render_packed(packed, task.kernels, task.outer.shape), n_sources),
+        others=None,
+        candidates=(),
+        per_candidate={},
+        boxes=boxes,
+        metrics=blend_metrics(packed, n_sources, task.outer.shape),
+        flux=fluxes.flux * unit,
+        flux_err=fluxes.flux_err * unit,
+        iterations=modelled.iterations,
+        converged=modelled.converged,
+        per_band={},
+        per_source={
+            "model": "free-form",
+            "n_components": np.bincount(packed.sources, minlength=n_sources),
+            "outcome": modelled.rung.value,
+            "reason": reason,
+        },
+        per_blend={"n_components": len(packed), f"n_{modelled.rung}": n_sources},
+    )
+
+
+def _with_profiles(
+    plan: TilePlan, task: BlendTask, cut: Blend, fit: ProfileFit, unit: float, rung: Outcome, reason: str
+) -> BlendOutcome:
+    """Describe a blend of profiles, in a unit of flux."""
+    n_sources = len(task.members)
+    sources = fit.sources
+    everything = scene_of_fit(fit, cut.peaks, task.outer, unit, plan.config.model_psf_sigma)
+    others = render_scene(everything, task.kernels)
+    corrected = _with_free_form(everything, others, fit, cut, task, plan.config)
+    if corrected is not everything:
+        everything, others = corrected, render_scene(corrected, task.kernels)
+    scene = replace(everything, sources=everything.sources[:n_sources])
+    models = _first_models(others, n_sources)
+    kinds, shapes = sources.kinds[:n_sources], sources.shapes[:n_sources]
+    extended, double = kinds != POINT, kinds == DOUBLE
+    n_components = np.array([len(source.components) for source in scene.sources])
+    return _describe(
+        plan,
+        task,
+        cut,
+        scene=scene,
+        models=models,
+        others=others if len(sources.kinds) > n_sources else None,
+        candidates=everything.sources[n_sources:],
+        per_candidate={
+            "y": sources.shapes[n_sources:, 0] + task.outer.y0 + plan.coadd.origin[0],
+            "x": sources.shapes[n_sources:, 1] + task.outer.x0 + plan.coadd.origin[1],
+            "significance": fit.significance,
+            "flux": sources.fluxes[n_sources:].sum(axis=1) * unit,
+            "flux_err": fit.flux_err[n_sources:] * unit,
+        },
+        boxes=models.boxes,
+        metrics=model_metrics(frame_models(scene, len(cut.images)), task.outer.shape),
+        flux=sources.fluxes[:n_sources].sum(axis=1) * unit,
+        flux_err=fit.flux_err[:n_sources] * unit,
+        iterations=fit.iterations,
+        converged=fit.converged,
+        per_band={"bulge_flux": np.where(double[:, None], sources.fluxes[:n_sources, 1] * unit, np.nan)},
+        per_source={
+            "model": np.array(KINDS)[kinds],
+            "center_y": shapes[:, 0] + task.outer.y0 + plan.coadd.origin[0],
+            "center_x": shapes[:, 1] + task.outer.x0 + plan.coadd.origin[1],
+            "center_y_err": fit.center_err[:n_sources, 0],
+            "center_x_err": fit.center_err[:n_sources, 1],
+            "radius": np.where(extended, np.exp(shapes[:, 2]), np.nan),
+            "axis_ratio": np.where(extended, np.exp(-np.hypot(shapes[:, 3], shapes[:, 4])), np.nan),
+            "angle": np.where(extended, np.degrees(0.5 * np.arctan2(shapes[:, 4], shapes[:, 3])), np.nan),
+            "sersic_index": np.where(kinds == SERSIC, np.exp(shapes[:, 5]), np.where(extended, 1.0, np.nan)),
+            "bulge_radius": np.where(double, np.exp(shapes[:, 6]), np.nan),
+            "bulge_index": np.where(double, np.exp(shapes[:, 9]), np.nan),
+            "evidence": fit.evidence[:n_sources],
+            "n_components": n_components,
+            "outcome": rung.value,
+            "reason": reason,
+        },
+        per_blend={"n_components": n_components.sum(), f"n_{rung}": n_sources},
+    )
+
+
+def _with_free_form(
+    scene: Scene, models: SourceModels, fit: ProfileFit, cut: Blend, task: BlendTask, config: Config
+) -> Scene:
+    """Correct the profiles of listed sources where they do not suffice; the same scene if all do."""
     residual = cut.images.copy()
     kernels_flux.subtract_models(residual, models.pixels, models.boxes, models.offsets)
-    boxes, _ = kernels_flux.source_boxes(packed.boxes, packed.sources, n_sources)
+    flux = fit.sources.fluxes.sum(axis=1)
+    snr = np.sqrt(np.nansum(np.square(flux / fit.flux_err), axis=1))
+    snr[fit.n_listed :] = np.nan
+    return with_free_form(scene, residual, snr, cut, task.kernels, config.free_form)
+
+
+def _first_models(models: SourceModels, n_sources: int) -> SourceModels:
+    """Models of the first sources alone; no pixels are copied."""
+    end = models.offsets[n_sources]
+    return SourceModels(
+        boxes=models.boxes[:n_sources], offsets=models.offsets[: n_sources + 1], pixels=models.pixels[:, :end]
+    )
+
+
+def _describe(
+    plan: TilePlan,
+    task: BlendTask,
+    cut: Blend,
+    *,
+    scene: Scene,
+    models: SourceModels,
+    others: SourceModels | None,
+    candidates: tuple[Source, ...],
+    per_candidate: Mapping[str, DoubleArray],
+    boxes: NDArray[np.int64],
+    metrics: BlendMetrics,
+    flux: DoubleArray,
+    flux_err: DoubleArray,
+    iterations: int,
+    converged: bool,
+    per_band: Mapping[str, DoubleArray],
+    per_source: Mapping[str, ArrayLike],
+    per_blend: Mapping[str, ArrayLike],
+) -> BlendOutcome:
+    """Describe a blend that was modelled; `boxes` (S, 4) are the pixels of its sources that chi2 and flags refer to."""
+    residual = cut.images.copy()
+    seen = models if others is None else others
+    kernels_flux.subtract_models(residual, seen.pixels, seen.boxes, seen.offsets)
     whole = np.array([[0, 0, *task.outer.shape]], dtype=np.int64)
     chi2 = kernels_metrics.mean_chi2(residual, cut.weights, np.concatenate([boxes, whole]))
-
-    metrics = blend_metrics(packed, n_sources, task.outer.shape)
-    flux = fluxes.flux * unit
-    unknown = np.isnan(fluxes.flux_err)
+    unknown = np.isnan(flux_err)
     top, left = boxes[:, 0] + task.outer.y0, boxes[:, 1] + task.outer.x0
     bottom, right = top + boxes[:, 2], left + boxes[:, 3]
     height, width = plan.coadd.shape
     n_pixels = np.count_nonzero(cut.weights)
-    common = {"iterations": modelled.iterations, "converged": modelled.converged}
+    common = {"iterations": iterations, "converged": converged}
     return BlendOutcome(
         task=task,
-        scene=unpack(packed, cut.peaks, task.outer),
+        scene=scene,
         models=models,
+        others=others,
+        candidates=candidates,
+        per_candidate=per_candidate,
         unknown=unknown,
         per_band={
             "flux": flux,
-            "flux_err": fluxes.flux_err * unit,
+            "flux_err": flux_err,
             "max_overlap": metrics.max_overlap,
             "flux_overlap": metrics.flux_overlap,
             "flux_overlap_fraction": metrics.flux_overlap_fraction,
             "blendedness": metrics.blendedness,
+            **per_band,
         },
         per_source={
             **common,
-            "n_components": np.bincount(packed.sources, minlength=n_sources),
             "chi2": chi2[:-1],
-            "outcome": modelled.rung.value,
-            "reason": reason,
             Flag.MISSING_BAND: unknown.any(axis=1),
             Flag.NO_DATA: unknown.all(axis=1),
-            Flag.NOT_CONVERGED: not modelled.converged,
+            Flag.NOT_CONVERGED: not converged,
             Flag.NULL_MODEL: ~(flux > 0).any(axis=1),
             Flag.EDGE: (boxes[:, 2] > 0) & ((top == 0) | (left == 0) | (bottom == height) | (right == width)),
+            **per_source,
         },
         per_blend={
             **common,
-            "n_components": len(packed),
             "chi2": chi2[-1],
             "n_pixels": n_pixels,
             "loss": 0.5 * chi2[-1] * n_pixels,
-            f"n_{modelled.rung}": n_sources,
+            **per_blend,
         },
         seconds=np.nan,
     )
@@ -445,6 +637,9 @@ def _without_model(task: BlendTask, cut: Blend, reason: str) -> BlendOutcome:
             offsets=np.zeros(n_sources + 1, dtype=np.int64),
             pixels=np.zeros((n_bands, 0), dtype=np.float32),
         ),
+        others=None,
+        candidates=(),
+        per_candidate={},
         unknown=np.ones((n_sources, n_bands), dtype=bool),
         per_band={},
         per_source={
@@ -522,6 +717,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     models: dict[int, Source] = {}
     total = np.zeros(coadd.images.shape, dtype=np.float32)
     waiting: list[BlendOutcome] = []
+    found: list[BlendOutcome] = []
     n_done, blend_seconds, seconds = 0, np.zeros(plan.n_blends), time.perf_counter() - start
     for outcome in outcomes:
         start = time.perf_counter()
@@ -534,7 +730,9 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
             blends[name][task.index] = value
         models.update(zip((task.members + 1).tolist(), outcome.scene.sources, strict=True))
         window = (slice(None), task.outer.y, task.outer.x)
-        total[window] = add_positive(total[window], outcome.models)
+        total[window] = add_positive(total[window], outcome.models if outcome.others is None else outcome.others)
+        if outcome.candidates:
+            found.append(outcome)
 
         waiting.append(outcome)
         for complete in [waits for waits in waiting if waits.task.last_neighbor <= n_done]:
@@ -548,13 +746,18 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         seconds += time.perf_counter() - start
     assert n_done == plan.n_blends, "one outcome per blend"
 
+    candidates = _candidate_columns(coadd, found)
+    models.update(zip((-candidates["candidate_id"]).tolist(), _candidates(found), strict=True))
     return Result(
         objects=partial(catalog.make_objects, objects, coadd.bands, coadd.unit),
         parents=partial(catalog.make_parents, _parent_columns(plan)),
         blends=partial(catalog.make_blends, blends),
+        candidates=partial(catalog.make_candidates, candidates, coadd.bands, coadd.unit),
         bands=coadd.bands,
         config=plan.config,
-        models={object_id: models[object_id] for object_id in sorted(models)},
+        models={
+            model_id: models[model_id] for model_id in sorted(models, key=lambda number: (number < 0, abs(number)))
+        },
         psfs={task.index + 1: task.psfs for task in _by_index(plan)},
         shape=coadd.shape,
         origin=coadd.origin,
@@ -580,6 +783,33 @@ def _fill(
         known = np.where(outcome.unknown, np.nan, value)
         for b, band in enumerate(bands):
             objects[f"{band}_{name}"][outcome.task.members] = known[:, b]
+
+
+def _candidates(found: list[BlendOutcome]) -> tuple[Source, ...]:
+    return tuple(source for outcome in _by_blend(found) for source in outcome.candidates)
+
+
+def _by_blend(found: list[BlendOutcome]) -> list[BlendOutcome]:
+    return sorted(found, key=lambda outcome: outcome.task.index)
+
+
+def _candidate_columns(coadd: Coadd, found: list[BlendOutcome]) -> dict[str, NDArray[Any]]:
+    """Columns of `candidates`, blend by blend."""
+    n_candidates = [len(outcome.candidates) for outcome in _by_blend(found)]
+    columns = catalog.empty_columns(catalog.candidate_columns(coadd.bands), sum(n_candidates))
+    columns["candidate_id"][:] = np.arange(1, sum(n_candidates) + 1)
+    columns["origin"][:] = catalog.Origin.RESIDUAL.value
+    start = 0
+    for outcome, n in zip(_by_blend(found), n_candidates, strict=True):
+        rows = slice(start, start + n)
+        columns["blend_id"][rows] = outcome.task.index + 1
+        for name in ("y", "x", "significance"):
+            columns[name][rows] = outcome.per_candidate[name]
+        for b, band in enumerate(coadd.bands):
+            columns[f"{band}_flux"][rows] = outcome.per_candidate["flux"][:, b]
+            columns[f"{band}_flux_err"][rows] = outcome.per_candidate["flux_err"][:, b]
+        start += n
+    return columns
 
 
 def _by_index(plan: TilePlan) -> list[BlendTask]:
@@ -688,4 +918,11 @@ def deblend(
     True
     """
     plan = plan_tile(coadd, peaks, footprints, config)
+    result = collect(plan, fit_blends(plan, workers))
+    if not plan.config.add_sources or len(result.candidates) == 0:
+        return result
+    found = np.stack([result.candidates["y"], result.candidates["x"]], axis=1) - np.array(coadd.origin)
+    found = np.clip(np.floor(found + 0.5).astype(np.int64), 0, np.array(coadd.shape) - 1)
+    everything = np.concatenate([plan.peaks, found]) + np.array(coadd.origin)
+    plan = plan_tile(coadd, everything, footprints, config)
     return collect(plan, fit_blends(plan, workers))

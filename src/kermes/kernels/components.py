@@ -61,9 +61,13 @@ def positive_bounds(morphology, height, width):
 
 
 @kernel
-def repack(values, boxes, offsets, new_boxes, new_offsets):
-    """Move a flat buffer of component pixels to other boxes; what was not covered becomes zero."""
-    out = np.zeros(new_offsets[-1], dtype=values.dtype)
+def repack(state, boxes, offsets, new_boxes, new_offsets):
+    """Move flat buffers of component pixels (M, n) to other boxes; what was not covered becomes zero."""
+    m_total, n = len(state), new_offsets[-1]
+    out = np.empty((m_total, n), dtype=np.float32)
+    for m in range(m_total):
+        for i in range(n):
+            out[m, i] = 0.0
     for k in range(len(boxes)):
         y0 = max(boxes[k, 0], new_boxes[k, 0])
         y1 = min(boxes[k, 0] + boxes[k, 2], new_boxes[k, 0] + new_boxes[k, 2])
@@ -73,5 +77,6 @@ def repack(values, boxes, offsets, new_boxes, new_offsets):
             source = offsets[k] + (y - boxes[k, 0]) * boxes[k, 3] - boxes[k, 1]
             target = new_offsets[k] + (y - new_boxes[k, 0]) * new_boxes[k, 3] - new_boxes[k, 1]
             for x in range(x0, x1):
-                out[target + x] = values[source + x]
+                for m in range(m_total):
+                    out[m, target + x] = state[m, source + x]
     return out

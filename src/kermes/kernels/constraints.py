@@ -5,7 +5,7 @@ A morphology is a (h, w) float32 array with its centre at the integer pixel (cy,
 
 import numpy as np
 
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import inlined_kernel, kernel
 
 
 @kernel
@@ -68,7 +68,7 @@ def brightest_near(morphology, cy, cx, first_wins):
     return best_y, best_x
 
 
-@kernel
+@inlined_kernel
 def cap_octant(flat, center, step_a, step_b, a, start, stop, limit, weights):
     """Cap the pixels center + a step_a + b step_b for start <= b < stop; see make_monotonic.
 
@@ -86,7 +86,7 @@ def cap_octant(flat, center, step_a, step_b, a, start, stop, limit, weights):
         flat[here] = min(flat[here], cap)
 
 
-@kernel
+@inlined_kernel
 def cap_axis(flat, center, step_a, step_b, a, room_before, room_after, weights):
     """Cap the pixel center + a step_a on an axis, whose neighbours may lie to either side of it."""
     inner = center + (a - 1) * step_a

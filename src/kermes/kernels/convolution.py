@@ -33,19 +33,19 @@ def transform_kernels(stamps, height, width):
 
 
 @fast_kernel
-def multiply(transformed, kernel_fft):
-    """Multiply a transform by that of a kernel, in place."""
-    for y in range(transformed.shape[0]):
-        for x in range(transformed.shape[1]):
-            transformed[y, x] *= kernel_fft[y, x]
+def multiply_into(out, transformed, kernel_fft):
+    """out = transformed * kernel_fft, element by element."""
+    for y in range(out.shape[0]):
+        for x in range(out.shape[1]):
+            out[y, x] = transformed[y, x] * kernel_fft[y, x]
 
 
 @fast_kernel
-def multiply_conjugate(transformed, kernel_fft):
-    """Multiply a transform by the conjugate of that of a kernel, in place."""
-    for y in range(transformed.shape[0]):
-        for x in range(transformed.shape[1]):
-            transformed[y, x] *= np.conj(kernel_fft[y, x])
+def multiply_conjugate_into(out, transformed, kernel_fft):
+    """out = transformed * conj(kernel_fft), element by element."""
+    for y in range(out.shape[0]):
+        for x in range(out.shape[1]):
+            out[y, x] = transformed[y, x] * np.conj(kernel_fft[y, x])
 
 
 @kernel
@@ -57,9 +57,9 @@ def convolve_plane(plane, transformed, kernel_fft, adjoint, axes):
     """
     r2c(plane, transformed, axes, True, 1.0, 1)
     if adjoint:
-        multiply_conjugate(transformed, kernel_fft)
+        multiply_conjugate_into(transformed, transformed, kernel_fft)
     else:
-        multiply(transformed, kernel_fft)
+        multiply_into(transformed, transformed, kernel_fft)
     c2r(transformed, plane, axes, False, 1.0, 1)
 
 

@@ -1,13 +1,26 @@
 """The one place that says how kernels are compiled.
 
-What costs compile time: assigning one array to a slice of another (numba compiles the text of an error with it), so
-kernels copy in loops.
+What costs compile time, roughly in milliseconds: a function 40, and its code once more in each kernel that calls it,
+directly or not; a loop, a slice or a call 10 each, an assignment to a whole plane 20, unpacking a row of an array 20;
+the first np.empty of each number of dimensions and dtype 40, the first np.zeros 120; assigning one array to a slice of
+another more than all of these (numba compiles the text of an error with it), so kernels copy in loops.
 """
+
+from typing import Any
 
 from numba import njit
 
-kernel = njit(nogil=True, cache=True, error_model="numpy")
-"""Compile a kernel: no GIL, cached on disk, division as in numpy."""
+# No GIL, cached on disk, division as in numpy, and no way in for C: only Python and other kernels call kernels.
+_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
-fast_kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+kernel = njit(**_OPTIONS)
+"""Compile a kernel."""
+
+fast_kernel = njit(**_OPTIONS, fastmath={"reassoc", "contract", "nsz"})
 """The same for plain sums and products, which may be reordered so that they vectorise; NaN stays NaN."""
+
+inlined_kernel = njit(**_OPTIONS, inline="always")
+"""A part of a kernel with a name of its own: it is compiled where it is called, as if it stood there.
+
+Pays for parts that one kernel calls; it does not where the kernel that calls them is long already.
+"""

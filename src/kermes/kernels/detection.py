@@ -3,16 +3,8 @@
 import numpy as np
 from rocket_fft import c2r, r2c
 
-from kermes.kernels.convolution import pad_plane
-from kermes.kernels.decorator import fast_kernel, kernel
-
-
-@fast_kernel
-def multiply_conjugate_into(out, transformed, kernel_fft):
-    """out = transformed * conj(kernel_fft), element by element."""
-    for y in range(out.shape[0]):
-        for x in range(out.shape[1]):
-            out[y, x] = transformed[y, x] * np.conj(kernel_fft[y, x])
+from kermes.kernels.convolution import multiply_conjugate_into
+from kermes.kernels.decorator import kernel
 
 
 @kernel
@@ -74,50 +66,48 @@ def filter_bands(images, variance, valid, filters, units, side, min_coverage):
     block. Cost O(K B H W log side).
     """
     b_total, h, w = images.shape
-    n_filters, p, q = filters.shape[1:]
+    n_filters, p, q = filters.shape[1], filters.shape[2], filters.shape[3]
     n = side - max(p, q) + 1
     chi2 = np.zeros((h, w))
     contrast = np.zeros((h, w))
     n_bands = np.zeros((h, w), dtype=np.uint8)
-    weight = np.zeros((side, side), dtype=np.float32)
-    weighted = np.zeros((side, side), dtype=np.float32)
+    weight = np.empty((side, side), dtype=np.float32)
+    weighted = np.empty((side, side), dtype=np.float32)
     kernel_fft = np.empty((2 * n_filters, side, side // 2 + 1), dtype=np.complex64)
-    of_weight = np.empty((side, side // 2 + 1), dtype=np.complex64)
-    of_image = np.empty((side, side // 2 + 1), dtype=np.complex64)
+    transformed = np.empty((2, side, side // 2 + 1), dtype=np.complex64)
     product = np.empty((side, side // 2 + 1), dtype=np.complex64)
     planes = np.empty((6 if n_filters == 2 else 2, side, side), dtype=np.float32)
-    least = np.zeros(n_filters, dtype=np.float32)
+    least = np.empty(n_filters, dtype=np.float32)
     axes = np.arange(2)
     scale = 1.0 / (side * side)
     for b in range(b_total):
         if not units[b] > 0:
             continue
         for k in range(n_filters):
-            pad_plane(weight, filters[b, k])
-            r2c(weight, kernel_fft[2 * k], axes, True, scale, 1)
-            power = 0.0
-            for y in range(p):
-                for x in range(q):
-                    weight[y, x] *= weight[y, x]
-                    power += weight[y, x]
+            weight[:] = 0.0
+            for part in range(2):  # the filter, and its square
+                power = 0.0
+                for y in range(p):
+                    for x in range(q):
+                        value = np.float32(filters[b, k, y, x])
+                        weight[y, x] = value if part == 0 else value * value
+                        power += weight[y, x]
+                r2c(weight, kernel_fft[2 * k + part], axes, True, scale, 1)
             least[k] = min_coverage * power
-            r2c(weight, kernel_fft[2 * k + 1], axes, True, scale, 1)
         for y0 in range(0, h, n):
             for x0 in range(0, w, n):
                 top, left = y0 - p // 2, x0 - q // 2
                 fill_block(
                     weight, weighted, images[b], variance[b], valid[b], top, left, n + p - 1, n + q - 1, units[b]
                 )
-                r2c(weight, of_weight, axes, True, 1.0, 1)
-                r2c(weighted, of_image, axes, True, 1.0, 1)
+                for part in range(2):
+                    r2c(weighted if part == 0 else weight, transformed[part], axes, True, 1.0, 1)
                 for k in range(n_filters):
-                    multiply_conjugate_into(product, of_image, kernel_fft[2 * k])
-                    c2r(product, planes[2 * k], axes, False, 1.0, 1)
-                    multiply_conjugate_into(product, of_weight, kernel_fft[2 * k + 1])
-                    c2r(product, planes[2 * k + 1], axes, False, 1.0, 1)
-                    if n_filters == 2:
-                        multiply_conjugate_into(product, of_weight, kernel_fft[2 * k])
-                        c2r(product, planes[4 + k], axes, False, 1.0, 1)
+                    # The signal, its information, and the sum of the filter over the weights.
+                    for part in range(n_filters + 1):
+                        of_kernel = kernel_fft[2 * k + 1] if part == 1 else kernel_fft[2 * k]
+                        multiply_conjugate_into(product, transformed[min(part, 1)], of_kernel)
+                        c2r(product, planes[4 + k if part == 2 else 2 * k + part], axes, False, 1.0, 1)
                 rows, columns = slice(y0, min(y0 + n, h)), slice(x0, min(x0 + n, w))
                 add_significance(chi2[rows, columns], n_bands[rows, columns], planes[0], planes[1], least[0])
                 if n_filters == 2:

@@ -5,7 +5,7 @@ from rocket_fft import c2r, r2c
 
 from kermes.kernels.components import add_component, add_gradient, positive_bounds, repack
 from kermes.kernels.constraints import brightest_near, make_monotonic, make_symmetric
-from kermes.kernels.convolution import copy_plane, multiply, multiply_conjugate
+from kermes.kernels.convolution import multiply_conjugate_into, multiply_into
 from kermes.kernels.decorator import fast_kernel, kernel
 
 BETA_1 = np.float32(0.9)
@@ -40,10 +40,17 @@ def weighted_residual(plane, image, weights):
 
 
 @fast_kernel
-def amsgrad(values, gradient, first, second, largest, step):
-    """One AMSGrad step, in place, without bias correction (Reddi, Kale and Kumar 2018, algorithm 2)."""
+def amsgrad(state, gradient, start, stop, step):
+    """One AMSGrad step, in place, without bias correction (Reddi, Kale and Kumar 2018, algorithm 2).
+
+    state (4, n): the values, the first and second moments of their gradient, and the largest second moment so far;
+    gradient (n,); for the values start:stop.
+    """
+    values, first = state[0, start:stop], state[1, start:stop]
+    second, largest = state[2, start:stop], state[3, start:stop]
+    slope = gradient[start:stop]
     for i in range(len(values)):
-        g = gradient[i]
+        g = slope[i]
         m = (np.float32(1.0) - BETA_1) * g + BETA_1 * first[i]
         v = (np.float32(1.0) - BETA_2) * g * g + BETA_2 * second[i]
         top = max(largest[i], v)
@@ -106,8 +113,9 @@ def resized(morphologies, boxes, offsets, centers, pad, shape):
     A component without light gets the pixels around its centre. Returns the new boxes and offsets.
     """
     h, w = shape
-    new_boxes = np.empty_like(boxes)
-    new_offsets = np.zeros_like(offsets)
+    new_boxes = np.empty((len(boxes), 4), dtype=np.int64)
+    new_offsets = np.empty(len(boxes) + 1, dtype=np.int64)
+    new_offsets[0] = 0
     for k in range(len(boxes)):
         height, width = boxes[k, 2], boxes[k, 3]
         y0, y1, x0, x1 = positive_bounds(morphologies[offsets[k] : offsets[k + 1]], height, width)
@@ -140,18 +148,6 @@ def extrapolate_gradient(transformed, reference, gradient, power):
     for y in range(transformed.shape[0]):
         for x in range(transformed.shape[1]):
             transformed[y, x] = gradient[y, x] + power[y, x] * (transformed[y, x] - reference[y, x])
-
-
-@kernel
-def mean_positive(weights):
-    """Mean of the positive values of (H, W) and their number; 0 if there are none."""
-    total, count = 0.0, 0
-    for y in range(weights.shape[0]):
-        for x in range(weights.shape[1]):
-            if weights[y, x] > 0:
-                total += weights[y, x]
-                count += 1
-    return np.float32(total / max(count, 1)), count
 
 
 @kernel
@@ -204,32 +200,42 @@ def fit_components(
     n_bands, h, w = images.shape
     n_components = len(boxes)
     padded_height, half_width = kernel_fft.shape[1], padded_width // 2 + 1
-    plane = np.zeros((padded_height, padded_width), dtype=np.float32)
+    plane = np.empty((padded_height, padded_width), dtype=np.float32)
     transformed = np.empty((padded_height, half_width), dtype=np.complex64)
     axes = np.arange(2)
-    n_kept = n_bands if exact_every > 1 else 0
+    # Model and gradient of the last comparison; when all are exact, of the last band only.
+    n_kept = n_bands if exact_every > 1 else 1
     reference = np.empty((n_kept, padded_height, half_width), dtype=np.complex64)
     known = np.empty((n_kept, padded_height, half_width), dtype=np.complex64)
     power = np.empty((n_kept, padded_height, half_width), dtype=np.float32)
     n_pixels = 0
     for b in range(n_bands):
-        weight, count = mean_positive(weights[b])
+        total, count = 0.0, 0
+        for y in range(h):
+            for x in range(w):
+                if weights[b, y, x] > 0:
+                    total += weights[b, y, x]
+                    count += 1
         n_pixels += count
         if exact_every > 1:
-            kernel_power(power[b], kernel_fft[b], weight * np.float32(padded_height * padded_width))
+            mean_weight = np.float32(total / max(count, 1))
+            kernel_power(power[b], kernel_fft[b], mean_weight * np.float32(padded_height * padded_width))
 
-    spectra = spectra.copy()
-    morphologies = morphologies.copy()
-    gradient = np.zeros_like(morphologies)
-    first = np.zeros_like(morphologies)
-    second = np.zeros_like(morphologies)
-    largest = np.zeros_like(morphologies)
-    spectra_gradient = np.zeros_like(spectra)
-    spectra_first = np.zeros_like(spectra)
-    spectra_second = np.zeros_like(spectra)
-    spectra_largest = np.zeros_like(spectra)
+    # Values and what AMSGrad knows of their gradients.
+    state = np.empty((4, len(morphologies)), dtype=np.float32)
+    spectra_state = np.empty((4, n_components * n_bands), dtype=np.float32)
+    for m in range(4):
+        for i in range(len(morphologies)):
+            state[m, i] = morphologies[i] if m == 0 else np.float32(0.0)
+        for k in range(n_components):
+            for b in range(n_bands):
+                spectra_state[m, k * n_bands + b] = spectra[k, b] if m == 0 else np.float32(0.0)
+    morphologies = state[0]
+    spectra = spectra_state[0].reshape((n_components, n_bands))
+    gradient = np.empty(len(morphologies), dtype=np.float32)
+    spectra_gradient = np.empty(n_components * n_bands, dtype=np.float32)
     losses = np.empty(max_iterations // exact_every + 2)
-    best_losses = np.empty_like(losses)
+    best_losses = np.empty(max_iterations // exact_every + 2)
     best_boxes, best_offsets = boxes, offsets
     best_morphologies, best_spectra = morphologies.copy(), spectra.copy()
     n_patience = max((patience + exact_every - 1) // exact_every, 1)
@@ -243,36 +249,46 @@ def fit_components(
         loss = 0.0
         gradient[:] = 0.0
         for b in range(n_bands):
+            kept = min(b, n_kept - 1)
             plane[:] = 0.0
             for k in range(n_components):
-                y0, x0, height, width = boxes[k]
-                add_component(plane, y0, x0, height, width, morphologies[offsets[k] : offsets[k + 1]], spectra[k, b])
-            r2c(plane, transformed, axes, True, 1.0, 1)
+                add_component(
+                    plane,
+                    boxes[k, 0],
+                    boxes[k, 1],
+                    boxes[k, 2],
+                    boxes[k, 3],
+                    morphologies[offsets[k] : offsets[k + 1]],
+                    spectra[k, b],
+                )
+            r2c(plane, reference[kept] if exact else transformed, axes, True, 1.0, 1)
             if exact:
-                if exact_every > 1:
-                    copy_plane(reference[b], transformed)
-                multiply(transformed, kernel_fft[b])
+                multiply_into(transformed, reference[kept], kernel_fft[b])
                 c2r(transformed, plane, axes, False, 1.0, 1)
                 loss += weighted_residual(plane, images[b], weights[b])
                 r2c(plane, transformed, axes, True, 1.0, 1)
-                multiply_conjugate(transformed, kernel_fft[b])
-                if exact_every > 1:
-                    copy_plane(known[b], transformed)
+                multiply_conjugate_into(known[kept], transformed, kernel_fft[b])
             else:
-                extrapolate_gradient(transformed, reference[b], known[b], power[b])
-            c2r(transformed, plane, axes, False, 1.0, 1)
+                extrapolate_gradient(transformed, reference[kept], known[kept], power[b])
+            c2r(known[kept] if exact else transformed, plane, axes, False, 1.0, 1)
             for k in range(n_components):
-                y0, x0, height, width = boxes[k]
                 part = slice(offsets[k], offsets[k + 1])
-                spectra_gradient[k, b] = add_gradient(
-                    plane, y0, x0, height, width, morphologies[part], spectra[k, b], gradient[part]
+                spectra_gradient[k * n_bands + b] = add_gradient(
+                    plane,
+                    boxes[k, 0],
+                    boxes[k, 1],
+                    boxes[k, 2],
+                    boxes[k, 3],
+                    morphologies[part],
+                    spectra[k, b],
+                    gradient[part],
                 )
         if exact:
             losses[n_exact] = loss
             if n_exact == 0 or loss < best_losses[n_exact - 1]:
                 best_losses[n_exact] = loss
                 best_morphologies = morphologies.copy()
-                copy_plane(best_spectra, spectra)
+                best_spectra = spectra.copy()
                 best_boxes, best_offsets = boxes, offsets
             else:
                 best_losses[n_exact] = best_losses[n_exact - 1]
@@ -297,33 +313,17 @@ def fit_components(
                 mean += spectra[k, b] / np.float32(n_bands)
             for b in range(n_bands):
                 step = max(noise[b] * np.float32(0.1), np.float32(spectrum_step) * mean)
-                bands = slice(b, b + 1)
-                amsgrad(
-                    spectra[k, bands],
-                    spectra_gradient[k, bands],
-                    spectra_first[k, bands],
-                    spectra_second[k, bands],
-                    spectra_largest[k, bands],
-                    scale * step,
-                )
+                place = k * n_bands + b
+                amsgrad(spectra_state, spectra_gradient, place, place + 1, scale * step)
                 if not spectra[k, b] >= FLOOR:
                     spectra[k, b] = FLOOR
-            part = slice(offsets[k], offsets[k + 1])
-            amsgrad(
-                morphologies[part],
-                gradient[part],
-                first[part],
-                second[part],
-                largest[part],
-                scale * np.float32(morphology_step),
-            )
-            y0, x0, height, width = boxes[k]
+            amsgrad(state, gradient, offsets[k], offsets[k + 1], scale * np.float32(morphology_step))
             project_morphology(
-                morphologies[part],
-                height,
-                width,
-                centers[k, 0] - y0,
-                centers[k, 1] - x0,
+                morphologies[offsets[k] : offsets[k + 1]],
+                boxes[k, 2],
+                boxes[k, 3],
+                centers[k, 0] - boxes[k, 0],
+                centers[k, 1] - boxes[k, 1],
                 background_limit(spectra[k], noise, background_threshold),
                 monotonic,
                 symmetric,
@@ -333,11 +333,9 @@ def fit_components(
 
         if resize_every > 0 and n_done > 0 and n_done % resize_every == 0:
             new_boxes, new_offsets = resized(morphologies, boxes, offsets, centers, 5, (h, w))
-            morphologies = repack(morphologies, boxes, offsets, new_boxes, new_offsets)
-            first = repack(first, boxes, offsets, new_boxes, new_offsets)
-            second = repack(second, boxes, offsets, new_boxes, new_offsets)
-            largest = repack(largest, boxes, offsets, new_boxes, new_offsets)
-            gradient = np.zeros_like(morphologies)
+            state = repack(state, boxes, offsets, new_boxes, new_offsets)
+            morphologies = state[0]
+            gradient = np.empty(len(morphologies), dtype=np.float32)
             boxes, offsets = new_boxes, new_offsets
         n_done += 1
     return best_boxes, best_offsets, best_morphologies, best_spectra, losses[:n_exact], n_done, converged

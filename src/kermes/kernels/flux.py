@@ -8,8 +8,12 @@ from kermes.kernels.decorator import fast_kernel, kernel
 @kernel
 def source_boxes(boxes, sources, n_sources):
     """Join the boxes (K, 4) of the components of each source. Returns boxes (S, 4) and offsets (S + 1,)."""
-    joined = np.zeros((n_sources, 4), dtype=np.int64)
-    offsets = np.zeros(n_sources + 1, dtype=np.int64)
+    joined = np.empty((n_sources, 4), dtype=np.int64)
+    for s in range(n_sources):
+        for side in range(4):
+            joined[s, side] = 0
+    offsets = np.empty(n_sources + 1, dtype=np.int64)
+    offsets[0] = 0
     for k in range(len(boxes)):
         s = sources[k]
         if boxes[k, 2] == 0 or boxes[k, 3] == 0:
@@ -44,7 +48,7 @@ def combine_components(pixels, boxes, offsets, sources, spectra, joined, joined_
     out = np.zeros((n_bands, joined_offsets[-1]), dtype=np.float32)
     for k in range(len(boxes)):
         s = sources[k]
-        y0, x0, height, width = boxes[k]
+        y0, x0, height, width = boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3]
         for b in range(n_bands):
             for y in range(height):
                 start = joined_offsets[s] + (y0 + y - joined[s, 0]) * joined[s, 3] + x0 - joined[s, 1]
@@ -68,7 +72,7 @@ def add_positive(row, model):
 def add_positive_models(total, models, boxes, offsets):
     """Add the positive parts of all packed models (B, n) to the image `total` (B, H, W)."""
     for s in range(len(boxes)):
-        y0, x0, height, width = boxes[s]
+        y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         for b in range(len(total)):
             for y in range(height):
                 start = offsets[s] + y * width
@@ -95,11 +99,12 @@ def share_fluxes(images, variance, valid, total, models, boxes, offsets):
     (S, B) float64.
     """
     n_bands = len(images)
-    flux = np.zeros((len(boxes), n_bands))
-    noise2 = np.zeros((len(boxes), n_bands))
+    flux = np.empty((len(boxes), n_bands))
+    noise2 = np.empty((len(boxes), n_bands))
     for s in range(len(boxes)):
-        y0, x0, height, width = boxes[s]
+        y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         for b in range(n_bands):
+            total_flux, total_noise2 = 0.0, 0.0
             for y in range(height):
                 start = offsets[s] + y * width
                 part, part2 = share_row(
@@ -109,8 +114,10 @@ def share_fluxes(images, variance, valid, total, models, boxes, offsets):
                     total[b, y0 + y, x0 : x0 + width],
                     models[b, start : start + width],
                 )
-                flux[s, b] += part
-                noise2[s, b] += part2
+                total_flux += part
+                total_noise2 += part2
+            flux[s, b] = total_flux
+            noise2[s, b] = total_noise2
     return flux, noise2
 
 
@@ -118,7 +125,7 @@ def share_fluxes(images, variance, valid, total, models, boxes, offsets):
 def subtract_models(residual, models, boxes, offsets):
     """Subtract all packed models (B, n) from the image `residual` (B, H, W), in place."""
     for s in range(len(boxes)):
-        y0, x0, height, width = boxes[s]
+        y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         for b in range(len(residual)):
             for y in range(height):
                 start = offsets[s] + y * width

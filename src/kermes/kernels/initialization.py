@@ -26,10 +26,14 @@ def deconvolve(images, band_weights, kernel_fft, width, strength):
     """
     n_bands, h, w = images.shape
     height = kernel_fft.shape[1]
-    plane = np.zeros((height, width), dtype=np.float32)
+    plane = np.empty((height, width), dtype=np.float32)
     transformed = np.empty((height, width // 2 + 1), dtype=np.complex64)
-    numerator = np.zeros((height, width // 2 + 1), dtype=np.complex64)
-    information = np.zeros((height, width // 2 + 1), dtype=np.float32)
+    numerator = np.empty((height, width // 2 + 1), dtype=np.complex64)
+    information = np.empty((height, width // 2 + 1), dtype=np.float32)
+    for y in range(height):
+        for x in range(width // 2 + 1):
+            numerator[y, x] = 0.0
+            information[y, x] = 0.0
     axes = np.arange(2)
     size = np.float32(height * width)
     for b in range(n_bands):
@@ -63,9 +67,9 @@ def signal_to_noise(images, weights, psfs, centers):
     """
     n_bands, h, w = images.shape
     p, q = psfs.shape[1:]
-    out = np.zeros(len(centers))
+    out = np.empty(len(centers))
     for k in range(len(centers)):
-        cy, cx = centers[k]
+        cy, cx = centers[k, 0], centers[k, 1]
         signal, noise2 = 0.0, 0.0
         for b in range(n_bands):
             for y in range(max(cy - p // 2, 0), min(cy + p // 2 + 1, h)):
@@ -74,8 +78,7 @@ def signal_to_noise(images, weights, psfs, centers):
                         value = psfs[b, y - cy + p // 2, x - cx + q // 2]
                         signal += images[b, y, x] * value
                         noise2 += value * value / weights[b, y, x]
-        if noise2 > 0:
-            out[k] = signal / np.sqrt(noise2)
+        out[k] = signal / np.sqrt(noise2) if noise2 > 0 else 0.0
     return out
 
 
@@ -124,14 +127,17 @@ def first_morphologies(image, centers, limit, pad):
     h, w = image.shape
     reached = np.zeros((h, w), dtype=np.uint8)
     queue = np.empty(h * w, dtype=np.int64)
-    boxes = np.zeros((len(centers), 4), dtype=np.int64)
-    offsets = np.zeros(len(centers) + 1, dtype=np.int64)
+    boxes = np.empty((len(centers), 4), dtype=np.int64)
+    offsets = np.empty(len(centers) + 1, dtype=np.int64)
+    offsets[0] = 0
     packed = np.zeros(64 * len(centers) + 64, dtype=np.float32)
     for k in range(len(centers)):
-        cy, cx = centers[k]
+        cy, cx = centers[k, 0], centers[k, 1]
         n = grow_symmetric(image, cy, cx, limit, reached, queue)
         offsets[k + 1] = offsets[k]
         if n == 0:
+            for side in range(4):
+                boxes[k, side] = 0
             continue
         y0, y1, x0, x1 = cy, cy + 1, cx, cx + 1
         for i in range(n):
@@ -174,7 +180,8 @@ def first_components(boxes, offsets, morphologies, centers, psf, level, two_comp
         n_components += count
         n_pixels += count * size if size > 0 else p * q
     new_boxes = np.empty((n_components, 4), dtype=np.int64)
-    new_offsets = np.zeros(n_components + 1, dtype=np.int64)
+    new_offsets = np.empty(n_components + 1, dtype=np.int64)
+    new_offsets[0] = 0
     sources = np.empty(n_components, dtype=np.int64)
     packed = np.empty(n_pixels, dtype=np.float32)
     c = 0

@@ -17,37 +17,40 @@ def blend_metrics(models, boxes, offsets, shape):
     h, w = shape
     total = np.zeros((n_bands, h, w), dtype=np.float32)
     for s in range(len(boxes)):
-        y0, x0, height, width = boxes[s]
+        y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         for b in range(n_bands):
             for y in range(height):
                 for x in range(width):
                     total[b, y0 + y, x0 + x] += models[b, offsets[s] + y * width + x]
-    out = np.zeros((4, len(boxes), n_bands))
+    top = np.empty((len(boxes), n_bands))
+    rest = np.empty((len(boxes), n_bands))
+    share = np.empty((len(boxes), n_bands))
+    blendedness = np.empty((len(boxes), n_bands))
     for s in range(len(boxes)):
-        y0, x0, height, width = boxes[s]
-        inside = np.zeros((height, width), dtype=np.bool_)
+        y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
+        inside = np.zeros((height, width), dtype=np.uint8)
         for b in range(n_bands):
             for y in range(height):
                 for x in range(width):
                     if models[b, offsets[s] + y * width + x] > 0:
-                        inside[y, x] = True
+                        inside[y, x] = 1
         for b in range(n_bands):
             largest, others, flux, self_product, product = 0.0, 0.0, 0.0, 0.0, 0.0
             for y in range(height):
                 for x in range(width):
-                    if inside[y, x]:
-                        m = float(models[b, offsets[s] + y * width + x])
-                        a = float(total[b, y0 + y, x0 + x])
+                    m = float(models[b, offsets[s] + y * width + x])
+                    a = float(total[b, y0 + y, x0 + x])
+                    flux += m
+                    self_product += m * m
+                    product += a * m
+                    if inside[y, x] > 0:
                         largest = max(largest, a - m)
                         others += a - m
-                        flux += m
-                        self_product += m * m
-                        product += a * m
-            out[0, s, b] = largest
-            out[1, s, b] = others
-            out[2, s, b] = others / flux if flux > 0 else 0.0
-            out[3, s, b] = 1.0 - self_product / product if product > 0 else 0.0
-    return out[0], out[1], out[2], out[3]
+            top[s, b] = largest
+            rest[s, b] = others
+            share[s, b] = others / flux if flux > 0 else 0.0
+            blendedness[s, b] = 1.0 - self_product / product if product > 0 else 0.0
+    return top, rest, share, blendedness
 
 
 @kernel
@@ -56,9 +59,9 @@ def mean_chi2(residual, weights, boxes):
 
     residual, weights (B, H, W).
     """
-    out = np.full(len(boxes), np.nan)
+    out = np.empty(len(boxes))
     for s in range(len(boxes)):
-        y0, x0, height, width = boxes[s]
+        y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         total, count = 0.0, 0
         for b in range(len(residual)):
             for y in range(y0, y0 + height):
@@ -66,6 +69,5 @@ def mean_chi2(residual, weights, boxes):
                     if weights[b, y, x] > 0:
                         total += weights[b, y, x] * residual[b, y, x] * residual[b, y, x]
                         count += 1
-        if count > 0:
-            out[s] = total / count
+        out[s] = total / count if count > 0 else np.nan
     return out

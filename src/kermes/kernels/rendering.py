@@ -3,6 +3,7 @@
 import numpy as np
 from rocket_fft import c2r, r2c
 
+from kermes.kernels.convolution import multiply_into
 from kermes.kernels.decorator import fast_kernel, kernel
 
 
@@ -10,10 +11,11 @@ from kermes.kernels.decorator import fast_kernel, kernel
 def rendered_boxes(boxes, reach, shape):
     """Grow every box by its reach (K,), inside the blend. Returns boxes and offsets of the rendered components."""
     h, w = shape
-    grown = np.empty_like(boxes)
-    offsets = np.zeros(len(boxes) + 1, dtype=np.int64)
+    grown = np.empty((len(boxes), 4), dtype=np.int64)
+    offsets = np.empty(len(boxes) + 1, dtype=np.int64)
+    offsets[0] = 0
     for k in range(len(boxes)):
-        y0, x0, height, width = boxes[k]
+        y0, x0, height, width = boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3]
         top, left = max(y0 - reach[k], 0), max(x0 - reach[k], 0)
         grown[k, 0] = top
         grown[k, 1] = left
@@ -21,14 +23,6 @@ def rendered_boxes(boxes, reach, shape):
         grown[k, 3] = min(x0 + width + reach[k], w) - left if width > 0 else 0
         offsets[k + 1] = offsets[k] + grown[k, 2] * grown[k, 3]
     return grown, offsets
-
-
-@fast_kernel
-def multiply_into(out, transformed, kernel_fft):
-    """out = transformed * kernel_fft, element by element."""
-    for y in range(out.shape[0]):
-        for x in range(out.shape[1]):
-            out[y, x] = transformed[y, x] * kernel_fft[y, x]
 
 
 @fast_kernel
@@ -59,13 +53,12 @@ def render_components(boxes, offsets, morphologies, kernel_fft, members, grown, 
     """
     n_bands, side = kernel_fft.shape[:2]
     axes = np.arange(2)
-    plane = np.zeros((side, side), dtype=np.float32)
+    plane = np.empty((side, side), dtype=np.float32)
     transformed = np.empty((side, side // 2 + 1), dtype=np.complex64)
     product = np.empty((side, side // 2 + 1), dtype=np.complex64)
     for k in members:
-        y0, x0, height, width = boxes[k]
-        g0, g1, gh, gw = grown[k]
-        dy, dx = y0 - g0, x0 - g1
+        y0, x0, height, width = boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3]
+        dy, dx = y0 - grown[k, 0], x0 - grown[k, 1]
         plane[:] = 0.0
         for y in range(height):
             for x in range(width):
@@ -74,4 +67,4 @@ def render_components(boxes, offsets, morphologies, kernel_fft, members, grown, 
         for b in range(n_bands):
             multiply_into(product, transformed, kernel_fft[b])
             c2r(product, plane, axes, False, 1.0, 1)
-            copy_above_rounding(out[b, grown_offsets[k] : grown_offsets[k + 1]], plane, gh, gw)
+            copy_above_rounding(out[b, grown_offsets[k] : grown_offsets[k + 1]], plane, grown[k, 2], grown[k, 3])

@@ -6,54 +6,49 @@ itself first, and mirror[e] is the place of the transposed entry.
 
 import numpy as np
 
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
 
 
-@kernel
-def overlap(boxes, i, j):
-    """Bounds (y0, y1, x0, x1), half open, of the pixels that two boxes share; y0 >= y1 or x0 >= x1 if none."""
-    return (
-        max(boxes[i, 0], boxes[j, 0]),
-        min(boxes[i, 0] + boxes[i, 2], boxes[j, 0] + boxes[j, 2]),
-        max(boxes[i, 1], boxes[j, 1]),
-        min(boxes[i, 1] + boxes[i, 3], boxes[j, 1] + boxes[j, 3]),
-    )
-
-
-@kernel
+@inlined_kernel
 def overlapping_pairs(boxes):
     """List the components whose boxes overlap. Returns starts (K + 1,), columns and mirror.
 
     boxes (K, 4). Cost O(K^2) comparisons of integers.
     """
     n = len(boxes)
-    starts = np.zeros(n + 1, dtype=np.int64)
-    columns = np.empty(8 * n + 8, dtype=np.int64)
-    last = 0
-    for i in range(n):
-        for step in range(n):
-            j = i if step == 0 else (step - 1 if step <= i else step)
-            y0, y1, x0, x1 = overlap(boxes, i, j)
-            if j != i and (y0 >= y1 or x0 >= x1):
-                continue
-            if last == len(columns):
-                larger = np.empty(2 * last, dtype=np.int64)
-                for e in range(last):
-                    larger[e] = columns[e]
-                columns = larger
-            columns[last] = j
+    starts = np.empty(n + 1, dtype=np.int64)
+    starts[0] = 0
+    columns = np.empty(0, dtype=np.int64)
+    for known in range(2):  # first how many there are, then which
+        last = 0
+        for i in range(n):
+            if known:
+                columns[last] = i
             last += 1
-        starts[i + 1] = last
+            for j in range(n):
+                if (
+                    j != i
+                    and max(boxes[i, 0], boxes[j, 0]) < min(boxes[i, 0] + boxes[i, 2], boxes[j, 0] + boxes[j, 2])
+                    and max(boxes[i, 1], boxes[j, 1]) < min(boxes[i, 1] + boxes[i, 3], boxes[j, 1] + boxes[j, 3])
+                ):
+                    if known:
+                        columns[last] = j
+                    last += 1
+            starts[i + 1] = last
+        if not known:
+            columns = np.empty(last, dtype=np.int64)
     mirror = np.empty(last, dtype=np.int64)
     # Rows are sorted but for their first entry, so the transposed entries come up in order.
-    cursor = starts[:-1] + 1
+    cursor = np.empty(n, dtype=np.int64)
     for i in range(n):
         mirror[starts[i]] = starts[i]
+        cursor[i] = starts[i] + 1
+    for i in range(n):
         for entry in range(starts[i] + 1, starts[i + 1]):
             j = columns[entry]
             mirror[entry] = cursor[j]
             cursor[j] += 1
-    return starts, columns[:last].copy(), mirror
+    return starts, columns, mirror
 
 
 @fast_kernel
@@ -65,7 +60,7 @@ def weighted_product(a, b, weights):
     return total
 
 
-@kernel
+@inlined_kernel
 def normal_equations(rendered, boxes, offsets, starts, columns, mirror, image, weights):
     """Set up sum(W C_i C_j) and sum(W C_i I) of one band from the pixels that components share.
 
@@ -73,20 +68,22 @@ def normal_equations(rendered, boxes, offsets, starts, columns, mirror, image, w
     `columns` and the right side (K,), both float64. Cost O(shared pixels).
     """
     n = len(boxes)
-    values = np.zeros(len(columns))
-    right = np.zeros(n)
+    values = np.empty(len(columns))
+    right = np.empty(n)
     for i in range(n):
-        y0, x0, height, width = boxes[i]
+        y0, x0, height, width = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
+        total = 0.0
         for y in range(height):
             row = rendered[offsets[i] + y * width : offsets[i] + (y + 1) * width]
-            right[i] += weighted_product(row, image[y0 + y, x0 : x0 + width], weights[y0 + y, x0 : x0 + width])
+            total += weighted_product(row, image[y0 + y, x0 : x0 + width], weights[y0 + y, x0 : x0 + width])
+        right[i] = total
         for entry in range(starts[i], starts[i + 1]):
             j = columns[entry]
             if j < i:
                 continue
-            top, bottom, left, end = overlap(boxes, i, j)
+            left, end = max(x0, boxes[j, 1]), min(x0 + width, boxes[j, 1] + boxes[j, 3])
             total = 0.0
-            for y in range(top, bottom):
+            for y in range(max(y0, boxes[j, 0]), min(y0 + height, boxes[j, 0] + boxes[j, 2])):
                 of_i = offsets[i] + (y - y0) * width - x0
                 of_j = offsets[j] + (y - boxes[j, 0]) * boxes[j, 3] - boxes[j, 1]
                 total += weighted_product(
@@ -97,7 +94,7 @@ def normal_equations(rendered, boxes, offsets, starts, columns, mirror, image, w
     return values, right
 
 
-@kernel
+@inlined_kernel
 def solve_non_negative(starts, columns, values, right, solution, max_sweeps, tolerance):
     """Minimise x A x / 2 - b x for x >= 0 by coordinate descent, in place from `solution`.
 
@@ -106,7 +103,9 @@ def solve_non_negative(starts, columns, values, right, solution, max_sweeps, tol
     harmless. Returns the number of sweeps.
     """
     n = len(right)
-    gradient = right.copy()  # b - A x, kept up to date
+    gradient = np.empty(n)  # b - A x, kept up to date
+    for i in range(n):
+        gradient[i] = right[i]
     for i in range(n):
         if values[starts[i]] <= 0:
             solution[i] = 0.0
@@ -132,29 +131,30 @@ def solve_non_negative(starts, columns, values, right, solution, max_sweeps, tol
 
 
 @kernel
-def solve_band(starts, columns, values, right, spectra, b, max_sweeps, tolerance):
-    """Solve the fluxes of band b from where `spectra` (K, B) stands, in place."""
-    solution = np.empty(len(spectra))
-    for k in range(len(spectra)):
-        solution[k] = spectra[k, b]
-    solve_non_negative(starts, columns, values, right, solution, max_sweeps, tolerance)
-    for k in range(len(spectra)):
-        spectra[k, b] = solution[k]
-
-
-@kernel
 def solve_spectra(rendered, boxes, offsets, images, weights, spectra, max_sweeps, tolerance):
     """Find the non-negative fluxes of all components, band by band, from where `spectra` (K, B) stands, in place.
 
-    rendered (B, n) packed components for a spectrum of one.
+    rendered (B, n) packed components for a spectrum of one. Returns the matrix: starts, columns, and the values of
+    each band.
     """
     starts, columns, mirror = overlapping_pairs(boxes)
-    for b in range(len(images)):
+    n_bands = len(images)
+    n = len(boxes)
+    equations = np.empty((n_bands, len(columns)))
+    solution = np.empty(n)
+    for b in range(n_bands):
         values, right = normal_equations(rendered[b], boxes, offsets, starts, columns, mirror, images[b], weights[b])
-        solve_band(starts, columns, values, right, spectra, b, max_sweeps, tolerance)
+        for k in range(n):
+            solution[k] = spectra[k, b]
+        solve_non_negative(starts, columns, values, right, solution, max_sweeps, tolerance)
+        for k in range(n):
+            spectra[k, b] = solution[k]
+        for e in range(len(columns)):
+            equations[b, e] = values[e]
+    return starts, columns, equations
 
 
-@kernel
+@inlined_kernel
 def inverse_corner(block, size):
     """First element of the inverse of the positive definite block[:size, :size], which is overwritten.
 
@@ -174,7 +174,7 @@ def inverse_corner(block, size):
     return 1.0 / (block[0, 0] * block[0, 0])
 
 
-@kernel
+@inlined_kernel
 def strongest_partners(starts, columns, values, i, members):
     """Write the components most degenerate with i, A_ij^2 / (A_ii A_jj), into members[1:], the strongest first.
 
@@ -201,7 +201,7 @@ def strongest_partners(starts, columns, values, i, members):
     return count
 
 
-@kernel
+@inlined_kernel
 def marginal_variance(starts, columns, values, max_neighbours):
     """Variance of every flux with those of its neighbours free: the diagonal of the inverse of A.
 
@@ -211,7 +211,9 @@ def marginal_variance(starts, columns, values, max_neighbours):
     """
     n = len(starts) - 1
     out = np.empty(n)
-    place = np.zeros(n, dtype=np.int64)  # position in the block plus one; 0: not in it
+    place = np.empty(n, dtype=np.int64)  # position in the block plus one; 0: not in it
+    for i in range(n):
+        place[i] = 0
     members = np.empty(max_neighbours + 1, dtype=np.int64)
     block = np.empty((max_neighbours + 1, max_neighbours + 1))
     for i in range(n):
@@ -235,22 +237,26 @@ def marginal_variance(starts, columns, values, max_neighbours):
     return out
 
 
-@kernel
+@inlined_kernel
 def source_matrix(starts, columns, values, sources, n_sources, weights):
     """Matrix of whole sources from that of their components: A' = T^T A T with T the weight of each component.
 
     sources (K,) and weights (K,) of the components. Returns starts, columns and values as above, for n_sources.
     """
     n = len(sources)
-    first = np.zeros(n_sources + 1, dtype=np.int64)
+    first = np.empty(n_sources + 1, dtype=np.int64)
+    seen = np.empty(n_sources, dtype=np.int64)
+    first[0] = 0
+    for s in range(n_sources):
+        first[s + 1], seen[s] = 0, -1
     for k in range(n):
         first[sources[k] + 1] += 1
     for s in range(n_sources):
         first[s + 1] += first[s]
-    sums = np.zeros(n_sources)
-    seen = np.full(n_sources, -1, dtype=np.int64)
+    sums = np.empty(n_sources)
     partners = np.empty(n_sources, dtype=np.int64)
-    new_starts = np.zeros(n_sources + 1, dtype=np.int64)
+    new_starts = np.empty(n_sources + 1, dtype=np.int64)
+    new_starts[0] = 0
     new_columns = np.empty(len(columns) + n_sources, dtype=np.int64)
     new_values = np.empty(len(columns) + n_sources)
     last = 0
@@ -274,32 +280,23 @@ def source_matrix(starts, columns, values, sources, n_sources, weights):
             new_values[last] = sums[partners[m]]
             last += 1
         new_starts[s + 1] = last
-    return new_starts, new_columns[:last].copy(), new_values[:last].copy()
+    return new_starts, new_columns[:last], new_values[:last]
 
 
 @kernel
-def solve_fluxes(
-    rendered, boxes, offsets, images, weights, sources, n_sources, spectra, sums, max_sweeps, tolerance, max_neighbours
-):
-    """Solve all fluxes jointly and find the errors of those of whole sources.
+def flux_variance(starts, columns, equations, sources, n_sources, spectra, sums, max_neighbours):
+    """Variance of the total flux of each source in each band (S, B).
 
-    As solve_spectra, in place on `spectra` (K, B); sums (K,) is the total of each morphology. Returns the variance of
-    the total flux of each source in each band (S, B), shapes and colours of its components held, neighbours free.
+    Shapes and colours of its components are held, its neighbours free. starts, columns and equations from
+    `solve_spectra`, which left `spectra` (K, B).
     """
-    starts, columns, mirror = overlapping_pairs(boxes)
-    n_bands = len(images)
-    n = len(boxes)
-    variance = np.full((n_sources, n_bands), np.inf)
-    equations = np.empty((n_bands, len(columns)))
-    for b in range(n_bands):
-        values, right = normal_equations(rendered[b], boxes, offsets, starts, columns, mirror, images[b], weights[b])
-        solve_band(starts, columns, values, right, spectra, b, max_sweeps, tolerance)
-        for e in range(len(columns)):
-            equations[b, e] = values[e]
+    n, n_bands = spectra.shape
+    variance = np.empty((n_sources, n_bands))
     mixture = np.empty(n)
     flux = np.empty(n_sources)
     for b in range(n_bands):
-        flux[:] = 0.0
+        for s in range(n_sources):
+            flux[s] = 0.0
         for k in range(n):
             # A component without flux in this band still has a shape: a trace of it keeps the matrix regular.
             top = np.float32(1e-4)

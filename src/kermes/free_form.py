@@ -1,0 +1,329 @@
+"""Free shapes over profiles, where the data show more than a profile can hold.
+
+A resolved galaxy has arms and knots, and the PSF of a bright star is not known as well as its light is measured. What
+profiles leave there is given to corrections with free shapes: pixel by pixel brighter or fainter than the profile, but
+never below zero together with it. They reach as far as the profile stands out of the noise in the model frame, and fade
+where it fades: the wings stay those of the profile.
+
+A correction is the most probable one if the expected change of a pixel is proportional to the profile there, smoothed
+by the PSF of the model frame. First each profile is changed with its own spectrum in all bands together; where what is
+left is still significant, for gradients of colour and for PSFs that are wrong in one band, each band is changed on its
+own. Both are linear problems, solved by a few steps of conjugate gradients (Hestenes and Stiefel 1952), preconditioned
+by the diagonal; what would converge last is noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kermes.coadd import Blend
+from kermes.config import FreeFormConfig
+from kermes.geometry import Box
+from kermes.kernels import metrics as kernels_metrics
+from kermes.psf import model_psf, sufficient_reach
+from kermes.rendering import Convolution, KernelSet, transform_side
+from kermes.scene import FactorizedComponent, ProfileComponent, Scene, move_pixels
+
+DoubleArray = NDArray[np.float64]
+FloatArray = NDArray[np.float32]
+IndexArray = NDArray[np.int64]
+
+BLUR = 4
+"""How far the PSF of the model frame is followed [pixels]."""
+
+LEAST_REACH = 4
+"""How far observed PSFs are followed at least [pixels]."""
+
+LARGEST = 96
+"""Longest side of the pixels of the model frame that are corrected for one source; larger ones have more of wings."""
+
+NEAR = 7
+"""Distance from a peak, along each axis [pixels], within which chi2 is looked at first."""
+
+LEAST_CHI2 = 0.9
+"""Mean chi2 there below which a source is not looked at closer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Window:
+    """The pixels that tell about one source."""
+
+    box: Box
+    """Array index of the coadd."""
+
+    residual: FloatArray
+    """What the models leave of the images [noise of a typical pixel], shape (B, h, w)."""
+
+    weights: FloatArray
+    """Inverse variance [same unit], 0 where a pixel is not used, shape (B, h, w)."""
+
+    information: FloatArray
+    """Inverse variance of the light that a pixel of the model has, all other pixels known, shape (B, h, w)."""
+
+    convolution: Convolution
+    """With the observed PSFs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Change:
+    """What may change: the sum over k of spectra[k] * envelopes[k] * fields[k], each field of variance one."""
+
+    spectra: FloatArray
+    """Shape (K, B)."""
+
+    envelopes: FloatArray
+    """Shape (K, h, w)."""
+
+    def light(self, fields: FloatArray) -> FloatArray:
+        """Turn fields (K, h, w) into light (B, h, w) before it is blurred by any PSF."""
+        return np.asarray(np.einsum("kb,khw->bhw", self.spectra, self.envelopes * fields))
+
+    def adjoint(self, gradient: FloatArray) -> FloatArray:
+        """Turn derivatives by the light (B, h, w) into those by the fields (K, h, w)."""
+        return np.asarray(self.envelopes * np.einsum("kb,bhw->khw", self.spectra, gradient))
+
+
+def with_free_form(
+    scene: Scene,
+    residual: FloatArray,
+    snr: DoubleArray,
+    blend: Blend,
+    kernels: KernelSet,
+    config: FreeFormConfig,
+) -> Scene:
+    """Add corrections of free shape to the sources whose profiles do not suffice, the brightest first.
+
+    Parameters
+    ----------
+    scene : Scene
+        Profiles that were fitted to the blend, on its pixels.
+    residual : ndarray, shape (B, H, W)
+        What all models leave of the images [unit of the blend].
+    snr : ndarray, shape (S,)
+        Signal-to-noise of each source, all bands together; NaN: it keeps its profiles.
+    blend : Blend
+        Finite; pixels without weight are left out.
+    kernels : KernelSet
+        With the observed PSFs.
+    config : FreeFormConfig
+
+    Returns
+    -------
+    scene : Scene
+        Corrected sources have factorized components behind their profiles. Their light may be negative, but where the
+        profiles of a source are positive, the sum of all its components in the model frame is positive or zero.
+
+    Notes
+    -----
+    Corrections are for residuals, re-distribution and pictures. The total flux of the profiles alone is as close to the
+    truth as that of the sum, or closer.
+
+    O(B side^2 log side) per step and corrected source; side is the extent of the source and twice that of the PSF.
+    """
+    used = blend.weights[blend.weights > 0]
+    if config.strength == 0 or not len(used):
+        return scene
+    unit = np.float32(1 / np.sqrt(np.median(used)))
+    residual, weights = residual / unit, blend.weights * unit**2
+    noise = np.nan_to_num(blend.noise_rms / unit, nan=np.inf).astype(np.float32)
+    reach = _reach(blend, kernels)
+    promising = _chi2_near_peaks(scene, residual, weights) > LEAST_CHI2
+    sources = list(scene.sources)
+    for s in np.argsort(-np.nan_to_num(snr), kind="stable").tolist():
+        profiles = [component for component in sources[s].components if isinstance(component, ProfileComponent)]
+        point = all(profile.is_point for profile in profiles)
+        if not profiles or not promising[s] or not snr[s] >= (config.point_snr if point else config.min_snr):
+            continue
+        spectra = np.array([np.maximum(profile.spectrum, 0) / unit for profile in profiles], dtype=np.float32)
+        images = [_image(profile) for profile in profiles]
+        floor = config.floor
+        support = _support(profiles, images, _floors(spectra, floor * noise)) & scene.box
+        while max(support.shape) > LARGEST:
+            floor = 1.5 * floor
+            support = _support(profiles, images, _floors(spectra, floor * noise)) & scene.box
+        if support.is_empty:
+            continue
+        window = _window(support, int(reach[s]), residual, weights, blend, kernels)
+        shapes = np.stack([move_pixels(i, p.box, window.box) for i, p in zip(images, profiles, strict=True)])
+        spectra, shapes, window = _corrections(spectra, shapes, floor * noise, window, profiles[0].sigma, config)
+        residual[(slice(None), *window.box.within(scene.box))] = window.residual
+        box = support.grow(BLUR) & window.box
+        added = [
+            _component(spectrum * unit, shape, window.box, box)
+            for spectrum, shape in zip(spectra, shapes, strict=True)
+            if shape.any()
+        ]
+        sources[s] = replace(sources[s], components=(*sources[s].components, *added))
+    if all(new is old for new, old in zip(sources, scene.sources, strict=True)):
+        return scene
+    return replace(scene, sources=tuple(sources))
+
+
+def _chi2_near_peaks(scene: Scene, residual: FloatArray, weights: FloatArray) -> DoubleArray:
+    """Mean of chi2 near the peak of each source, shape (S,); NaN where no pixel is used."""
+    boxes = [Box(*source.peak, 1, 1).grow(NEAR) & scene.box for source in scene.sources]
+    origin = np.array([*scene.box.origin, 0, 0])
+    table = np.array([(*box.origin, *box.shape) for box in boxes], dtype=np.int64).reshape(-1, 4)
+    return np.asarray(kernels_metrics.mean_chi2(residual, weights, table - origin))
+
+
+def _reach(blend: Blend, kernels: KernelSet) -> IndexArray:
+    """How far PSFs are followed so that what is left out is lost in the noise, for the source of each peak [pixels]."""
+    y, x = blend.peaks.T
+    snr = blend.images[:, y, x].T / blend.noise_rms
+    # A masked core says nothing: it may be a saturated star's.
+    snr[(blend.weights[:, y, x] == 0).T & blend.weights.any(axis=(1, 2))] = np.inf
+    return np.maximum(sufficient_reach(kernels.cut_error(blend.psfs), snr), LEAST_REACH)
+
+
+def _image(profile: ProfileComponent) -> FloatArray:
+    """Draw a profile of flux one in the model frame on its box, zero where it is negative."""
+    one: FloatArray = replace(profile, spectrum=np.ones(1, dtype=np.float32)).evaluate()[0]
+    return np.maximum(one, 0)
+
+
+def _floors(spectra: FloatArray, faintest: FloatArray) -> FloatArray:
+    """Find the values (K,) of shapes of given spectra (K, B) that are as faint as allowed (B,) in the best band."""
+    return np.asarray(1 / np.maximum(np.max(spectra / faintest, axis=1), 1e-30), dtype=np.float32)
+
+
+def _support(profiles: list[ProfileComponent], images: list[FloatArray], floors: FloatArray) -> Box:
+    """Find the pixels of the coadd where any profile stands out of the noise."""
+    support = Box(0, 0, 0, 0)
+    for profile, image, floor in zip(profiles, images, floors, strict=True):
+        support = support | Box.where(image > floor).shift(*profile.box.origin)
+    return support
+
+
+def _window(
+    support: Box, reach: int, residual: FloatArray, weights: FloatArray, blend: Blend, kernels: KernelSet
+) -> _Window:
+    """Cut out what the light of a support reaches."""
+    box = support.grow(reach) & blend.box
+    side = transform_side(max(support.shape) + 2 * reach)
+    convolution = Convolution(kernels.psf_transforms(side), side, box.shape)
+    cut = (slice(None), *box.within(blend.box))
+    own = np.ascontiguousarray(weights[cut])
+    # The weights seen through the squared PSF, as if that were as wide as the PSF.
+    squares = np.square(blend.psfs).sum(axis=(1, 2)).astype(np.float32)
+    return _Window(
+        box=box,
+        residual=np.ascontiguousarray(residual[cut]),
+        weights=own,
+        information=squares[:, None, None] * np.maximum(convolution.adjoint(own), 0),
+        convolution=convolution,
+    )
+
+
+def _corrections(
+    spectra: FloatArray, shapes: FloatArray, faintest: FloatArray, window: _Window, sigma: float, config: FreeFormConfig
+) -> tuple[FloatArray, FloatArray, _Window]:
+    """Correct a source whose profiles have spectra (K, B) and shapes (K, h, w), in each band together and on its own.
+
+    Returns the spectra and shapes of the corrections, and what they leave.
+    """
+    common, window = _correct(spectra, shapes, faintest, window, sigma, config)
+    if common is None:
+        return spectra[:0], shapes[:0], window
+    model = np.einsum("kb,khw->bhw", spectra, shapes + common)
+    bands = np.eye(len(faintest), dtype=np.float32)
+    single, window = _correct(bands, model, faintest, window, sigma, config)
+    if single is None:
+        return spectra, common, window
+    return np.concatenate([spectra, bands]), np.concatenate([common, single]), window
+
+
+def _correct(
+    spectra: FloatArray, shapes: FloatArray, faintest: FloatArray, window: _Window, sigma: float, config: FreeFormConfig
+) -> tuple[FloatArray | None, _Window]:
+    """Find the changes (K, h, w) of shapes of given spectra, None if they are not significant, and what they leave."""
+    floors = _floors(spectra, faintest)[:, None, None]
+    change = _Change(spectra=spectra, envelopes=np.float32(config.strength) * np.maximum(shapes - floors, 0))
+    fields = _solve(window, change, shapes, config)
+    if fields is None:
+        return None, window
+    left = window.residual - window.convolution.forward(change.light(fields))
+    return np.maximum(_blurred(change.envelopes * fields, sigma), -shapes), replace(window, residual=left)
+
+
+def _solve(window: _Window, change: _Change, shapes: FloatArray, config: FreeFormConfig) -> FloatArray | None:
+    """Find the fields (K, h, w) for which chi2 plus their sum of squares is least; None if noise explains as much.
+
+    Light may not be taken from a pixel beyond what `shapes` (K, h, w) have there. Pixels where the first answer would
+    do so are held at that limit while the others are solved again.
+    """
+    gradient = change.adjoint(window.convolution.adjoint(window.weights * window.residual))
+    information = np.einsum("kb,bhw->khw", np.square(change.spectra), window.information)
+    diagonal = 1 + np.square(change.envelopes) * information
+    # What would be gained if the pixels were independent, and what noise alone would gain: one for each parameter that
+    # the data determine and not the prior.
+    freedom = float(np.sum(1 - 1 / diagonal, dtype=np.float64))
+    if not _product(gradient, gradient / diagonal) - freedom > config.significance * np.sqrt(freedom):
+        return None
+    enough = config.tolerance * freedom
+    fields = _descend(window, change, gradient, diagonal, enough, config.max_iterations)
+    lowest = -shapes / np.maximum(change.envelopes, np.float32(1e-20))
+    low = fields < lowest
+    if not low.any():
+        return fields
+    held = np.where(low, lowest, fields)
+    left = window.residual - window.convolution.forward(change.light(held))
+    gradient = change.adjoint(window.convolution.adjoint(window.weights * left)) - held
+    # An infinite diagonal holds a pixel.
+    diagonal = np.where(low, np.float32(np.inf), diagonal)
+    return np.maximum(held + _descend(window, change, gradient, diagonal, enough, config.max_iterations), lowest)
+
+
+def _descend(
+    window: _Window,
+    change: _Change,
+    gradient: FloatArray,
+    diagonal: FloatArray,
+    enough: float,
+    max_iterations: int,
+) -> FloatArray:
+    """Take steps of conjugate gradients from a gradient (K, h, w) until they promise not more than is enough."""
+    step = gradient / diagonal
+    gain = _product(gradient, step)
+    fields, direction = np.zeros_like(gradient), step
+    for _ in range(max_iterations):
+        if not gain > enough:
+            break
+        observed = window.convolution.forward(change.light(direction))
+        curved = direction + change.adjoint(window.convolution.adjoint(window.weights * observed))
+        length = np.float32(gain / _product(direction, curved))
+        fields += length * direction
+        gradient = gradient - length * curved
+        step = gradient / diagonal
+        before, gain = gain, _product(gradient, step)
+        direction = step + np.float32(gain / before) * direction
+    return fields
+
+
+def _product(one: FloatArray, other: FloatArray) -> float:
+    """Sum of products, the same bits on any number of threads."""
+    return float(np.sum(one * other, dtype=np.float64))
+
+
+def _blurred(images: FloatArray, sigma: float) -> FloatArray:
+    """Blur images (K, h, w) with the PSF of the model frame."""
+    _, height, width = images.shape
+    shares = model_psf(sigma, 2 * BLUR + 1).sum(axis=0).astype(np.float32)
+    padded = np.pad(images, ((0, 0), (BLUR, BLUR), (BLUR, BLUR)))
+    blurred = np.zeros((len(images), height, width + 2 * BLUR), dtype=np.float32)
+    for y, share in enumerate(shares):
+        blurred += share * padded[:, y : y + height]
+    result = np.zeros_like(images)
+    for x, share in enumerate(shares):
+        result += share * blurred[:, :, x : x + width]
+    return result
+
+
+def _component(spectrum: FloatArray, shape: FloatArray, window: Box, box: Box) -> FactorizedComponent:
+    """Make a component of a correction that is zero outside of a box; its pixel of most light, of either sign, is 1."""
+    morphology = shape[box.within(window)]
+    peak = morphology.flat[np.argmax(np.abs(morphology))]
+    return FactorizedComponent(spectrum=spectrum * peak, morphology=morphology / peak, box=box)

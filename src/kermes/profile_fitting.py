@@ -1,0 +1,672 @@
+"""The fit of profile sources: which neighbours are fitted together, in which order, and what each source is taken for.
+
+Sources are points, exponential or Sersic profiles, or an exponential disc with a Sersic bulge, with a centre and shapes
+that all bands share and a flux of its own in each band. Neighbours are fitted jointly in groups; between groups sweeps
+go back and forth until nothing changes. Positions and shapes follow from Levenberg-Marquardt steps with the fluxes, a
+linear problem, eliminated (variable projection, Golub & Pereyra 1973, with the approximation of Kaufman 1975).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kermes.config import ProfileConfig
+from kermes.geometry import Box
+from kermes.kernels import profile_fitting as kernels
+from kermes.kernels.profile_fitting import DOUBLE, EXPONENTIAL, N_KINDS, N_SHAPE, POINT, SERSIC, Modes, Sources
+from kermes.point_fitting import fit_points
+from kermes.scene import ProfileComponent, Scene, Source, kernel_table
+
+DoubleArray = NDArray[np.float64]
+FloatArray = NDArray[np.float32]
+IndexArray = NDArray[np.int64]
+
+KINDS = ("point", "exponential", "sersic", "double")
+"""Names of the kinds of sources, in the order of the numbers that kernels use."""
+
+SIDES = np.array([24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256], dtype=np.int64)
+"""Sides of the stamps that groups are fitted on [pixels]."""
+
+LEVELS = np.array([300.0, 3000.0])
+"""Signal-to-noise above which fainter Fourier modes are used."""
+
+THRESHOLDS = (2e-3, 3e-4, 1e-4)
+"""Modes in which no PSF is stronger than this are left out, for each level."""
+
+LONGEST_STEP = np.array([0.7, 0.7, 0.7, 0.5, 0.5, 0.5, 0.7, 0.5, 0.5, 0.5])
+"""Longest step of each shape parameter."""
+
+CONTRAST = 6.0
+"""Signal-to-noise of a galaxy over that of its core above the surroundings; hardly any has more."""
+
+FEWEST_CROWDED, POOR_CHI2 = 5, 3.0
+"""A dense blend of at least so many sources that is left with such a chi2 is tried as a crowd of points."""
+
+LEAST_BROADENING = 0.3
+"""Second moment beyond that of the PSF [pixels^2] below which a source in a crowded field stays a point."""
+
+CENTER_FLOOR = 5e-4
+"""Error of centres that more light does not lower, that of sampled PSFs [pixels]."""
+
+CONVERGED = 0.1
+"""The fit has converged when the last sweep has lowered half the chi2 by less than this per source."""
+
+FEWEST_PIXELS = 0.3
+"""Smallest half-light radius of what is not a point [pixels]."""
+
+MOST_SHEAR = 1.6
+"""Largest of each component of the log-shear."""
+
+
+@dataclass(slots=True, eq=False)
+class ModeBank:
+    """Fourier modes of one set of PSFs, made when a side and level is needed first."""
+
+    psfs: DoubleArray
+    """Shape (B, P, Q); zero in a band that cannot be used."""
+
+    modes: Modes = field(init=False)
+    _lock: Lock = field(init=False, default_factory=Lock)
+
+    def __post_init__(self) -> None:
+        self.modes = Modes(
+            sets=np.full((len(SIDES), len(THRESHOLDS)), -1, dtype=np.int64),
+            offsets=np.zeros(1, dtype=np.int64),
+            lengths=np.zeros(0, dtype=np.int64),
+            starts=np.zeros(1, dtype=np.int64),
+            psf=np.zeros(0, dtype=np.float32),
+        )
+
+    def require(self, stamps: IndexArray) -> Modes:
+        """Give the modes, with what some stamps need."""
+        if (self.modes.sets[stamps[:, 0], stamps[:, 3]] < 0).any():
+            # Blends in other threads may have the same PSFs.
+            with self._lock:
+                sets = self.modes.sets
+                missing = {(int(k), int(level)) for k, level in stamps[:, [0, 3]] if sets[k, level] < 0}
+                for k, level in sorted(missing):
+                    self._add(k, level)
+        return self.modes
+
+    def _add(self, k: int, level: int) -> None:
+        side, n_bands = int(SIDES[k]), len(self.psfs)
+        lengths = np.empty(side, dtype=np.int64)
+        psf = np.empty((n_bands, 2, side * (side // 2 + 1)), dtype=np.float32)
+        n = kernels.transform_modes(self.psfs, side, THRESHOLDS[level], lengths, psf)
+        old = self.modes
+        sets = old.sets.copy()
+        sets[k, level] = len(old.offsets) - 1
+        # A new tuple, not changed arrays: another thread may be reading the old one.
+        self.modes = Modes(
+            sets=sets,
+            offsets=np.append(old.offsets, old.offsets[-1] + n),
+            lengths=np.concatenate([old.lengths, lengths]),
+            starts=np.append(old.starts, old.starts[-1] + side),
+            psf=np.concatenate([old.psf, psf[:, :, :n].ravel()]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ProfileFit:
+    """Profile sources fitted to a blend; positions in pixels of the blend."""
+
+    sources: Sources
+    """State of all sources, listed ones first."""
+
+    n_listed: int
+    """Number of sources that were asked for."""
+
+    flux_err: DoubleArray
+    """Error of the total fluxes with everything else free, shape (S, B); NaN where nothing is known."""
+
+    center_err: DoubleArray
+    """Error of the centres, shape (S, 2) [pixels]."""
+
+    significance: DoubleArray
+    """Signal-to-noise at which sources that nobody listed were found, shape (S - n_listed,)."""
+
+    evidence: DoubleArray
+    """By how much the penalised loss of the best simpler kind is higher, shape (S,); NaN where none was tried."""
+
+    residual: FloatArray
+    """What no source holds, shape (B, H, W)."""
+
+    iterations: int
+    """Number of Levenberg-Marquardt steps per source, rounded up."""
+
+    converged: bool
+    """Whether the last sweep changed the loss by less than was asked for."""
+
+
+def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sources:
+    """Exponential sources without light, at the prior mean."""
+    n = len(peaks)
+    shapes = np.zeros((n, N_SHAPE))
+    shapes[:, :2] = peaks
+    shapes[:, 2] = np.log(config.radius)
+    shapes[:, 6] = np.log(0.5 * config.radius)
+    shapes[:, 9] = np.log(config.bulge_index)
+    widths = np.array(
+        [config.center_width] * 2
+        + [config.radius_width]
+        + [config.shear_width] * 2
+        + [config.index_width]
+        + [config.radius_width]
+        + [config.shear_width] * 2
+        + [config.index_width]
+    )
+    weight = np.zeros((n, N_SHAPE))
+    weight[:, widths > 0] = widths[widths > 0] ** -2.0
+    box, shear, radius = config.center_box, MOST_SHEAR, np.log(FEWEST_PIXELS)
+    low = np.array([0, 0, radius, -shear, -shear, np.log(0.5), radius, -shear, -shear, np.log(0.5)])
+    high = np.array([0, 0, np.inf, shear, shear, np.log(6.0), np.inf, shear, shear, np.log(6.0)])
+    low, high = np.tile(low, (n, 1)), np.tile(high, (n, 1))
+    low[:, :2], high[:, :2] = peaks - box, peaks + box
+    return Sources(
+        kinds=np.full(n, EXPONENTIAL),
+        shapes=shapes,
+        fluxes=np.zeros((n, 2, n_bands)),
+        mean=shapes.copy(),
+        weight=weight,
+        low=low,
+        high=high,
+        stamps=np.full((n, 4), -1, dtype=np.int64),
+        evidence=np.full((n, N_KINDS), np.nan),
+    )
+
+
+def group_sources(
+    positions: DoubleArray, brightness: DoubleArray | None, link: float, largest: int, ratio: float
+) -> tuple[IndexArray, IndexArray]:
+    """Group neighbours, the closest pairs first, as long as a group has not too many members.
+
+    Parameters
+    ----------
+    positions : ndarray, shape (S, 2)
+    brightness : ndarray, shape (S,), optional
+        Pairs in which one is more than `ratio` times brighter are not joined.
+    link : float
+        Longest distance that is joined [pixels].
+    largest : int
+        Most members.
+    ratio : float
+
+    Returns
+    -------
+    members : ndarray, shape (S,)
+        Sources, group by group, ascending in each.
+    offsets : ndarray, shape (G + 1,)
+        Group g has members[offsets[g]:offsets[g + 1]]; groups in the order of their first members.
+    """
+    n = len(positions)
+    owner = list(range(n))
+    size = [1] * n
+
+    def find(i: int) -> int:
+        while owner[i] != i:
+            i = owner[i]
+        return i
+
+    order = np.argsort(positions[:, 0], kind="stable")
+    sorted_y = positions[order, 0]
+    pairs = []
+    last = np.searchsorted(sorted_y, sorted_y + link, side="right")
+    for a in range(n):
+        near = order[a + 1 : last[a]]
+        if len(near):
+            i = order[a]
+            distance = np.hypot(*(positions[near] - positions[i]).T)
+            pairs += [
+                (d, min(i, j), max(i, j)) for d, j in zip(distance.tolist(), near.tolist(), strict=True) if d < link
+            ]
+    for _, i, j in sorted(pairs):
+        if brightness is not None and max(brightness[i], brightness[j]) > ratio * min(brightness[i], brightness[j]):
+            continue
+        a, b = find(i), find(j)
+        if a != b and size[a] + size[b] <= largest:
+            a, b = min(a, b), max(a, b)
+            owner[b] = a
+            size[a] += size[b]
+    roots = np.array([find(i) for i in range(n)], dtype=np.int64)
+    members = np.argsort(roots, kind="stable")
+    starts = np.flatnonzero(np.diff(roots[members], prepend=-1))
+    return members.astype(np.int64), np.append(starts, n).astype(np.int64)
+
+
+class _Engine:
+    """The state of one fit and the sweeps over it."""
+
+    def __init__(
+        self,
+        images: FloatArray,
+        weights: FloatArray,
+        bank: ModeBank,
+        peaks: DoubleArray,
+        config: ProfileConfig,
+        most: int = DOUBLE,
+    ) -> None:
+        """`most` is the most complex kind that a source may become."""
+        self.most = most
+        self.significance = np.zeros(0)
+        self.config, self.bank, self.table = config, bank, kernel_table()
+        self.weights = self.soft_weights = weights
+        self.images, self.residual = images, images.copy()
+        self.sources = _new_sources(peaks, len(images), config)
+        if most == POINT:
+            self.sources.kinds[:] = POINT
+        self.n_listed = len(peaks)
+        valid = [w[w > 0] for w in weights]
+        self.noise = np.array([1 / np.sqrt(np.median(w)) if len(w) else 0.0 for w in valid])
+        self.psf_norm = np.sqrt(np.square(bank.psfs).sum(axis=(1, 2)))
+        # The width of a Gaussian that has the same effective area.
+        self.psf_sigmas = np.array([1 / (2 * np.sqrt(np.pi) * norm) if norm > 0 else 0.0 for norm in self.psf_norm])
+        self.penalties = np.array([0.0, config.extended_penalty, config.sersic_penalty, config.double_penalty])
+        n_bands = len(images)
+        self.flux_variance = np.full((len(peaks), n_bands), np.nan)
+        self.position_variance = np.full((len(peaks), 2), np.nan)
+        self.steps = 0
+        self.snr = np.zeros(len(peaks))
+        self.regroup(None)
+
+    def regroup(self, brightness: DoubleArray | None) -> None:
+        config = self.config
+        self.members, self.offsets = group_sources(
+            self.sources.shapes[:, :2], brightness, config.link, config.largest_group, config.brightness_ratio
+        )
+        self.settled = np.zeros(len(self.offsets) - 1, dtype=bool)
+
+    def update(self) -> None:
+        """Estimate signal-to-noise, and from it how large sources may be and which pixels have an added error."""
+        kernels.signal_to_noise(self.sources, self.noise, self.psf_norm, self.snr)
+        config = self.config
+        if config.largest_radius > 0:
+            cap = np.log(config.largest_radius * np.maximum(self.snr / 10, 0.8) ** 0.3)
+            shapes = self.sources.shapes
+            too_large = np.flatnonzero((shapes[:, [2, 6]] > cap[:, None]).any(axis=1))
+            self.draw(too_large, 1.0)
+            for p in (2, 6):
+                self.sources.high[:, p] = cap
+                np.minimum(shapes[:, p], cap, out=shapes[:, p])
+            self.draw(too_large, -1.0)
+
+    def distrust_wings(self) -> None:
+        """Lower the signal-to-noise of what does not stand out: at first, sources on bright wings take their light."""
+        contrast = np.empty(len(self.snr))
+        kernels.contrast(self.images, self.weights, self.sources.shapes, self.psf_sigmas, contrast)
+        np.minimum(self.snr, CONTRAST * contrast, out=self.snr)
+
+    def soften(self) -> None:
+        """Add the error of imperfect models of bright sources, as their neighbours see it."""
+        bright = np.flatnonzero(self.snr > self.config.bright_snr)
+        if len(bright) and self.config.model_error > 0:
+            image, soft = np.empty_like(self.residual), np.empty_like(self.weights)
+            modes = self.bank.modes
+            kernels.soften(
+                self.weights, self.table, modes, SIDES, self.sources, bright, self.config.model_error, image, soft
+            )
+            self.soft_weights = soft
+
+    def admit_misfit(self) -> None:
+        """Scale the variances by the chi2 of the core of each source where that is above one."""
+        extended = self.sources.kinds != POINT
+        radii = np.median(self.psf_sigmas[self.psf_sigmas > 0]) * 2 + np.where(
+            extended, np.exp(self.sources.shapes[:, 2]), 0.0
+        )
+        chi2 = np.empty(len(radii))
+        kernels.core_chi2(self.residual, self.weights, self.sources, radii, chi2)
+        scale = np.maximum(chi2, 1.0)[:, None]
+        self.flux_variance *= scale
+        self.position_variance = self.position_variance * scale + CENTER_FLOOR**2
+
+    def draw(self, rows: IndexArray, factor: float) -> None:
+        """Add some sources, times a factor, to the residual, each on the stamp that it has."""
+        kernels.draw_sources(self.residual, self.table, self.bank.modes, SIDES, self.sources, rows, factor)
+
+    def place(self) -> None:
+        """Give all sources the stamps of their groups."""
+        stamps = np.empty((len(self.offsets) - 1, 4), dtype=np.int64)
+        kernels.plan_stamps(self.sources, self.members, self.offsets, self.snr, SIDES, LEVELS, stamps)
+        self.bank.require(stamps)
+        self.sources.stamps[self.members] = np.repeat(stamps, np.diff(self.offsets), axis=0)
+
+    def add_residual_peaks(self) -> NDArray[np.bool_]:
+        """Add point sources where much is left of the data; returns which groups' members to visit, shape (S,)."""
+        config = self.config
+        left, seen = (np.empty(self.residual.shape[1:], dtype=np.float32) for _ in range(2))
+        kernels.significance(self.images, self.residual, self.weights, self.psf_sigmas, left, seen)
+        limit = 4 * len(self.snr) + 10
+        found, values = np.empty((limit, 2)), np.empty(limit)
+        n = kernels.find_maxima(
+            left,
+            seen,
+            self.weights,
+            config.residual_snr,
+            config.residual_share,
+            self.sources.shapes[:, :2].copy(),
+            config.residual_distance,
+            found,
+            values,
+        )
+        apart = ~_inside_brighter(found[:n], values[:n], self)
+        found, values = found[:n][apart], values[:n][apart]
+        n = len(found)
+        if n == 0:
+            return np.zeros(len(self.snr), dtype=bool)
+        new = _new_sources(found, len(self.residual), config)
+        new.kinds[:] = POINT
+        self.sources = Sources(*(np.concatenate(pair) for pair in zip(self.sources, new, strict=True)))
+        n_before = len(self.snr)
+        for name in ("snr", "flux_variance", "position_variance"):
+            old = getattr(self, name)
+            setattr(self, name, np.concatenate([old, np.full((n, *old.shape[1:]), np.nan)]))
+        self.snr[n_before:] = values
+        self.significance = np.concatenate([self.significance, values])
+        self.regroup(np.maximum(self.snr, 5.0))
+        touched = np.arange(len(self.snr)) >= n_before
+        for position in found:
+            distance = np.hypot(*(self.sources.shapes[:, :2] - position).T)
+            touched |= distance < config.link
+        return touched
+
+    def loss(self) -> float:
+        """Half the chi2 of what is left."""
+        return 0.5 * float(np.einsum("bhw,bhw,bhw->", self.residual, self.residual, self.weights, dtype=np.float64))
+
+    def candidates(self, skip: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+        """Which kinds each source may become, shape (S, N_KINDS)."""
+        config, listed = self.config, np.arange(len(self.snr)) < self.n_listed
+        may = np.zeros((len(self.snr), N_KINDS), dtype=bool)
+        may[:, POINT] = True
+        may[:, EXPONENTIAL] = listed
+        may[:, SERSIC] = listed & (self.snr > config.sersic_snr)
+        may[:, DOUBLE] = listed & (self.snr > config.double_snr)
+        may[:, self.most + 1 :] = False
+        if skip is not None:
+            may[skip] = False
+        return may
+
+    def sweep(
+        self,
+        steps: int,
+        chosen: NDArray[np.bool_] | None = None,
+        candidates: NDArray[np.bool_] | None = None,
+        errors: bool = False,
+    ) -> None:
+        """Visit the groups that have a chosen member, the brightest first, but for those that would not change."""
+        groups = len(self.offsets) - 1
+        brightest = np.maximum.reduceat(self.snr[self.members], self.offsets[:-1])
+        order = np.argsort(-brightest, kind="stable")
+        if chosen is not None:
+            order = order[np.logical_or.reduceat(chosen[self.members], self.offsets[:-1])[order]]
+        stamps = np.empty((groups, 4), dtype=np.int64)
+        kernels.plan_stamps(self.sources, self.members, self.offsets, self.snr, SIDES, LEVELS, stamps)
+        lonely = np.empty(groups, dtype=bool)
+        kernels.find_lonely(stamps, SIDES, lonely)
+        if candidates is None and not errors:
+            order = order[~(self.settled & lonely)[order]]
+        modes = self.bank.require(stamps[order])
+        closed = np.zeros(groups, dtype=bool)
+        if candidates is None:
+            candidates = np.zeros((len(self.snr), N_KINDS), dtype=bool)
+        done = kernels.sweep(
+            self.residual,
+            self.weights,
+            self.soft_weights,
+            self.table,
+            modes,
+            SIDES,
+            self.sources,
+            self.members,
+            self.offsets,
+            order,
+            stamps,
+            brightest <= self.config.bright_snr,
+            LONGEST_STEP,
+            np.where(lonely, 2 * steps, steps),
+            self.config.tolerance,
+            candidates,
+            self.penalties,
+            self.flux_variance,
+            self.position_variance,
+            errors,
+            closed,
+        )
+        self.steps += int(done)
+        if not errors:
+            self.settled[order] = closed[order] & (steps > 0)
+
+
+def fit_profiles(
+    images: FloatArray,
+    weights: FloatArray,
+    bank: ModeBank,
+    peaks: DoubleArray,
+    config: ProfileConfig,
+    most: int = DOUBLE,
+) -> ProfileFit:
+    """Fit point sources and galaxy profiles to a blend.
+
+    Parameters
+    ----------
+    images : ndarray, shape (B, H, W)
+        Finite everywhere.
+    weights : ndarray, shape (B, H, W)
+        Inverse variance; 0 where a pixel is not used.
+    bank : ModeBank
+        PSFs of the blend.
+    peaks : ndarray, shape (S, 2)
+        Positions (y, x) in pixels of the blend.
+    config : ProfileConfig
+    most : int
+        The most complex kind that a source may become.
+
+    Returns
+    -------
+    fit : ProfileFit
+    """
+    if _is_crowded(weights, bank, len(peaks), config.crowded_sources, config.crowded_areas):
+        return _fit_crowded(images, weights, bank, peaks, config, most)
+    fit = _fit_in_groups(images, weights, bank, peaks, config, most)
+    if _is_crowded(weights, bank, len(peaks), FEWEST_CROWDED, 2 * config.crowded_areas):
+        # Groups that are cut out of a dense crowd can drive each other far from the truth.
+        chi2 = _chi2(fit.residual, weights)
+        if chi2 > POOR_CHI2:
+            points = _fit_crowded(images, weights, bank, peaks, config, most)
+            if _chi2(points.residual, weights) < chi2:
+                return points
+    return fit
+
+
+def _chi2(residual: FloatArray, weights: FloatArray) -> float:
+    """Mean of the squared residuals [sigma] of the valid pixels."""
+    total = np.einsum("bhw,bhw,bhw->", residual, residual, weights, dtype=np.float64)
+    return float(total) / max(int(np.count_nonzero(weights)), 1)
+
+
+def _fit_in_groups(
+    images: FloatArray, weights: FloatArray, bank: ModeBank, peaks: DoubleArray, config: ProfileConfig, most: int
+) -> ProfileFit:
+    """Fit all sources, neighbours jointly, in sweeps over the groups."""
+    engine = _Engine(images, weights, bank, peaks, config, most)
+    engine.sweep(0)
+    engine.update()
+    engine.distrust_wings()
+    engine.regroup(np.maximum(engine.snr, 5.0))
+    bright = engine.snr > config.bright_snr
+    if bright.any():
+        _fit_bright_first(engine, bright)
+    for _ in range(2):
+        engine.sweep(config.steps)
+        engine.update()
+    engine.soften()
+    engine.sweep(config.steps, candidates=engine.candidates(bright))
+    engine.update()
+    for _ in range(config.residual_rounds):
+        touched = engine.add_residual_peaks()
+        if not touched.any():
+            break
+        engine.sweep(config.steps, touched, engine.candidates(~touched))
+        engine.update()
+    loss, converged = engine.loss(), False
+    for _ in range(config.max_sweeps):
+        engine.sweep(2)
+        before, loss = loss, engine.loss()
+        converged = abs(before - loss) < CONVERGED * len(engine.snr)
+        if converged:
+            break
+    engine.sweep(0, errors=True)
+    engine.admit_misfit()
+    return _finish(engine, converged)
+
+
+def _finish(engine: _Engine, converged: bool) -> ProfileFit:
+    return ProfileFit(
+        sources=engine.sources,
+        n_listed=engine.n_listed,
+        flux_err=np.sqrt(engine.flux_variance),
+        center_err=np.sqrt(engine.position_variance),
+        significance=engine.significance,
+        evidence=_evidence(engine.sources),
+        residual=engine.residual,
+        iterations=-(-engine.steps // max(engine.n_listed, 1)),
+        converged=converged,
+    )
+
+
+def _is_crowded(weights: FloatArray, bank: ModeBank, n_sources: int, fewest: float, areas: float) -> bool:
+    """Whether there are at least so many sources, and fewer pixels for each than so many areas of the PSF."""
+    if n_sources < fewest:
+        return False
+    norm = np.sqrt(np.square(bank.psfs).sum(axis=(1, 2)))
+    if not (norm > 0).any():
+        return False
+    # Effective area of the PSF, 4 pi sigma^2 for a Gaussian.
+    area = float(np.median(norm[norm > 0] ** -2.0))
+    return bool(np.count_nonzero(weights.max(axis=0) > 0) < areas * area * n_sources)
+
+
+def _fit_crowded(
+    images: FloatArray, weights: FloatArray, bank: ModeBank, peaks: DoubleArray, config: ProfileConfig, most: int
+) -> ProfileFit:
+    """Fit all sources as points, jointly; then those that look wider as galaxies."""
+    usable = np.where(weights > 0, images, np.float32(0.0))
+    points = fit_points(usable, weights, bank.psfs, peaks)
+    wide = (points.broadening > 5 * points.broadening_err) & (points.broadening > LEAST_BROADENING)
+    engine = _Engine(images, weights, bank, np.concatenate([points.centers, points.added_centers]), config, most)
+    n = len(peaks)
+    engine.n_listed = n
+    sources = engine.sources
+    sources.kinds[:] = POINT
+    sources.fluxes[:, 0] = np.concatenate([points.flux, points.added_flux])
+    engine.significance = points.added_significance
+    engine.update()
+    engine.regroup(np.maximum(engine.snr, 5.0))
+    engine.place()
+    engine.draw(np.arange(len(engine.snr)), -1.0)
+    engine.flux_variance[:n] = np.square(points.flux_err)
+    engine.position_variance[:n] = np.square(points.center_err)
+    wide = np.concatenate([wide, np.zeros(len(engine.snr) - n, dtype=bool)]) & (engine.snr > config.sersic_snr)
+    if wide.any() and most > POINT:
+        engine.sweep(config.steps, wide, engine.candidates(~wide))
+        engine.update()
+        engine.sweep(0, wide & (sources.kinds != POINT), errors=True)
+    engine.steps += points.iterations * n
+    return _finish(engine, points.converged)
+
+
+def _inside_brighter(positions: DoubleArray, snr: DoubleArray, engine: _Engine) -> NDArray[np.bool_]:
+    """Whether something found (N, 2) lies inside of a much brighter galaxy: a part of it rather than a neighbour."""
+    sources, config = engine.sources, engine.config
+    hosts = np.flatnonzero((sources.kinds != POINT) & (engine.snr * config.clump_share > snr.min(initial=np.inf)))
+    y, x, ln_r, e1, e2 = (sources.shapes[hosts, p] for p in range(5))
+    dy, dx = positions[:, :1] - y, positions[:, 1:] - x
+    shear = np.hypot(e1, e2)
+    ratio = np.where(shear > 1e-4, np.sinh(shear) / np.maximum(shear, 1e-4), 1.0)
+    # Squared distance in half-light radii, measured along the ellipse.
+    square = (dy**2 + dx**2) * np.cosh(shear) - (e1 * (dx**2 - dy**2) + 2 * e2 * dx * dy) * ratio
+    inside = square < config.clump_radius**2 * np.exp(2 * ln_r)
+    return np.asarray((inside & (snr[:, None] < config.clump_share * engine.snr[hosts])).any(axis=1))
+
+
+def _evidence(sources: Sources) -> DoubleArray:
+    """Smallest rise of the penalised loss to any simpler kind than the chosen one."""
+    simpler = np.arange(N_KINDS) < sources.kinds[:, None]
+    rise = np.where(simpler & np.isfinite(sources.evidence), sources.evidence, np.inf).min(axis=1)
+    return np.where(np.isfinite(rise), rise, np.nan)
+
+
+def _fit_bright_first(engine: _Engine, bright: NDArray[np.bool_]) -> None:
+    """Fit bright sources while those that they outshine have no light yet, then with their fluxes."""
+    faint = ~bright & (engine.snr.max() > engine.config.brightness_ratio * np.maximum(engine.snr, 5.0))
+    engine.draw(np.flatnonzero(faint), 1.0)
+    engine.sources.fluxes[faint] = 0.0
+    joined = np.logical_or.reduceat(bright[engine.members], engine.offsets[:-1])
+    first = np.zeros(len(bright), dtype=bool)
+    first[engine.members] = np.repeat(joined, np.diff(engine.offsets))
+    first &= ~faint
+    # What the bright ones are is settled first: their neighbours would take up what a wrong profile leaves.
+    engine.sweep(8, first)
+    engine.update()
+    engine.sweep(8, first, engine.candidates())
+    engine.update()
+    engine.soften()
+    engine.sweep(0, ~first)
+    engine.sweep(4, bright)
+    engine.sweep(0, ~bright)
+    engine.update()
+    engine.soften()
+
+
+def scene_of_fit(fit: ProfileFit, peaks: IndexArray, box: Box, unit: float, sigma: float) -> Scene:
+    """Describe the sources of a fit, the listed ones first.
+
+    Parameters
+    ----------
+    fit : ProfileFit
+    peaks : ndarray, shape (S, 2)
+        Peaks in pixels of the blend.
+    box : Box
+        The blend, as array index of the coadd.
+    unit : float
+        Unit of the fluxes of the fit.
+    sigma : float
+        Width of the PSF of the model frame [pixels].
+    """
+    shapes, fluxes, kinds, stamps = fit.sources.shapes, fit.sources.fluxes, fit.sources.kinds, fit.sources.stamps
+    sources = []
+    found = np.floor(shapes[fit.n_listed :, :2] + 0.5).astype(np.int64)
+    for s, (y, x) in enumerate(np.concatenate([peaks, found]).tolist()):
+        side = int(SIDES[stamps[s, 0]])
+        kind, shape = int(kinds[s]), shapes[s]
+        own: dict[str, Any] = {
+            "center": shape[:2] + np.array(box.origin),
+            "sigma": sigma,
+            "box": Box(int(stamps[s, 1]) + box.y0, int(stamps[s, 2]) + box.x0, side, side),
+        }
+        spectra = (fluxes[s] * unit).astype(np.float32)
+        components = [
+            ProfileComponent(
+                spectrum=spectra[0],
+                radius=0.0 if kind == POINT else float(np.exp(shape[2])),
+                shear=np.zeros(2) if kind == POINT else shape[3:5].copy(),
+                index=float(np.exp(shape[5])) if kind == SERSIC else 1.0,
+                **own,
+            )
+        ]
+        if kind == DOUBLE:
+            components.append(
+                ProfileComponent(
+                    spectrum=spectra[1],
+                    radius=float(np.exp(shape[6])),
+                    shear=shape[7:9].copy(),
+                    index=float(np.exp(shape[9])),
+                    **own,
+                )
+            )
+        sources.append(Source(peak=(y + box.y0, x + box.x0), components=tuple(components)))
+    return Scene(sources=tuple(sources), box=box)
