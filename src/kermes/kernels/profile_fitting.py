@@ -118,7 +118,7 @@ def list_components(members, kinds, owner, part, slots):
     """List the components of a group and the place of each of their derivatives among its free shape parameters.
 
     owner, part (C,): place of the source in the group, and 0, or 1 for a bulge; slots (C, N_COLUMNS): -1 where a
-    parameter is held. Returns the number of components and of parameters, and fills `origin` via slots order.
+    parameter is held. Returns the number of components and of parameters,.
     """
     n_components = n_free = 0
     for i in range(len(members)):
