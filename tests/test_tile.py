@@ -426,7 +426,7 @@ def test_a_blend_that_fails_is_modelled_more_simply(monkeypatch, group):
     tasks = tile.plan_tile(group.coadd, group_scene().peaks, config=group.config).tasks
     task = next(task for task in tasks if task.index + 1 == unlucky)
     if group.config.model == "kermes":
-        name, when = "fit_profiles", lambda *given: beyond_points(*given) and given[0].shape[1:] == task.outer.shape
+        name, when = "fit_profiles", lambda *given: beyond_points(*given) and given[0].shape[1:] == task.box.shape
     else:
         name, when = "fit_packed", lambda packed, blend, *_: blend.box == task.box
     error = BlendError("does not converge")

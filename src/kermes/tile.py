@@ -401,7 +401,12 @@ def _model_blend(outer: Blend, task: BlendTask, config: Config, rung: Outcome) -
 def _fit_profiles(blend: Blend, task: BlendTask, config: Config, rung: Outcome) -> ProfileFit:
     """Fit profiles to one blend; raises BlendError when the answer is not finite."""
     most = {Outcome.FULL: DOUBLE, Outcome.SINGLE: EXPONENTIAL, Outcome.POINT: POINT}[rung]
-    fit = fit_profiles(blend.images, blend.weights, task.bank, blend.peaks.astype(np.float64), config.profiles, most)
+    # What lies around the box is not used; the fit need not look at it.
+    inner = _window(blend, task.box)
+    fit = fit_profiles(inner.images, inner.weights, task.bank, inner.peaks.astype(np.float64), config.profiles, most)
+    shift = np.array(task.box.origin) - np.array(task.outer.origin)
+    fit.sources.shapes[:, :2] += shift
+    fit.sources.stamps[:, 1:3] += shift
     if not np.isfinite(fit.sources.fluxes).all() or not np.isfinite(fit.sources.shapes).all():
         raise BlendError("the fitted fluxes or shapes are not finite")
     return fit
