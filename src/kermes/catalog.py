@@ -119,7 +119,7 @@ _MODEL = (
     ColumnDefinition("sersic_index", np.float64, "Sersic index; the disc's of a double"),
     ColumnDefinition("bulge_radius", np.float64, "Half-light radius of the bulge of a double", "pix"),
     ColumnDefinition("bulge_index", np.float64, "Sersic index of the bulge of a double"),
-    ColumnDefinition("evidence", np.float64, "Fall of the penalised chi2 from the next simpler model to this one"),
+    ColumnDefinition("evidence", np.float64, "Fall of half the penalised chi2 from the best simpler model to this one"),
 )
 
 

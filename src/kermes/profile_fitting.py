@@ -56,7 +56,7 @@ CENTER_FLOOR = 5e-4
 CONVERGED = 0.1
 """The fit has converged when the last sweep has lowered half the chi2 by less than this per source."""
 
-FEWEST_PIXELS = 0.3
+LEAST_RADIUS = 0.3
 """Smallest half-light radius of what is not a point [pixels]."""
 
 MOST_SHEAR = 1.6
@@ -162,7 +162,7 @@ def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sou
     )
     weight = np.zeros((n, N_SHAPE))
     weight[:, widths > 0] = widths[widths > 0] ** -2.0
-    box, shear, radius = config.center_box, MOST_SHEAR, np.log(FEWEST_PIXELS)
+    box, shear, radius = config.center_box, MOST_SHEAR, np.log(LEAST_RADIUS)
     low = np.array([0, 0, radius, -shear, -shear, np.log(0.5), radius, -shear, -shear, np.log(0.5)])
     high = np.array([0, 0, np.inf, shear, shear, np.log(6.0), np.inf, shear, shear, np.log(6.0)])
     low, high = np.tile(low, (n, 1)), np.tile(high, (n, 1))
@@ -281,7 +281,7 @@ class _Engine:
         self.settled = np.zeros(len(self.offsets) - 1, dtype=bool)
 
     def update(self) -> None:
-        """Estimate signal-to-noise, and from it how large sources may be and which pixels have an added error."""
+        """Estimate signal-to-noise, and from it how large sources may be; what is larger is drawn anew."""
         kernels.signal_to_noise(self.sources, self.noise, self.psf_norm, self.snr)
         config = self.config
         if config.largest_radius > 0:

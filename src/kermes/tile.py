@@ -751,8 +751,10 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         seconds += time.perf_counter() - start
     assert n_done == plan.n_blends, "one outcome per blend"
 
+    found.sort(key=lambda outcome: outcome.task.index)
     candidates = _candidate_columns(coadd, found)
-    models.update(zip((-candidates["candidate_id"]).tolist(), _candidates(found), strict=True))
+    of_candidates = (source for outcome in found for source in outcome.candidates)
+    models.update(zip((-candidates["candidate_id"]).tolist(), of_candidates, strict=True))
     return Result(
         objects=partial(catalog.make_objects, objects, coadd.bands, coadd.unit),
         parents=partial(catalog.make_parents, _parent_columns(plan)),
@@ -790,22 +792,14 @@ def _fill(
             objects[f"{band}_{name}"][outcome.task.members] = known[:, b]
 
 
-def _candidates(found: list[BlendOutcome]) -> tuple[Source, ...]:
-    return tuple(source for outcome in _by_blend(found) for source in outcome.candidates)
-
-
-def _by_blend(found: list[BlendOutcome]) -> list[BlendOutcome]:
-    return sorted(found, key=lambda outcome: outcome.task.index)
-
-
 def _candidate_columns(coadd: Coadd, found: list[BlendOutcome]) -> dict[str, NDArray[Any]]:
     """Columns of `candidates`, blend by blend."""
-    n_candidates = [len(outcome.candidates) for outcome in _by_blend(found)]
+    n_candidates = [len(outcome.candidates) for outcome in found]
     columns = catalog.empty_columns(catalog.candidate_columns(coadd.bands), sum(n_candidates))
     columns["candidate_id"][:] = np.arange(1, sum(n_candidates) + 1)
     columns["origin"][:] = catalog.Origin.RESIDUAL.value
     start = 0
-    for outcome, n in zip(_by_blend(found), n_candidates, strict=True):
+    for outcome, n in zip(found, n_candidates, strict=True):
         rows = slice(start, start + n)
         columns["blend_id"][rows] = outcome.task.index + 1
         for name in ("y", "x", "significance"):

@@ -1269,8 +1269,9 @@ def significance(images, residual, weights, sigmas, left, seen):
 def find_maxima(left, seen, weights, threshold, share, positions, distance, found, values):
     """Find local maxima of `left` above threshold + share * seen, farther than a distance from all positions (S, 2).
 
-    Of two closer to each other than that the first in raster order that is higher is kept; found (N, 2), values (N,)
-    are filled from the front. Returns their number.
+    A maximum is not exceeded by any of the 24 pixels around it; of equal ones the first in raster order counts. found
+    (N, 2), values (N,) are filled from the front, the rest of the maxima is dropped when they are full. Returns their
+    number.
     """
     height, width = left.shape
     n = 0
