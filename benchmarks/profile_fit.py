@@ -22,7 +22,7 @@ from numba import njit
 from rocket_fft import c2r, r2c
 
 import kermes
-from kermes import catalog, fitting, tile
+from kermes import catalog, fitting, modelling, planning, tile
 from kermes.constraints import monotonic_weights, table_radius
 from kermes.kernels.components import add_component, add_gradient
 from kermes.kernels.convolution import multiply_conjugate_into, multiply_into
@@ -36,14 +36,14 @@ from kermes.kernels.fitting import (
 
 STAGES: dict[str, tuple[Any, str]] = {
     "plan": (tile, "plan_tile"),
-    "footprints": (tile, "footprints_of_peaks"),
-    "cut": (tile, "cut_blend"),
-    "kernels": (tile, "fit_kernels"),
-    "initialize": (tile, "initialize"),
-    "fit": (tile, "fit_packed"),
-    "measure": (tile, "measure_fluxes"),
-    "render": (tile, "render_packed"),
-    "metrics": (tile, "blend_metrics"),
+    "footprints": (planning, "footprints_of_peaks"),
+    "cut": (modelling, "cut_blend"),
+    "kernels": (modelling, "fit_kernels"),
+    "initialize": (modelling, "initialize"),
+    "fit": (modelling, "fit_packed"),
+    "measure": (modelling, "measure_fluxes"),
+    "render": (modelling, "render_packed"),
+    "metrics": (modelling, "blend_metrics"),
     "share": (tile, "shared_fluxes"),
     "rest of the blend": (tile, "fit_blend"),
     "tables": (catalog, "make_objects"),

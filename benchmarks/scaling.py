@@ -17,7 +17,8 @@ from cases import PIXELS_PER_SOURCE, check, config_of, simulated_case
 from machine import add_model, parser, print_header, print_verdict, write
 
 import kermes
-from kermes.tile import collect, fit_blends, plan_tile
+from kermes.planning import plan_tile
+from kermes.tile import collect, fit_blends
 
 SIZES = (3, 10, 30, 100, 300, 1000)
 QUICK_SIZES = (3, 10, 30, 100)

@@ -21,7 +21,8 @@ from machine import add_model, parser, print_header, print_verdict, write
 from numba import njit
 
 import kermes
-from kermes.tile import fit_blends, plan_tile
+from kermes.planning import plan_tile
+from kermes.tile import fit_blends
 
 LEAST_SPEED_UP = 1.8
 PIXELS_PER_SOURCE = 2450

@@ -245,7 +245,7 @@ def test_an_interrupted_run_leaves_nothing(archive, tmp_path, monkeypatch, capsy
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kermes.store._write_models", interrupt)
+    monkeypatch.setattr("kermes.store.write_models", interrupt)
     assert cli.run(["deblend", str(archive), "-o", str(tmp_path / "out"), "--no-picture", *ONE_PASS]) == 130
     assert message_of(capsys) == "interrupted"
     assert os.listdir(tmp_path) == []

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 import reference
 from kermes import Coadd, Config, ConfigError, InputError, deblend
+from kermes.planning import plan_tile
 from kermes.psf import (
     amplify,
     cut_error,
@@ -21,7 +22,6 @@ from kermes.psf import (
     truncated,
     widest_sigma,
 )
-from kermes.tile import plan_tile
 
 TARGET = model_psf(0.8)
 WIDE = np.stack([model_psf(1.8, 31), model_psf(1.5, 31)])

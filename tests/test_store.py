@@ -305,7 +305,7 @@ def test_a_failure_leaves_nothing_behind(result, tmp_path, monkeypatch, exceptio
     def fail(*args):
         raise exception
 
-    monkeypatch.setattr(store, "_write_models", fail)
+    monkeypatch.setattr(store, "write_models", fail)
     with pytest.raises(exception):
         result.write(tmp_path / "out")
     assert os.listdir(tmp_path) == []
@@ -315,7 +315,7 @@ def test_a_failure_keeps_what_was_there(result, written, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "_write_models", fail)
+    monkeypatch.setattr(store, "write_models", fail)
     with pytest.raises(kermes.FileError, match=r"output .* cannot be written: No space left on device"):
         result.write(written, overwrite=True)
     assert os.listdir(written.parent) == ["out"]

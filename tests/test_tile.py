@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import kermes
-from kermes import tile
+from kermes import modelling, tile
 from kermes.catalog import Flag, Model, Outcome
 from kermes.config import Config, FitConfig
 from kermes.errors import BlendError, ConfigError, InputError, ShapeError
 from kermes.geometry import Box
 from kermes.kernels.profile_fitting import EXPONENTIAL, POINT
+from kermes.planning import plan_tile
 from kermes.psf import model_psf
 from kermes.rendering import SourceModels
 from kermes.scene import ProfileComponent
@@ -56,7 +57,7 @@ def two_stars(distance):
 
 
 def test_several_blends_reach_into_each_other(config):
-    plan = tile.plan_tile(group_scene().coadd, group_scene().peaks, config=config)
+    plan = plan_tile(group_scene().coadd, group_scene().peaks, config=config)
     assert plan.n_blends >= 4
     assert sum(task.last_neighbor > place for place, task in enumerate(plan.tasks)) >= 3
 
@@ -241,12 +242,12 @@ def test_all_sources_of_a_footprint_are_one_blend(config):
 @pytest.mark.parametrize(("model", "n_blends"), [("kermes", 1), ("scarlet-lite", 2)])
 def test_footprints_whose_profiles_meet_are_one_blend(model, n_blends):
     coadd, peaks, _ = two_stars(22)
-    assert tile.plan_tile(coadd, peaks, config=configuration(model)).n_blends == n_blends
+    assert plan_tile(coadd, peaks, config=configuration(model)).n_blends == n_blends
 
 
 def test_footprints_that_are_given_stay_apart(config):
     coadd, peaks, labels = two_stars(22)
-    assert tile.plan_tile(coadd, peaks, labels, config).n_blends == 2
+    assert plan_tile(coadd, peaks, labels, config).n_blends == 2
 
 
 def test_pixels_outside_of_given_footprints_are_not_used(config):
@@ -423,14 +424,14 @@ def beyond_points(images, weights, bank, peaks, settings, most):
 
 def test_a_blend_that_fails_is_modelled_more_simply(monkeypatch, group):
     unlucky = group.blends["blend_id"][np.argmax(group.blends["n_sources"])]
-    tasks = tile.plan_tile(group.coadd, group_scene().peaks, config=group.config).tasks
+    tasks = plan_tile(group.coadd, group_scene().peaks, config=group.config).tasks
     task = next(task for task in tasks if task.index + 1 == unlucky)
     if group.config.model == "kermes":
         name, when = "fit_profiles", lambda *given: beyond_points(*given) and given[0].shape[1:] == task.box.shape
     else:
         name, when = "fit_packed", lambda packed, blend, *_: blend.box == task.box
     error = BlendError("does not converge")
-    monkeypatch.setattr(tile, name, failing(getattr(tile, name), when=when, error=error))
+    monkeypatch.setattr(modelling, name, failing(getattr(modelling, name), when=when, error=error))
     result = kermes.deblend(group.coadd, group_scene().peaks, config=group.config)
     hit = result.objects["blend_id"] == unlucky
     assert (result.objects["outcome"][hit] == Outcome.POINT).all()
@@ -445,7 +446,7 @@ def test_a_blend_that_fails_with_two_components_gets_one(monkeypatch):
     assert kermes.deblend(bright.coadd, bright.peaks, config=config).objects["n_components"][0] == 2
     error = BlendError("too many components")
     monkeypatch.setattr(
-        tile, "fit_packed", failing(tile.fit_packed, when=lambda packed, *_: len(packed) > 1, error=error)
+        modelling, "fit_packed", failing(modelling.fit_packed, when=lambda packed, *_: len(packed) > 1, error=error)
     )
     result = kermes.deblend(bright.coadd, bright.peaks, config=config)
     assert list(result.objects["outcome"]) == [Outcome.SINGLE]
@@ -456,9 +457,11 @@ def test_a_blend_that_fails_with_free_indices_gets_exponential_profiles(monkeypa
     bright = scene(n_sources=1, shape=(60, 60), seed=0, magnitudes=(20, 21), star_fraction=0.0)
     assert kermes.deblend(bright.coadd, bright.peaks).objects["model"][0] in (Model.SERSIC, Model.DOUBLE)
     monkeypatch.setattr(
-        tile,
+        modelling,
         "fit_profiles",
-        failing(tile.fit_profiles, when=lambda *given: given[-1] > EXPONENTIAL, error=BlendError("too many shapes")),
+        failing(
+            modelling.fit_profiles, when=lambda *given: given[-1] > EXPONENTIAL, error=BlendError("too many shapes")
+        ),
     )
     result = kermes.deblend(bright.coadd, bright.peaks)
     assert list(result.objects["outcome"]) == [Outcome.SINGLE]
@@ -466,7 +469,7 @@ def test_a_blend_that_fails_with_free_indices_gets_exponential_profiles(monkeypa
 
 
 def test_profiles_that_are_not_finite_are_not_taken(monkeypatch):
-    fit_profiles = tile.fit_profiles
+    fit_profiles = modelling.fit_profiles
 
     def nowhere(*given):
         fit = fit_profiles(*given)
@@ -474,21 +477,26 @@ def test_profiles_that_are_not_finite_are_not_taken(monkeypatch):
             fit.sources.fluxes[0, 0, 0] = np.nan
         return fit
 
-    monkeypatch.setattr(tile, "fit_profiles", nowhere)
+    monkeypatch.setattr(modelling, "fit_profiles", nowhere)
     result = kermes.deblend(small_scene().coadd, small_scene().peaks)
     assert (result.objects["outcome"] == Outcome.POINT).all()
     assert np.isfinite(values(result)).all()
 
 
-def test_a_blend_that_nothing_can_model_keeps_its_rows(monkeypatch, group):
+def test_a_blend_that_nothing_else_can_model_is_psfs_at_the_peaks(monkeypatch, group):
     name = {"kermes": "fit_profiles", "scarlet-lite": "measure_fluxes"}[group.config.model]
-    monkeypatch.setattr(tile, name, failing(getattr(tile, name), when=lambda *_: True, error=BlendError("no fluxes")))
+    monkeypatch.setattr(
+        modelling, name, failing(getattr(modelling, name), when=lambda *_: True, error=BlendError("no fluxes"))
+    )
     result = kermes.deblend(group.coadd, group_scene().peaks, config=group.config)
     assert len(result) == len(group)
     assert (result.objects["outcome"] == Outcome.PEAK).all()
-    assert np.isnan(values(result)).all()
-    assert result.objects[Flag.NULL_MODEL].all()
-    assert not result.model_image().any()
+    assert (result.objects["reason"] == "not_finite").all()
+    for place in "yx":
+        np.testing.assert_array_equal(result.objects[f"center_{place}"], result.objects[place])
+    # A matched filter on noise and one point: the flux is that of the PSF that fits best.
+    assert np.isfinite(values(result)).all()
+    assert (values(result).max(axis=1) > 0).all()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -496,7 +504,7 @@ def test_a_bug_stops_the_run_and_shows_where_it_is(monkeypatch, workers, config)
     def buggy(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(tile, {"kermes": "fit_profiles", "scarlet-lite": "fit_packed"}[config.model], buggy)
+    monkeypatch.setattr(modelling, {"kermes": "fit_profiles", "scarlet-lite": "fit_packed"}[config.model], buggy)
     with pytest.raises(RuntimeError, match="a bug") as caught:
         kermes.deblend(group_scene().coadd, group_scene().peaks, config=config, workers=workers)
     assert "in buggy" in "".join(traceback.format_exception(caught.value))
@@ -507,7 +515,7 @@ def test_a_bug_stops_the_run_and_shows_where_it_is(monkeypatch, workers, config)
 
 def test_order_of_the_work_does_not_depend_on_the_order_of_the_peaks(config):
     coadd, peaks = group_scene().coadd, group_scene().peaks
-    here, there = (tile.plan_tile(coadd, given, config=config) for given in (peaks, peaks[::-1]))
+    here, there = (plan_tile(coadd, given, config=config) for given in (peaks, peaks[::-1]))
     assert [task.box for task in here.tasks] == [task.box for task in there.tasks]
 
 
@@ -515,7 +523,7 @@ def test_models_are_let_go_when_the_neighbours_are_done(config):
     star = scene(n_sources=1, kind="pair", shape=(60, 60), seed=2, star_fraction=1.0)
     coadd = changed(star.coadd, images=np.tile(star.coadd.images, (1, 12, 1)), variance=star.coadd.variance[:, :1, :1])
     peaks = np.concatenate([star.peaks[:1] + [60 * k, 0] for k in range(12)])
-    plan = tile.plan_tile(coadd, peaks, config=config)
+    plan = plan_tile(coadd, peaks, config=config)
     assert plan.n_blends == 12
     held = []
 

@@ -32,6 +32,25 @@ class Outcome(StrEnum):
     """As a PSF at the peak."""
 
 
+class Reason(StrEnum):
+    """Why a source was not modelled as configured."""
+
+    NONE = ""
+    """It was."""
+
+    BUDGET = "budget"
+    """The fit of its blend was predicted to need more than `budget` allows."""
+
+    NOT_FINITE = "not_finite"
+    """The fit with the better model ended with values that are not finite."""
+
+    NO_DATA = "no_data"
+    """No band has a valid pixel and a PSF there."""
+
+    INTERRUPTED = "interrupted"
+    """The run was stopped before its blend was fitted."""
+
+
 class Model(StrEnum):
     """What was fitted to a source."""
 
@@ -62,6 +81,7 @@ class Flag(StrEnum):
     NO_DATA = "flag_no_data"
     NOT_CONVERGED = "flag_not_converged"
     NULL_MODEL = "flag_null_model"
+    DIVIDED_PARENT = "flag_divided_parent"
 
 
 FLAG_DESCRIPTIONS: Mapping[Flag, str] = {
@@ -73,6 +93,7 @@ FLAG_DESCRIPTIONS: Mapping[Flag, str] = {
     Flag.NO_DATA: "no band has a valid pixel and a PSF there",
     Flag.NOT_CONVERGED: "the fit stopped before it converged",
     Flag.NULL_MODEL: "the model has no light",
+    Flag.DIVIDED_PARENT: "its parent was too large for one blend and was divided",
 }
 """What a flag says when it is True."""
 
@@ -145,7 +166,9 @@ def object_columns(bands: Sequence[str]) -> tuple[ColumnDefinition, ...]:
         ColumnDefinition("iterations", np.int64, "Iterations of the fit of the blend"),
         ColumnDefinition("converged", np.bool_, "Whether the fit of the blend converged"),
         ColumnDefinition("outcome", np.str_, f"What it was modelled as: {', '.join(Outcome)}"),
-        ColumnDefinition("reason", np.str_, "Why the outcome is not full; empty when it is"),
+        ColumnDefinition(
+            "reason", np.str_, f"Why the outcome is not full, else empty: {', '.join(filter(None, Reason))}"
+        ),
         *(ColumnDefinition(flag.value, np.bool_, f"True: {FLAG_DESCRIPTIONS[flag]}") for flag in Flag),
     )
 
@@ -170,7 +193,8 @@ BLEND_COLUMNS = (
     ColumnDefinition("blend_id", np.int64, "Number of the blend"),
     ColumnDefinition("parent_id", np.int64, "Number of its parent (footprint)"),
     *_BOX,
-    ColumnDefinition("n_sources", np.int64, "Number of sources fitted together"),
+    ColumnDefinition("n_sources", np.int64, "Number of sources that belong to it"),
+    ColumnDefinition("n_neighbors", np.int64, "Number of sources of other blends that were fitted along"),
     ColumnDefinition("n_components", np.int64, "Number of components of all sources"),
     ColumnDefinition("n_pixels", np.int64, "Number of valid pixels, all bands together"),
     ColumnDefinition("chi2", np.float64, "Mean of residual^2 / variance over the valid pixels"),

@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from kermes.coadd import Coadd
+    from kermes.modelling import BlendOutcome
+    from kermes.planning import TilePlan
     from kermes.result import Result
     from kermes.simulation import SimulatedScene
 
@@ -44,6 +47,7 @@ Output = Annotated[Path, Parameter(alias="-o")]
 
 _INPUT_FILE = "input.json"
 _PICTURE_FILE = "picture.png"
+_SLOW = 2.0  # seconds, from which a blend is worth a word
 
 
 class _UsageError(Exception):
@@ -82,7 +86,8 @@ def deblend(
     input
         Coadd: an .npz archive or a .toml manifest. Left out: one --image per band.
     output
-        Directory to make.
+        Directory to make. While the work goes on, finished blends are kept in the directory of this name with
+        .checkpoint; after Ctrl-C or a crash the same command goes on from there.
     image
         Image of one band, band=file.fits[HDU]; once per band, in the order wanted.
     variance
@@ -125,18 +130,28 @@ def deblend(
 
     store.check_output(output, overwrite)
     settings = load_config(config, [*setting, *([] if model is None else [f"model={model}"])])
-    result = _deblend_with_progress(
+    checkpoint = output.with_name(f"{output.name}.checkpoint")
+    if checkpoint.exists():
+        _say(f"going on with the blends in {checkpoint}")
+    result = kermes.deblend(
         io.read(**source),
         peaks="detect" if detect else None if peaks is None else _read_table(peaks),
         footprints=None if footprints is None else _read_labels(footprints),
         config=settings,
         workers=workers,
+        checkpoint=checkpoint,
+        watch=_watch,
     )
     extras = {_INPUT_FILE: json.dumps(source, indent=1).encode() + b"\n"}
     if picture:
         extras[_PICTURE_FILE] = _picture(result)
     store.write_result(result, output, overwrite=overwrite, extras=extras)
+    if not result.is_complete:
+        n_missing = result.ledger()["reasons"]["interrupted"]
+        _say(f"{n_missing} of {_count(len(result), 'object')} are not done: the same command goes on from {checkpoint}")
     _say(f"{_summary(result)}, {time.perf_counter() - start:.1f} s; written to {output}")
+    if not result.is_complete:
+        raise KeyboardInterrupt
 
 
 @app.command
@@ -343,24 +358,58 @@ def _read_labels(reference: str) -> NDArray[Any]:
 # ---------------------------------------------------------------- work
 
 
-def _deblend_with_progress(coadd: Coadd, *, workers: int | None, **options: Any) -> Result:
-    """`tile.deblend`, with a bar on a terminal."""
+def _watch(plan: TilePlan, outcomes: Iterator[BlendOutcome]) -> Iterator[BlendOutcome]:
+    """Show how far the work is on a terminal, and end early, with what is finished, when the user presses Ctrl-C."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from kermes import tile
-
-    plan = tile.plan_tile(coadd, **options)
     console = Console(stderr=True)
-    outcomes = track(
-        tile.fit_blends(plan, workers),
-        description=f"{plan.n_peaks} peaks in {plan.n_blends} blends",
-        total=plan.n_blends,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("objects, {task.fields[rate]:.0f} per second,"),
+        TimeRemainingColumn(),
+        TextColumn("left{task.fields[slow]}"),
     )
-    return tile.collect(plan, outcomes)
+    start = time.perf_counter()
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        _stop_on_interrupt() as stopped,
+    ):
+        bar = progress.add_task(f"{_count(plan.n_blends, 'blend')}", total=plan.n_peaks, rate=0.0, slow="")
+        for outcome in outcomes:
+            yield outcome
+            n_sources = len(outcome.task.members)
+            progress.update(bar, advance=n_sources)
+            rate = progress.tasks[0].completed / (time.perf_counter() - start)
+            progress.update(bar, rate=rate)
+            if outcome.seconds > _SLOW:
+                model = outcome.columns["outcome"]
+                progress.update(bar, slow=f"; a {model!s} blend of {n_sources} took {outcome.seconds:.0f} s")
+            if stopped():
+                return
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Note the first Ctrl-C instead of stopping at once; the second one stops."""
+    pressed = False
+
+    def note(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _say("stopping when the blends in work are finished; Ctrl-C again stops at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _picture(result: Result) -> bytes:

@@ -50,6 +50,60 @@ class DetectionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionConfig:
+    """How large parents are divided into blends."""
+
+    largest_side: int = 256
+    """A blend whose peaks lie farther apart than this along an axis [pixels] is divided; 0: none is."""
+
+    most_sources: int = 1000
+    """So is one with more sources."""
+
+    coupling: float = 0.3
+    """Neighbours on the other side of a cut are fitted along where a flux would else be wrong by more than this many
+    standard deviations,"""
+
+    farthest: float = 32.0
+    """and are closer than this [pixels]."""
+
+    bright_snr: float = 3000.0
+    """Blends with a source above this signal-to-noise are fitted first, above ten times as much before all, and their
+    light is held fixed wherever it falls into other blends. 0: all blends are fitted on their own."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        _check(
+            self.largest_side == 0 or self.largest_side >= 32,
+            f"partition.largest_side must be 0 or at least 32, got {self.largest_side}",
+        )
+        _check(self.most_sources >= 2, f"partition.most_sources must be >= 2, got {self.most_sources}")
+        for name in ("coupling", "farthest"):
+            _check(getattr(self, name) > 0, f"partition.{name} must be positive, got {getattr(self, name)}")
+        _check(self.bright_snr >= 0, f"partition.bright_snr must be >= 0, got {self.bright_snr}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetConfig:
+    """What the fit of one blend may cost; what is predicted to cost more gets a simpler model."""
+
+    operations: float = 1e12
+    """Most predicted floating-point operations of one blend."""
+
+    memory: float = 1.0
+    """Most predicted memory of one blend [GB]."""
+
+    total_memory: float = 1.5
+    """Most predicted memory of all blends in work at the same time [GB]; there may be fewer of them than workers."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for name in ("operations", "memory", "total_memory"):
+            _check(getattr(self, name) > 0, f"budget.{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InitializationConfig:
     """How the first model of each source is made."""
 
@@ -357,6 +411,12 @@ class Config:
 
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     """Used when no peaks or footprints are given."""
+
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    """Which sources are fitted together."""
+
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """What a blend may cost."""
 
     profiles: ProfileConfig = field(default_factory=ProfileConfig)
     """Fit of one blend with the model "kermes"."""

@@ -1,17 +1,44 @@
-"""Which peaks are modelled together: those of one footprint, or of several that come close."""
+"""Which peaks are modelled together.
+
+Peaks of one footprint, or of several that come close, have one parent. A parent that is small is one blend. A large one
+is divided where its sources are coupled least: the coupling of two sources is by how many of its standard deviations
+the flux of one is wrong if the other is not there. Neighbours across a cut that are coupled to a source of a blend are
+fitted along with it, and reported by the blend they belong to.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import scipy.fft
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from kermes.coadd import Coadd
+from kermes.config import PartitionConfig
 from kermes.errors import ShapeError
 from kermes.geometry import Box
 
+DoubleArray = NDArray[np.float64]
 LabelArray = NDArray[np.int64]
+
+FARTHEST = 512
+"""Length of the table of `psf_correlation` [pixels]."""
+
+WING_SLOPE = -4.0
+"""Power law by which the correlation of PSFs goes on beyond their stamps: wings that fall as the 4th power of the
+radius correlate with the core like themselves."""
+
+WIDEST = 8.0
+"""Most times that a source is taken to be wider than a point."""
+
+_PEAKS_AT_ONCE = 4096
+
+CORE = 4
+"""Half the side of the square around a peak from which its signal-to-noise is measured [pixels]; of peaks on masked
+pixels, all of the PSF is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -119,3 +146,322 @@ def partition(labels: LabelArray, peaks: LabelArray, shape: tuple[int, int]) -> 
             box = Box.around(peaks[rows])
         parents.append(Parent(parent_id=parent_id, label=label, box=box, peaks=rows))
     return Partition(parents=tuple(parents), labels=labels)
+
+
+# ---------------------------------------------------------------- couplings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Couplings:
+    """Pairs of sources whose light overlaps."""
+
+    pairs: LabelArray
+    """Rows of the two, the smaller first, shape (E, 2)."""
+
+    strength: DoubleArray
+    """By how many of its standard deviations the flux of the fainter one is wrong if the brighter one is not
+    modelled, shape (E,)."""
+
+
+def psf_correlation(psfs: DoubleArray) -> DoubleArray:
+    """Measure how the light of two points overlaps, by their distance.
+
+    Parameters
+    ----------
+    psfs : ndarray, shape (B, P, Q)
+        Odd sides; bands that are zero do not count.
+
+    Returns
+    -------
+    correlation : ndarray, shape (FARTHEST,)
+        Autocorrelation of the PSF at whole distances [pixels], mean over directions and bands, 1 at zero, never rising;
+        beyond the stamps a power law.
+    """
+    return _psf_correlation(psfs.tobytes(), psfs.shape)
+
+
+@lru_cache(maxsize=8)
+def _psf_correlation(content: bytes, shape: tuple[int, int, int]) -> DoubleArray:
+    psfs = np.frombuffer(content).reshape(shape)
+    sides = [2 * n - 1 for n in shape[1:]]
+    power = np.abs(scipy.fft.rfft2(psfs, sides)) ** 2
+    image = scipy.fft.fftshift(scipy.fft.irfft2(power, sides), axes=(1, 2))
+    norm = image[:, shape[1] - 1, shape[2] - 1]
+    used = norm > 0
+    mean = (image[used] / norm[used, None, None]).mean(axis=0) if used.any() else np.ones(sides)
+    y, x = (np.arange(n) - n // 2 for n in mean.shape)
+    radius = np.floor(np.hypot(y[:, None], x) + 0.5).astype(np.int64).ravel()
+    profile = np.bincount(radius, weights=mean.ravel()) / np.bincount(radius)
+    last = max(min(shape[1:]) // 2, 1)
+    table = np.empty(FARTHEST)
+    table[: last + 1] = np.minimum.accumulate(np.maximum(profile[: last + 1], 1e-12))
+    table[0] = 1.0
+    table[last:] = table[last] * (np.arange(last, FARTHEST) / last) ** WING_SLOPE
+    return table
+
+
+def _reach(correlation: DoubleArray, value: DoubleArray) -> DoubleArray:
+    """Distance at which the correlation has fallen to a value [pixels]."""
+    return np.asarray(np.interp(-value, -correlation, np.arange(len(correlation), dtype=np.float64)))
+
+
+def _response(correlation: DoubleArray, distance: DoubleArray) -> DoubleArray:
+    """Correlation at any distance [pixels]."""
+    return np.asarray(np.interp(distance, np.arange(len(correlation), dtype=np.float64), correlation))
+
+
+def peak_snr(coadd: Coadd, peaks: LabelArray, psfs: DoubleArray) -> DoubleArray:
+    """Estimate the signal-to-noise of every peak as if it were a point, alone, all bands together.
+
+    Parameters
+    ----------
+    coadd : Coadd
+    peaks : ndarray, shape (N, 2)
+        Array index (y, x).
+    psfs : ndarray, shape (B, P, Q)
+
+    Returns
+    -------
+    snr : ndarray, shape (N,)
+        Square root of the sum over the bands of the squares of what is positive; 0 where no pixel is valid. From the
+        pixels around the peak; where these tell little, as on saturated cores, from all that the PSF reaches.
+    """
+    half = max(psfs.shape[1:]) // 2
+    snr, known = _matched(coadd, peaks, psfs, min(CORE, half))
+    dark = np.flatnonzero(known < 0.25)
+    if len(dark) and half > CORE:
+        snr[dark], _ = _matched(coadd, peaks[dark], psfs, half)
+    return snr
+
+
+def _matched(coadd: Coadd, peaks: LabelArray, psfs: DoubleArray, half: int) -> tuple[DoubleArray, DoubleArray]:
+    """Signal-to-noise of each peak by a matched filter on a square, and how much of its power lies on valid pixels.
+
+    The second is the share in the best band; both (N,).
+    """
+    height, width = coadd.shape
+    halves = [min(half, n // 2) for n in psfs.shape[1:]]
+    dy, dx = (offset.ravel() for offset in np.mgrid[-halves[0] : halves[0] + 1, -halves[1] : halves[1] + 1])
+    stamps = psfs[:, dy + psfs.shape[1] // 2, dx + psfs.shape[2] // 2]
+    power = np.square(stamps).sum(axis=1)
+    snr2, share = np.zeros(len(peaks)), np.zeros(len(peaks))
+    for start in range(0, len(peaks), _PEAKS_AT_ONCE):
+        rows = slice(start, start + _PEAKS_AT_ONCE)
+        y, x = peaks[rows, :1] + dy, peaks[rows, 1:] + dx
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        pixel = np.where(inside, y * width + x, 0)
+        for b, stamp in enumerate(stamps):
+            if power[b] == 0:
+                continue
+            valid = coadd.valid[b].reshape(-1)[pixel] & inside
+            weight = np.divide(stamp, coadd.variance[b].reshape(-1)[pixel], out=np.zeros(valid.shape), where=valid)
+            signal = (np.where(valid, coadd.images[b].reshape(-1)[pixel], 0.0) * weight).sum(axis=1)
+            norm = weight @ stamp
+            snr2[rows] += np.divide(np.maximum(signal, 0.0) ** 2, norm, out=np.zeros_like(norm), where=norm > 0)
+            np.maximum(share[rows], valid @ np.square(stamp) / power[b], out=share[rows])
+    return np.sqrt(snr2), share
+
+
+def nearest_peaks(peaks: LabelArray, box: Box) -> LabelArray:
+    """Find the peak that is nearest to each pixel of a box.
+
+    Parameters
+    ----------
+    peaks : ndarray, shape (N, 2)
+        At least one.
+    box : Box
+
+    Returns
+    -------
+    nearest : ndarray, shape (h, w)
+        Row of the peak; of those on one pixel the first.
+    """
+    window = box | Box.around(peaks)
+    row = np.full(window.shape, -1, dtype=np.int32)
+    place = peaks - np.array(window.origin)
+    # Backwards, so that of equal peaks the first stays.
+    row[place[::-1, 0], place[::-1, 1]] = np.arange(len(peaks) - 1, -1, -1)
+    y, x = ndimage.distance_transform_edt(row < 0, return_distances=False, return_indices=True)
+    own = box.within(window)
+    return np.asarray(row[y[own], x[own]], dtype=np.int64)
+
+
+def _stretch(
+    labels: LabelArray, parent: Parent, peaks: LabelArray, snr: DoubleArray, correlation: DoubleArray, level: float
+) -> DoubleArray:
+    """How many times wider than a point each source of a parent looks, from the part of the footprint around it."""
+    window = parent.box
+    own = labels[window.y, window.x] == parent.label
+    nearest = nearest_peaks(peaks, window)
+    area = np.bincount(nearest[own], minlength=len(peaks))
+    point = _reach(correlation, np.minimum(level / np.maximum(snr, level), 1.0))
+    return np.asarray(np.clip(np.sqrt(area / np.pi) / np.maximum(point, 2.0), 1.0, WIDEST))
+
+
+def couple(
+    peaks: LabelArray, snr: DoubleArray, stretch: DoubleArray, correlation: DoubleArray, config: PartitionConfig
+) -> Couplings:
+    """Find the pairs of sources whose light overlaps by more than is allowed to be left out.
+
+    Parameters
+    ----------
+    peaks : ndarray, shape (N, 2)
+    snr, stretch : ndarray, shape (N,)
+        Signal-to-noise, and how many times wider than a point, of each source.
+    correlation : ndarray
+        See `psf_correlation`.
+    config : PartitionConfig
+
+    Returns
+    -------
+    couplings : Couplings
+        No pair twice, in the order of their rows.
+
+    Notes
+    -----
+    Without the other source, the estimate ``sum(w m I) / sum(w m^2)`` of a flux is wrong by f' sum(w m m') / sum(w
+    m^2), which is S/N' times the correlation of the two models in units of its error: the off-diagonal of the normal
+    matrix of the fit. The models are those that are observed: what noise hides, no deconvolution brings back. The
+    correlation of sources wider than a point is that of points at a distance that is smaller by as much.
+    """
+    from scipy.spatial import cKDTree
+
+    if len(peaks) < 2:
+        return Couplings(pairs=np.zeros((0, 2), dtype=np.int64), strength=np.zeros(0))
+    pairs = cKDTree(peaks).query_pairs(config.farthest, output_type="ndarray").astype(np.int64)
+    pairs.sort(axis=1)
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    distance = np.hypot(*(peaks[pairs[:, 0]] - peaks[pairs[:, 1]]).T)
+    strength = np.zeros(len(pairs))
+    for side in (0, 1):
+        bright = pairs[:, side]
+        np.maximum(strength, snr[bright] * _response(correlation, distance / stretch[bright]), out=strength)
+    coupled = strength >= config.coupling
+    return Couplings(pairs=pairs[coupled], strength=strength[coupled])
+
+
+# ---------------------------------------------------------------- division into blends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Part:
+    """Sources of a parent that are fitted together."""
+
+    members: LabelArray
+    """Rows of the sources that belong to it, shape (S,), at least one, in the order of their positions."""
+
+    neighbors: LabelArray
+    """Rows of sources of other parts that are fitted along, shape (T,), in the order of their positions."""
+
+    reach: float
+    """How far the light of its members stands out of the noise [pixels]; 0 if the parent is one part."""
+
+    @classmethod
+    def whole(cls, rows: LabelArray) -> Part:
+        """Make the only part of a parent."""
+        return cls(members=rows, neighbors=rows[:0], reach=0.0)
+
+
+def in_order(rows: LabelArray, peaks: LabelArray) -> LabelArray:
+    """Put rows of the list of peaks into the order of y, then x, then their own."""
+    return rows[np.lexsort((rows, peaks[rows, 1], peaks[rows, 0]))]
+
+
+def divide(
+    labels: LabelArray,
+    parent: Parent,
+    peaks: LabelArray,
+    snr: DoubleArray,
+    correlation: DoubleArray,
+    config: PartitionConfig,
+    level: float,
+) -> tuple[Part, ...]:
+    """Divide a parent that is too large into parts, where its sources are coupled least.
+
+    Parameters
+    ----------
+    labels : ndarray, shape (H, W)
+        Footprint of each pixel.
+    parent : Parent
+    peaks : ndarray, shape (N, 2)
+        All peaks, array index.
+    snr : ndarray, shape (N,)
+    correlation : ndarray
+        See `psf_correlation`.
+    config : PartitionConfig
+    level : float
+        Significance at which the footprints end.
+
+    Returns
+    -------
+    parts : tuple of Part
+        Each source of the parent is a member of exactly one. One part without neighbours if the parent is not too
+        large.
+
+    Notes
+    -----
+    Each cut is straight, across the longer side, leaves at least a quarter of the sources on both sides, and is where
+    the couplings that it cuts have the smallest sum. O(N log N).
+    """
+    rows = in_order(parent.peaks, peaks)
+    if not is_large(peaks[rows], config):
+        return (Part.whole(rows),)
+    own = peaks[rows]
+    stretch = _stretch(labels, parent, own, snr[rows], correlation, level)
+    couplings = couple(own, snr[rows], stretch, correlation, config)
+    part_of = np.zeros(len(rows), dtype=np.int64)
+    n_parts, waiting = 1, [np.arange(len(rows))]
+    while waiting:
+        members = waiting.pop()
+        if len(members) < 2 or not is_large(own[members], config):
+            continue
+        for piece in _cut(members, own, couplings, part_of):
+            part_of[piece] = n_parts
+            n_parts += 1
+            waiting.append(piece)
+    ends = part_of[couplings.pairs]
+    crossing = ends[:, 0] != ends[:, 1]
+    # Of each pair that was cut, either end is a neighbour of the part of the other.
+    part = np.concatenate([ends[crossing, 0], ends[crossing, 1]])
+    outside = np.concatenate([couplings.pairs[crossing, 1], couplings.pairs[crossing, 0]])
+    reach = stretch * _reach(correlation, np.minimum(1 / np.maximum(snr[rows], 1.0), 1.0))
+    parts = []
+    for number in np.unique(part_of):
+        members = np.flatnonzero(part_of == number)
+        neighbors = np.unique(outside[part == number])
+        parts.append(Part(members=rows[members], neighbors=rows[neighbors], reach=float(reach[members].max())))
+    parts.sort(key=lambda part: tuple(peaks[part.members[0]].tolist()))
+    return tuple(parts)
+
+
+def is_large(peaks: LabelArray, config: PartitionConfig) -> bool:
+    """Whether sources are too many, or spread too far, for one blend."""
+    if config.largest_side == 0:
+        return False
+    return len(peaks) > config.most_sources or max(Box.around(peaks).shape) > config.largest_side
+
+
+def _cut(
+    members: LabelArray, peaks: LabelArray, couplings: Couplings, part_of: LabelArray
+) -> tuple[LabelArray, LabelArray]:
+    """Cut a part in two."""
+    n = len(members)
+    positions = peaks[members]
+    extent = np.ptp(positions, axis=0)
+    along = int(extent[1] > extent[0])
+    order = np.lexsort((members, positions[:, 1 - along], positions[:, along]))
+    rank = np.empty(len(part_of), dtype=np.int64)
+    rank[members[order]] = np.arange(n)
+    number = part_of[members[0]]
+    ends = part_of[couplings.pairs]
+    inside = (ends[:, 0] == number) & (ends[:, 1] == number)
+    ranks = np.sort(rank[couplings.pairs[inside]], axis=1)
+    # A cut after place k goes through all pairs with first <= k < last.
+    change = np.zeros(n + 1)
+    np.add.at(change, ranks[:, 0], couplings.strength[inside])
+    np.add.at(change, ranks[:, 1], -couplings.strength[inside])
+    cost = np.cumsum(change)[: n - 1]
+    fewest = max(n // 4, 1)
+    places = np.arange(fewest - 1, n - fewest)
+    best = places[np.lexsort((places, np.abs(2 * (places + 1) - n), np.round(cost[places], 6)))[0]]
+    return members[order[: best + 1]], members[order[best + 1 :]]

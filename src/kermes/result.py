@@ -13,7 +13,7 @@ from astropy import units
 from astropy.table import Row, Table
 from numpy.typing import NDArray
 
-from kermes.catalog import candidate_columns, empty_columns, make_candidates
+from kermes.catalog import Reason, candidate_columns, empty_columns, make_candidates
 from kermes.coadd import Coadd
 from kermes.config import Config
 from kermes.errors import InputError
@@ -267,6 +267,9 @@ class Result:
     coadd: Coadd | None = None
     """The images it was made from; None: not at hand, and only models can be evaluated."""
 
+    n_peaks: int | None = None
+    """Number of peaks that were asked for; None: not known."""
+
     timings: Mapping[str, Any] = field(default_factory=dict)
     """How long it took [s]; not part of the answer."""
 
@@ -349,6 +352,26 @@ class Result:
                 positive[window] += np.maximum(array, 0)
         model.flags.writeable = positive.flags.writeable = False
         return model, positive
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all blends were fitted; False for what a run that was stopped has left."""
+        return not (np.asarray(self.objects["reason"]) == Reason.INTERRUPTED).any()
+
+    def ledger(self) -> dict[str, Any]:
+        """Account for every peak.
+
+        Returns
+        -------
+        ledger : dict
+            ``peaks``, the number asked for (None: not known); ``rows``, the number of objects; ``outcomes`` and
+            ``reasons``, how many rows have each; rows of a run that was stopped have the outcome "none".
+        """
+        counts = {}
+        for name, column in (("outcomes", "outcome"), ("reasons", "reason")):
+            values, n = np.unique(np.asarray(self.objects[column], dtype=str), return_counts=True)
+            counts[name] = {str(value) or "none": int(count) for value, count in zip(values, n, strict=True)}
+        return {"peaks": self.n_peaks, "rows": len(self), **counts}
 
     def model_image(self, positive: bool = False) -> FloatArray:
         """Add the models of all objects, as observed.

@@ -24,7 +24,7 @@ import secrets
 import shutil
 import tomllib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -137,7 +137,8 @@ def _writer(path: Path, schema: pa.Schema, key: str | None = None, floats: Itera
     )
 
 
-def _write_table(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> None:
+def write_table(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write one table into one file."""
     schema = table.schema.with_metadata(metadata)
     with _writer(path, schema) as writer:
         writer.write_table(table.cast(schema))
@@ -147,6 +148,17 @@ def _lists(arrays: Iterable[NDArray[Any]], dtype: pa.DataType) -> pa.ListArray:
     arrays = [array.ravel() for array in arrays]
     offsets = np.concatenate([[0], np.cumsum([array.size for array in arrays])]).astype(np.int32)
     return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(arrays), type=dtype.value_type))
+
+
+def rows_of(table: pa.Table, rows: Iterable[int] | None = None) -> list[dict[str, Any]]:
+    """Rows of a table of models or PSFs; lists come as arrays. None: all rows."""
+    return [
+        {
+            name: np.array(value.values) if isinstance(value, pa.ListScalar) else value.as_py()
+            for name, value in ((name, table[name][int(row)]) for name in table.column_names)
+        }
+        for row in (range(table.num_rows) if rows is None else rows)
+    ]
 
 
 def _row_group(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
@@ -162,12 +174,17 @@ def _row_group(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 _NO_PIXELS = np.zeros(0, dtype=np.float32)
 
 
-def _model_rows(result: Result, object_id: int, blend_id: int) -> list[dict[str, Any]]:
-    """One row per component; a source without any gets a row of kind "none"."""
-    source = result.models[object_id]
-    dy, dx = result.origin
+def source_rows(source: Source, model_id: int, blend_id: int, origin: tuple[int, int]) -> list[dict[str, Any]]:
+    """Turn a source into rows of models.parquet, one per component; one without any gets a row of kind "none".
+
+    Raises
+    ------
+    InputError
+        If a component is neither factorized nor a profile.
+    """
+    dy, dx = origin
     row = {
-        "object_id": object_id,
+        "object_id": model_id,
         "blend_id": blend_id,
         "peak_y": source.peak[0] + dy,
         "peak_x": source.peak[1] + dx,
@@ -183,10 +200,43 @@ def _model_rows(result: Result, object_id: int, blend_id: int) -> list[dict[str,
             "x0": component.box.x0 + dx,
             "height": component.box.height,
             "width": component.box.width,
-            **_component_columns(component, result.origin),
+            **_component_columns(component, origin),
         }
         for number, component in enumerate(source.components)
     ]
+
+
+def source_of_rows(rows: Sequence[Mapping[str, Any]], origin: tuple[int, int]) -> Source:
+    """Make a source from its rows of models.parquet, lists as arrays; what `source_rows` wrote.
+
+    Raises
+    ------
+    KeyError, IndexError, TypeError, ValueError
+        If they are not such rows.
+    """
+    dy, dx = origin
+    return Source(
+        peak=(rows[0]["peak_y"] - dy, rows[0]["peak_x"] - dx),
+        components=tuple(_component_of_row(row, origin) for row in rows if row["kind"] != "none"),
+    )
+
+
+def _component_of_row(row: Mapping[str, Any], origin: tuple[int, int]) -> FactorizedComponent | ProfileComponent:
+    dy, dx = origin
+    box = Box(row["y0"], row["x0"], row["height"], row["width"]).shift(-dy, -dx)
+    if row["kind"] == "profile":
+        return ProfileComponent(
+            spectrum=row["spectrum"],
+            center=np.array([row["center_y"] - dy, row["center_x"] - dx]),
+            radius=row["radius"],
+            shear=np.array([row["shear_1"], row["shear_2"]]),
+            index=row["sersic_index"],
+            sigma=row["sigma"],
+            box=box,
+        )
+    if row["kind"] != "factorized":
+        raise ValueError(f"unknown kind of component {row['kind']!r}")
+    return FactorizedComponent(spectrum=row["spectrum"], morphology=row["morphology"].reshape(box.shape), box=box)
 
 
 def _component_columns(component: Component, origin: tuple[int, int]) -> dict[str, Any]:
@@ -209,14 +259,13 @@ def _component_columns(component: Component, origin: tuple[int, int]) -> dict[st
     raise InputError(f"components must be factorized or profiles to be written, got a {type(component).__name__}")
 
 
-def _write_models(result: Result, path: Path, metadata: Mapping[str, str]) -> None:
+def write_models(path: Path, sources: Iterable[list[dict[str, Any]]], metadata: Mapping[str, str]) -> None:
+    """Write a file of models, from the rows of one source after the other, by `source_rows`."""
     schema = pa.schema(_MODEL_FIELDS, metadata=metadata)
     with _writer(path, schema, key="object_id", floats=("spectrum", "morphology")) as writer:
         rows: list[dict[str, Any]] = []
         n_pixels = 0
-        ids = result.model_ids()
-        for object_id, blend_id in ids[:, np.argsort(ids[0])].T.tolist():
-            added = _model_rows(result, object_id, blend_id)
+        for added in sources:
             rows += added
             n_pixels += sum(row["morphology"].size for row in added)
             if len(rows) >= _ROWS_PER_GROUP or n_pixels >= _PIXELS_PER_GROUP:
@@ -224,6 +273,12 @@ def _write_models(result: Result, path: Path, metadata: Mapping[str, str]) -> No
                 rows, n_pixels = [], 0
         if rows:
             writer.write_table(_row_group(rows, schema))
+
+
+def _rows_of_models(result: Result) -> Iterator[list[dict[str, Any]]]:
+    ids = result.model_ids()
+    for model_id, blend_id in ids[:, np.argsort(ids[0])].T.tolist():
+        yield source_rows(result.models[model_id], model_id, blend_id, result.origin)
 
 
 def _write_psfs(result: Result, path: Path, metadata: Mapping[str, str]) -> list[int]:
@@ -259,6 +314,8 @@ def _metadata(result: Result) -> dict[str, Any]:
         "model_psf_sigma": result.config.model_psf_sigma,
         "wcs": result.wcs.to_header_string(relax=True) if isinstance(result.wcs, WCS) else None,
         "config": to_toml(result.config),
+        "complete": result.is_complete,
+        "ledger": result.ledger(),
         "versions": {name: importlib.metadata.version(name) for name in ("kermes", "numpy", "numba")},
     }
 
@@ -268,13 +325,13 @@ def _write_files(result: Result, folder: Path) -> None:
     (folder / "metadata.json").write_text(description + "\n")
     metadata = {"kermes": description}
     psf_ids = _write_psfs(result, folder / "psfs.parquet", metadata)
-    _write_models(result, folder / "models.parquet", metadata)
-    _write_table(to_arrow(result.objects), folder / "objects.parquet", metadata)
-    _write_table(to_arrow(result.parents), folder / "parents.parquet", metadata)
-    _write_table(to_arrow(result.candidates), folder / "candidates.parquet", metadata)
+    write_models(folder / "models.parquet", _rows_of_models(result), metadata)
+    write_table(to_arrow(result.objects), folder / "objects.parquet", metadata)
+    write_table(to_arrow(result.parents), folder / "parents.parquet", metadata)
+    write_table(to_arrow(result.candidates), folder / "candidates.parquet", metadata)
     blends = result.blends.copy()
     blends["psf_id"] = Column(np.array(psf_ids, dtype=np.int64), description="Number of its PSF in psfs.parquet")
-    _write_table(to_arrow(blends), folder / "blends.parquet", metadata)
+    write_table(to_arrow(blends), folder / "blends.parquet", metadata)
     (folder / "timings.json").write_text(json.dumps(result.timings, indent=1) + "\n")
 
 
@@ -291,8 +348,8 @@ def check_output(path: str | PathLike[str], overwrite: bool = False) -> Path:
     Raises
     ------
     FileError
-        If its parent directory is missing, if it exists and `overwrite` is False, or if it holds anything but a
-        result of kermes.
+        If its parent directory is missing, if it exists and `overwrite` is False, unless it is what a run that was
+        stopped has left, or if it holds anything but a result of kermes.
     """
     target = Path(path).resolve()
     if not target.parent.is_dir():
@@ -306,17 +363,18 @@ def check_output(path: str | PathLike[str], overwrite: bool = False) -> Path:
     if any(target.iterdir()):
         if not _is_result(target):
             raise FileError(f"output must be new, or a result of kermes to replace, got {path}, which is neither")
-        if not overwrite:
+        if not overwrite and _read_metadata(target).get("complete", True):
             raise FileError(f"output must be new, got {path}, which exists; overwrite replaces it")
     return target
 
 
-def _sibling(target: Path) -> Path:
+def sibling(target: Path) -> Path:
     """Name a new directory beside the target, on the same file system."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -327,11 +385,11 @@ def _sync(path: Path) -> None:
 def _publish(folder: Path, target: Path) -> None:
     """Rename a complete directory into place; what was there goes away when the new one is in place."""
     for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
+        sync(file)
+    sync(folder)
     old = None
     if target.exists():
-        old = _sibling(target)
+        old = sibling(target)
         target.rename(old)
     try:
         folder.rename(target)
@@ -339,7 +397,7 @@ def _publish(folder: Path, target: Path) -> None:
         if old is not None:
             old.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     if old is not None:
         shutil.rmtree(old)
 
@@ -374,7 +432,7 @@ def write_result(
     """
     target = check_output(path, overwrite)
     try:
-        folder = _sibling(target)
+        folder = sibling(target)
         folder.mkdir()
         try:
             _write_files(result, folder)
@@ -396,7 +454,7 @@ class _GroupedFile:
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
         self.key = key
-        with _parquet(path) as file:
+        with parquet(path) as file:
             self.metadata = file.metadata
         column = self.metadata.schema.to_arrow_schema().get_field_index(key)
         self.last_keys = [
@@ -414,16 +472,10 @@ class _GroupedFile:
         if latest is None or latest[0] != group:
             latest = self._latest = group, self._read(group)
         table = latest[1]
-        return [
-            {
-                name: np.array(value.values) if isinstance(value, pa.ListScalar) else value.as_py()
-                for name, value in ((name, table[name][int(row)]) for name in table.column_names)
-            }
-            for row in np.flatnonzero(table[self.key].to_numpy() == key)
-        ]
+        return rows_of(table, np.flatnonzero(table[self.key].to_numpy() == key))
 
     def _read(self, group: int) -> pa.Table:
-        with _parquet(self.path, self.metadata) as file:
+        with parquet(self.path, self.metadata) as file:
             return file.read_row_group(group)
 
 
@@ -445,31 +497,10 @@ class _StoredModels(Mapping[int, Source]):
         if object_id not in self._ids:
             raise KeyError(object_id)
         rows = self._file.rows(object_id)
-        dy, dx = self._origin
         try:
-            return Source(
-                peak=(rows[0]["peak_y"] - dy, rows[0]["peak_x"] - dx),
-                components=tuple(self._component(row) for row in rows if row["kind"] != "none"),
-            )
+            return source_of_rows(rows, self._origin)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise _damaged(self._file.path, error) from None
-
-    def _component(self, row: Mapping[str, Any]) -> FactorizedComponent | ProfileComponent:
-        dy, dx = self._origin
-        box = Box(row["y0"], row["x0"], row["height"], row["width"]).shift(-dy, -dx)
-        if row["kind"] == "profile":
-            return ProfileComponent(
-                spectrum=row["spectrum"],
-                center=np.array([row["center_y"] - dy, row["center_x"] - dx]),
-                radius=row["radius"],
-                shear=np.array([row["shear_1"], row["shear_2"]]),
-                index=row["sersic_index"],
-                sigma=row["sigma"],
-                box=box,
-            )
-        if row["kind"] != "factorized":
-            raise ValueError(f"unknown kind of component {row['kind']!r}")
-        return FactorizedComponent(spectrum=row["spectrum"], morphology=row["morphology"].reshape(box.shape), box=box)
 
 
 class _StoredPsfs(Mapping[int, NDArray[np.float64]]):
@@ -503,7 +534,7 @@ def _damaged(path: Path, error: Exception) -> FileError:
 
 
 @contextmanager
-def _parquet(path: Path, metadata: Any = None) -> Iterator[pq.ParquetFile]:
+def parquet(path: Path, metadata: Any = None) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file; everything that is wrong with it becomes a FileError."""
     try:
         with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as file:
@@ -515,7 +546,7 @@ def _parquet(path: Path, metadata: Any = None) -> Iterator[pq.ParquetFile]:
 
 
 def _read_table(path: Path) -> Table:
-    with _parquet(path) as file:
+    with parquet(path) as file:
         return from_arrow(file.read())
 
 
@@ -598,6 +629,7 @@ def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result
             zero_point=metadata["zero_point"],
             wcs=_read_wcs(metadata["wcs"]),
             coadd=coadd,
+            n_peaks=metadata.get("ledger", {}).get("peaks"),
             timings=json.loads(timings.read_text()) if timings.exists() else {},
         )
     except (KeyError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:

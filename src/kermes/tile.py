@@ -1,673 +1,55 @@
-"""One coadd to one result: which blends there are, how each is modelled, and how the answers come together."""
+"""One coadd to one result: blends are fitted in order, and their answers come together."""
 
 from __future__ import annotations
 
-import logging
+import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kermes import catalog
-from kermes.catalog import Flag, Outcome
-from kermes.coadd import Blend, Coadd, cut_blend, label_image, normalize_peaks, psf_of_box
+from kermes.catalog import Flag, Reason
+from kermes.checkpoint import Checkpoint
+from kermes.coadd import Coadd
 from kermes.config import Config
-from kermes.detection import detect, footprints_of_peaks
-from kermes.errors import BlendError, InputError
-from kermes.fitting import fit_packed
+from kermes.errors import InputError
 from kermes.flux import add_positive, shared_fluxes
-from kermes.free_form import with_free_form
 from kermes.geometry import Box
-from kermes.initialization import fit_kernels, initialize
-from kermes.kernels import flux as kernels_flux
-from kermes.kernels import metrics as kernels_metrics
-from kermes.kernels.profile_fitting import DOUBLE, EXPONENTIAL, POINT, SERSIC
-from kermes.measurement import Fluxes, measure_fluxes
-from kermes.metrics import BlendMetrics, blend_metrics, model_metrics
-from kermes.partition import Parent, join_close, partition
-from kermes.profile_fitting import KINDS, ModeBank, ProfileFit, fit_profiles, scene_of_fit
-from kermes.psf import MODEL_PSF_SIGMAS, amplify, continued, difference_kernels, model_psf, widest_sigma
-from kermes.rendering import (
-    Convolution,
-    KernelSet,
-    SourceModels,
-    combine_sources,
-    frame_models,
-    outer_box,
-    render_packed,
-    render_scene,
-    unpack,
-)
+from kermes.modelling import BlendOutcome, fit_blend
+from kermes.partition import Parent
+from kermes.planning import BlendTask, TilePlan, plan_tile
 from kermes.result import Result
-from kermes.scene import Scene, Source
+from kermes.scene import Source
 
-logger = logging.getLogger(__name__)
+Watch = Callable[[TilePlan, Iterator[BlendOutcome]], Iterable[BlendOutcome]]
+"""What looks on while blends are fitted; see `deblend`."""
 
-DoubleArray = NDArray[np.float64]
-FloatArray = NDArray[np.float32]
-LabelArray = NDArray[np.int64]
+QUEUE = 4
+"""Most blends for each worker that are waiting, in work, or done but not yet collected."""
 
-MARGIN = 6
-"""Pixels of background around a footprint that are fitted too, so that the wings of the models are held down."""
 
-PROFILE_MARGIN = 12
-"""The same where the wings of profiles reach farther."""
-
-LINK = 12.0
-"""Footprints that come closer than this [pixels] are fitted together with the model "kermes"."""
-
-RUNGS = (Outcome.FULL, Outcome.SINGLE, Outcome.POINT)
-"""Models that are tried, one after the other, until one works."""
-
-LARGE = 0.01
-"""Blends that take more than this part of the work are done first."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class BlendTask:
-    """One blend that is to be fitted."""
-
-    index: int
-    """Number of the blend, counted from 0."""
-
-    parent: Parent
-    """Footprint it belongs to."""
-
-    members: LabelArray
-    """Rows of its sources in the list of peaks, shape (S,), in the order of their positions."""
-
-    box: Box
-    """Pixels to fit, array index of the coadd."""
-
-    outer: Box
-    """Pixels that its models can reach, array index of the coadd."""
-
-    psfs: DoubleArray
-    """PSF of each band, shape (B, P, Q); zero in a band that cannot be used."""
-
-    kernels: KernelSet
-    """Difference kernels; zero likewise."""
-
-    bank: ModeBank
-    """Fourier modes of profiles."""
-
-    last_neighbor: int
-    """Place in the plan of the last blend whose models can reach `outer`, itself included."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TilePlan:
-    """What will be done with one coadd."""
-
-    coadd: Coadd
-    config: Config
-    peaks: LabelArray
-    """Peaks (N, 2), array index (y, x)."""
-
-    labels: LabelArray
-    """Footprint of each pixel, shape (H, W)."""
-
-    background: bool
-    """Whether pixels outside all footprints may be used."""
-
-    tasks: tuple[BlendTask, ...]
-    """One per blend, in the order in which they are done."""
-
-    seconds: float
-    """How long it took to make the plan; not part of the answer."""
-
-    @property
-    def n_blends(self) -> int:
-        """Number of blends."""
-        return len(self.tasks)
-
-    @property
-    def n_peaks(self) -> int:
-        """Number of peaks, and of rows of the result."""
-        return len(self.peaks)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class BlendOutcome:
-    """What became of one blend; arrays follow the sources in the order of `task.members`."""
-
-    task: BlendTask
-    scene: Scene
-    models: SourceModels
-    """Sources as observed, in pixels of `task.outer`."""
-
-    others: SourceModels | None
-    """All sources as observed, with those that nobody listed; None if there are none."""
-
-    candidates: tuple[Source, ...]
-    """Sources that nobody listed."""
-
-    per_candidate: Mapping[str, DoubleArray]
-    """Their columns: y, x, significance (A,); flux, flux_err (A, B)."""
-
-    unknown: NDArray[np.bool_]
-    """True for the bands of a source that no usable pixel tells about, shape (S, B)."""
-
-    per_band: Mapping[str, DoubleArray]
-    """Columns of `objects` that each band has, without its name, shape (S, B)."""
-
-    per_source: Mapping[str, ArrayLike]
-    """Columns of `objects`, shape (S,), or one value for all sources."""
-
-    per_blend: Mapping[str, ArrayLike]
-    """Columns of `blends`."""
-
-    seconds: float
-    """How long it took."""
-
-
-def plan_tile(
-    coadd: Coadd,
-    peaks: Any = None,
-    footprints: ArrayLike | None = None,
-    config: Config | None = None,
-) -> TilePlan:
-    """Decide which peaks are fitted together on which pixels, and in which order.
-
-    Parameters and errors are those of `deblend`.
-    """
-    start = time.perf_counter()
-    config = Config() if config is None else config
-    if not isinstance(config, Config):
-        raise InputError(f"config must be a kermes.Config, got {type(config).__name__}")
-    positions, labels, given = _peaks_and_footprints(coadd, peaks, footprints, config)
-    image_box = Box.of_shape(coadd.shape)
-    profiles = config.model == "kermes"
-    if profiles and not given:
-        labels = join_close(labels, LINK)
-    parents = partition(labels, positions, coadd.shape).parents
-    members = [_by_position(parent.peaks, positions) for parent in parents]
-    margin = PROFILE_MARGIN if profiles else MARGIN
-    boxes = [parent.box.grow(margin) & image_box for parent in parents]
-    config = _with_model_psf(config, coadd, boxes)
-    psfs = _psfs_of_blends(coadd, boxes, config)
-    outers = [outer_box(box, psf, image_box) for box, (psf, _, _) in zip(boxes, psfs, strict=True)]
-
-    # What decides about the order is the same for peaks in any order.
-    costs = [box.area * len(rows) for box, rows in zip(boxes, members, strict=True)]
-    first = [positions[rows[0]].tolist() for rows in members]
-    limit = LARGE * sum(costs)
-    order = sorted(range(len(boxes)), key=lambda k: (-costs[k] if costs[k] > limit else 0, *boxes[k].origin, *first[k]))
-    latest = np.zeros(coadd.shape, dtype=np.int32)
-    for place, k in enumerate(order):
-        latest[outers[k].y, outers[k].x] = place
-    tasks = tuple(
-        BlendTask(
-            index=k,
-            parent=parents[k],
-            members=members[k],
-            box=boxes[k],
-            outer=outers[k],
-            psfs=psfs[k][0],
-            kernels=psfs[k][1],
-            bank=psfs[k][2],
-            last_neighbor=int(latest[outers[k].y, outers[k].x].max()),
-        )
-        for k in order
-    )
-    return TilePlan(
-        coadd=coadd,
-        config=config,
-        peaks=positions,
-        labels=labels,
-        background=not given,
-        tasks=tasks,
-        seconds=time.perf_counter() - start,
-    )
-
-
-def _peaks_and_footprints(
-    coadd: Coadd, peaks: Any, footprints: ArrayLike | None, config: Config
-) -> tuple[LabelArray, LabelArray, bool]:
-    """Peaks (N, 2) as array index, footprint labels (H, W), and whether the footprints were given."""
-    if isinstance(peaks, str):
-        if peaks != "detect":
-            raise InputError(f"peaks must be positions, None or 'detect', got {peaks!r}")
-    elif peaks is None:
-        peaks = coadd.peaks
-    if footprints is None:
-        footprints = coadd.footprints
-    labels = None if footprints is None else label_image(footprints, coadd.shape)
-    if peaks is not None and not isinstance(peaks, str):
-        positions = normalize_peaks(peaks, coadd)
-        if labels is None:
-            return positions, footprints_of_peaks(coadd, positions, config.detection), False
-        return positions, labels, True
-    detection = detect(coadd, config.detection)
-    if labels is None:
-        return detection.peaks, detection.footprints, False
-    return detection.peaks[labels[detection.peaks[:, 0], detection.peaks[:, 1]] > 0], labels, True
-
-
-def _by_position(rows: LabelArray, peaks: LabelArray) -> LabelArray:
-    """Put rows of the list of peaks into the order of y, then x, then their own."""
-    return rows[np.lexsort((rows, peaks[rows, 1], peaks[rows, 0]))]
-
-
-def _with_model_psf(config: Config, coadd: Coadd, boxes: list[Box]) -> Config:
-    """Choose the width of the model PSF if that is left to us."""
-    if config.model_psf_sigma > 0:
-        return config
-    psfs = {psf.tobytes(): psf for psf in (psf_of_box(coadd, box) for box in boxes)}
-    sigma = min((widest_sigma(psf) for psf in psfs.values()), default=MODEL_PSF_SIGMAS[0])
-    return replace(config, model_psf_sigma=sigma)
-
-
-def _psfs_of_blends(coadd: Coadd, boxes: list[Box], config: Config) -> list[tuple[DoubleArray, KernelSet, ModeBank]]:
-    """PSFs and difference kernels at the centre of each box; equal PSFs are one array.
-
-    Bands without a PSF there, or with one narrower than that of the model frame, are zero.
-    """
-    known: dict[bytes, tuple[DoubleArray, KernelSet, ModeBank, NDArray[np.bool_]]] = {}
-    found = []
-    for box in boxes:
-        psfs = psf_of_box(coadd, box)
-        content = psfs.tobytes()
-        if content not in known:
-            known[content] = _prepare_psfs(
-                content, psfs.shape, config.model_psf_sigma, config.kernel_regularization, config.model
-            )
-        found.append(known[content])
-    for b, band in enumerate(coadd.bands):
-        n_narrow = sum(narrow[b] for *_, narrow in found)
-        n_unusable = sum(not psfs[b].any() for psfs, *_ in found)
-        if found and n_narrow == len(found):
-            raise InputError(
-                "psfs must be wider than the PSF of the model frame, a Gaussian of model_psf_sigma = "
-                f"{config.model_psf_sigma:g} pixels; that of band {band!r} is narrower: choose a smaller "
-                "model_psf_sigma, 0 for one that fits, or leave the band out"
-            )
-        if n_unusable:
-            logger.warning(
-                "%s: band %s is not used in %d of %d blends, %d of them because its PSF is narrower than the model PSF",
-                coadd.name,
-                band,
-                n_unusable,
-                len(found),
-                n_narrow,
-            )
-    return [(psfs, kernels, bank) for psfs, kernels, bank, _ in found]
-
-
-@lru_cache(maxsize=4)
-def _prepare_psfs(
-    content: bytes, shape: tuple[int, int, int], sigma: float, regularization: float, model: str
-) -> tuple[DoubleArray, KernelSet, ModeBank, NDArray[np.bool_]]:
-    """PSFs, difference kernels, Fourier modes, and which bands are too narrow for the model frame.
-
-    Many coadds have the PSFs of the one before; what was transformed for them is kept.
-    """
-    psfs = np.frombuffer(content, dtype=np.float64).reshape(shape)
-    kernels = difference_kernels(psfs, model_psf(sigma), regularization)
-    narrow = amplify(kernels)
-    if narrow.any():
-        kernels = np.where(narrow[:, None, None], 0.0, kernels)
-        if model == "kermes":
-            # Profiles are seen through the PSF itself; only free shapes need the model frame.
-            narrow = np.zeros_like(narrow)
-        else:
-            psfs = np.where(narrow[:, None, None], 0.0, psfs)
-    wide = continued(psfs)
-    return psfs, KernelSet(kernels, wide), ModeBank(wide), narrow
-
-
-def _usable(plan: TilePlan, task: BlendTask) -> NDArray[np.bool_]:
-    """Pixels of `task.outer` that may be fitted: the footprint, and background where that is allowed."""
-    window = task.box.within(task.outer)
-    labels = plan.labels[task.box.y, task.box.x]
-    usable = np.zeros(task.outer.shape, dtype=bool)
-    usable[window] = (labels == task.parent.label) & (labels > 0)
-    if plan.background:
-        usable[window] |= labels == 0
-    return usable
-
-
-def _window(blend: Blend, box: Box) -> Blend:
-    """Cut a smaller blend out of a blend."""
-    window = (slice(None), *box.within(blend.box))
-    return replace(
-        blend,
-        images=np.ascontiguousarray(blend.images[window]),
-        weights=np.ascontiguousarray(blend.weights[window]),
-        box=box,
-        peaks=blend.peaks + np.array(blend.box.origin) - np.array(box.origin),
-    )
-
-
-def _scaled(blend: Blend, unit: float) -> Blend:
-    """Express a blend in another unit of flux."""
-    factor = np.float32(unit)
-    return replace(
-        blend,
-        images=blend.images / factor,
-        weights=blend.weights * factor**2,
-        noise_rms=blend.noise_rms / factor,
-    )
-
-
-def _settings(config: Config, rung: Outcome) -> Config:
-    """Settings of one rung of the ladder."""
-    if rung is Outcome.FULL:
-        return config
-    components = 1 if rung is Outcome.SINGLE else 0
-    iterations = config.fit.max_iterations if rung is Outcome.SINGLE else 0
-    return replace(
-        config,
-        initialization=replace(config.initialization, max_components=components),
-        fit=replace(config.fit, max_iterations=iterations),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Modelled:
-    rung: Outcome
-    fluxes: Fluxes
-    iterations: int
-    converged: bool
-
-
-@lru_cache(maxsize=4)
-def _target(sigma: float) -> DoubleArray:
-    return model_psf(sigma)
-
-
-def _model_blend(outer: Blend, task: BlendTask, config: Config, rung: Outcome) -> _Modelled:
-    """Initialize, fit and measure one blend; raises BlendError when the answer is not finite."""
-    config = _settings(config, rung)
-    blend = _window(outer, task.box)
-    convolution = Convolution.of(fit_kernels(blend, task.kernels), task.box.shape)
-    packed = initialize(blend, task.kernels, convolution, _target(config.model_psf_sigma), config.initialization)
-    iterations, converged = 0, True
-    if config.fit.max_iterations > 0:
-        fit = fit_packed(packed, blend, convolution, config.fit)
-        packed, iterations, converged = fit.packed, fit.iterations, fit.converged
-    fluxes = measure_fluxes(packed, len(task.members), blend, task.kernels)
-    if not np.isfinite(fluxes.flux).all():
-        raise BlendError("the fitted fluxes are not finite")
-    return _Modelled(rung=rung, fluxes=fluxes, iterations=iterations, converged=converged)
-
-
-def _fit_profiles(blend: Blend, task: BlendTask, config: Config, rung: Outcome) -> ProfileFit:
-    """Fit profiles to one blend; raises BlendError when the answer is not finite."""
-    most = {Outcome.FULL: DOUBLE, Outcome.SINGLE: EXPONENTIAL, Outcome.POINT: POINT}[rung]
-    # What lies around the box is not used; the fit need not look at it.
-    inner = _window(blend, task.box)
-    fit = fit_profiles(inner.images, inner.weights, task.bank, inner.peaks.astype(np.float64), config.profiles, most)
-    shift = np.array(task.box.origin) - np.array(task.outer.origin)
-    fit.sources.shapes[:, :2] += shift
-    fit.sources.stamps[:, 1:3] += shift
-    if not np.isfinite(fit.sources.fluxes).all() or not np.isfinite(fit.sources.shapes).all():
-        raise BlendError("the fitted fluxes or shapes are not finite")
-    return fit
-
-
-def fit_blend(plan: TilePlan, task: BlendTask) -> BlendOutcome:
-    """Model one blend on the highest rung of the ladder that works."""
-    start = time.perf_counter()
-    cut = cut_blend(plan.coadd, task.outer, plan.peaks[task.members], _usable(plan, task), task.psfs)
-    missing = np.isnan(cut.noise_rms)
-    if missing.all():
-        outcome = _without_model(task, cut, "no_data")
-    else:
-        unit = float(np.median(cut.noise_rms[~missing]))
-        scaled = _scaled(cut, unit)
-        reason = ""
-        for rung in RUNGS:
-            try:
-                if plan.config.model == "kermes":
-                    fit = _fit_profiles(scaled, task, plan.config, rung)
-                    outcome = _with_profiles(plan, task, cut, fit, unit, rung, reason)
-                else:
-                    modelled = _model_blend(scaled, task, plan.config, rung)
-                    outcome = _with_model(plan, task, cut, modelled, unit, reason)
-            except BlendError as error:
-                logger.warning("blend %d is not modelled as %s: %s", task.index + 1, rung, error)
-                reason = "not_finite"
-            else:
-                break
-        else:
-            outcome = _without_model(task, cut, reason)
-    return replace(outcome, seconds=time.perf_counter() - start)
-
-
-def _with_model(
-    plan: TilePlan,
-    task: BlendTask,
-    cut: Blend,
-    modelled: _Modelled,
-    unit: float,
-    reason: str,
-) -> BlendOutcome:
-    """Describe a blend of free shapes whose fluxes were found, in a unit of flux."""
-    fluxes, n_sources = modelled.fluxes, len(task.members)
-    shift = np.array([task.box.y0 - task.outer.y0, task.box.x0 - task.outer.x0, 0, 0])
-    packed = replace(fluxes.packed, boxes=fluxes.packed.boxes + shift, spectra=fluxes.packed.spectra * np.float32(unit))
-    boxes, _ = kernels_flux.source_boxes(packed.boxes, packed.sources, n_sources)
-    return _describe(
-        plan,
-        task,
-        cut,
-        scene=unpack(packed, cut.peaks, task.outer),
-        models=combine_sources(packed, render_packed(packed, task.kernels, task.outer.shape), n_sources),
-        others=None,
-        candidates=(),
-        per_candidate={},
-        boxes=boxes,
-        metrics=blend_metrics(packed, n_sources, task.outer.shape),
-        flux=fluxes.flux * unit,
-        flux_err=fluxes.flux_err * unit,
-        iterations=modelled.iterations,
-        converged=modelled.converged,
-        per_band={},
-        per_source={
-            "model": "free-form",
-            "n_components": np.bincount(packed.sources, minlength=n_sources),
-            "outcome": modelled.rung.value,
-            "reason": reason,
-        },
-        per_blend={"n_components": len(packed), f"n_{modelled.rung}": n_sources},
-    )
-
-
-def _with_profiles(
-    plan: TilePlan, task: BlendTask, cut: Blend, fit: ProfileFit, unit: float, rung: Outcome, reason: str
-) -> BlendOutcome:
-    """Describe a blend of profiles, in a unit of flux."""
-    n_sources = len(task.members)
-    sources = fit.sources
-    everything = scene_of_fit(fit, cut.peaks, task.outer, unit, plan.config.model_psf_sigma)
-    others = render_scene(everything, task.kernels)
-    corrected = _with_free_form(everything, others, fit, cut, task, plan.config)
-    if corrected is not everything:
-        everything, others = corrected, render_scene(corrected, task.kernels)
-    scene = replace(everything, sources=everything.sources[:n_sources])
-    models = _first_models(others, n_sources)
-    kinds, shapes = sources.kinds[:n_sources], sources.shapes[:n_sources]
-    extended, double = kinds != POINT, kinds == DOUBLE
-    n_components = np.array([len(source.components) for source in scene.sources])
-    return _describe(
-        plan,
-        task,
-        cut,
-        scene=scene,
-        models=models,
-        others=others if len(sources.kinds) > n_sources else None,
-        candidates=everything.sources[n_sources:],
-        per_candidate={
-            "y": sources.shapes[n_sources:, 0] + task.outer.y0 + plan.coadd.origin[0],
-            "x": sources.shapes[n_sources:, 1] + task.outer.x0 + plan.coadd.origin[1],
-            "significance": fit.significance,
-            "flux": sources.fluxes[n_sources:].sum(axis=1) * unit,
-            "flux_err": fit.flux_err[n_sources:] * unit,
-        },
-        boxes=models.boxes,
-        metrics=model_metrics(frame_models(scene, len(cut.images)), task.outer.shape),
-        flux=sources.fluxes[:n_sources].sum(axis=1) * unit,
-        flux_err=fit.flux_err[:n_sources] * unit,
-        iterations=fit.iterations,
-        converged=fit.converged,
-        per_band={"bulge_flux": np.where(double[:, None], sources.fluxes[:n_sources, 1] * unit, np.nan)},
-        per_source={
-            "model": np.array(KINDS)[kinds],
-            "center_y": shapes[:, 0] + task.outer.y0 + plan.coadd.origin[0],
-            "center_x": shapes[:, 1] + task.outer.x0 + plan.coadd.origin[1],
-            "center_y_err": fit.center_err[:n_sources, 0],
-            "center_x_err": fit.center_err[:n_sources, 1],
-            "radius": np.where(extended, np.exp(shapes[:, 2]), np.nan),
-            "axis_ratio": np.where(extended, np.exp(-np.hypot(shapes[:, 3], shapes[:, 4])), np.nan),
-            "angle": np.where(extended, np.degrees(0.5 * np.arctan2(shapes[:, 4], shapes[:, 3])), np.nan),
-            "sersic_index": np.where(kinds == SERSIC, np.exp(shapes[:, 5]), np.where(extended, 1.0, np.nan)),
-            "bulge_radius": np.where(double, np.exp(shapes[:, 6]), np.nan),
-            "bulge_index": np.where(double, np.exp(shapes[:, 9]), np.nan),
-            "evidence": fit.evidence[:n_sources],
-            "n_components": n_components,
-            "outcome": rung.value,
-            "reason": reason,
-        },
-        per_blend={"n_components": n_components.sum(), f"n_{rung}": n_sources},
-    )
-
-
-def _with_free_form(
-    scene: Scene, models: SourceModels, fit: ProfileFit, cut: Blend, task: BlendTask, config: Config
-) -> Scene:
-    """Correct the profiles of listed sources where they do not suffice; the same scene if all do."""
-    residual = cut.images.copy()
-    kernels_flux.subtract_models(residual, models.pixels, models.boxes, models.offsets)
-    flux = fit.sources.fluxes.sum(axis=1)
-    snr = np.sqrt(np.nansum(np.square(flux / fit.flux_err), axis=1))
-    snr[fit.n_listed :] = np.nan
-    return with_free_form(scene, residual, snr, cut, task.kernels, config.free_form)
-
-
-def _first_models(models: SourceModels, n_sources: int) -> SourceModels:
-    """Models of the first sources alone; no pixels are copied."""
-    end = models.offsets[n_sources]
-    return SourceModels(
-        boxes=models.boxes[:n_sources], offsets=models.offsets[: n_sources + 1], pixels=models.pixels[:, :end]
-    )
-
-
-def _describe(
-    plan: TilePlan,
-    task: BlendTask,
-    cut: Blend,
-    *,
-    scene: Scene,
-    models: SourceModels,
-    others: SourceModels | None,
-    candidates: tuple[Source, ...],
-    per_candidate: Mapping[str, DoubleArray],
-    boxes: NDArray[np.int64],
-    metrics: BlendMetrics,
-    flux: DoubleArray,
-    flux_err: DoubleArray,
-    iterations: int,
-    converged: bool,
-    per_band: Mapping[str, DoubleArray],
-    per_source: Mapping[str, ArrayLike],
-    per_blend: Mapping[str, ArrayLike],
-) -> BlendOutcome:
-    """Describe a blend that was modelled; `boxes` (S, 4) are the pixels of its sources that chi2 and flags refer to."""
-    residual = cut.images.copy()
-    seen = models if others is None else others
-    kernels_flux.subtract_models(residual, seen.pixels, seen.boxes, seen.offsets)
-    whole = np.array([[0, 0, *task.outer.shape]], dtype=np.int64)
-    chi2 = kernels_metrics.mean_chi2(residual, cut.weights, np.concatenate([boxes, whole]))
-    unknown = np.isnan(flux_err)
-    top, left = boxes[:, 0] + task.outer.y0, boxes[:, 1] + task.outer.x0
-    bottom, right = top + boxes[:, 2], left + boxes[:, 3]
-    height, width = plan.coadd.shape
-    n_pixels = np.count_nonzero(cut.weights)
-    common = {"iterations": iterations, "converged": converged}
-    return BlendOutcome(
-        task=task,
-        scene=scene,
-        models=models,
-        others=others,
-        candidates=candidates,
-        per_candidate=per_candidate,
-        unknown=unknown,
-        per_band={
-            "flux": flux,
-            "flux_err": flux_err,
-            "max_overlap": metrics.max_overlap,
-            "flux_overlap": metrics.flux_overlap,
-            "flux_overlap_fraction": metrics.flux_overlap_fraction,
-            "blendedness": metrics.blendedness,
-            **per_band,
-        },
-        per_source={
-            **common,
-            "chi2": chi2[:-1],
-            Flag.MISSING_BAND: unknown.any(axis=1),
-            Flag.NO_DATA: unknown.all(axis=1),
-            Flag.NOT_CONVERGED: not converged,
-            Flag.NULL_MODEL: ~(flux > 0).any(axis=1),
-            Flag.EDGE: (boxes[:, 2] > 0) & ((top == 0) | (left == 0) | (bottom == height) | (right == width)),
-            **per_source,
-        },
-        per_blend={
-            **common,
-            "chi2": chi2[-1],
-            "n_pixels": n_pixels,
-            "loss": 0.5 * chi2[-1] * n_pixels,
-            **per_blend,
-        },
-        seconds=np.nan,
-    )
-
-
-def _without_model(task: BlendTask, cut: Blend, reason: str) -> BlendOutcome:
-    """Describe a blend that no rung could model: sources without light or fluxes."""
-    n_sources, n_bands = len(task.members), len(cut.images)
-    missing = np.isnan(cut.noise_rms)
-    sources = tuple(Source(peak=(y + task.outer.y0, x + task.outer.x0), components=()) for y, x in cut.peaks.tolist())
-    return BlendOutcome(
-        task=task,
-        scene=Scene(sources=sources, box=task.outer),
-        models=SourceModels(
-            boxes=np.zeros((n_sources, 4), dtype=np.int64),
-            offsets=np.zeros(n_sources + 1, dtype=np.int64),
-            pixels=np.zeros((n_bands, 0), dtype=np.float32),
-        ),
-        others=None,
-        candidates=(),
-        per_candidate={},
-        unknown=np.ones((n_sources, n_bands), dtype=bool),
-        per_band={},
-        per_source={
-            Flag.MISSING_BAND: missing.any(),
-            Flag.NO_DATA: missing.all(),
-            "outcome": Outcome.PEAK.value,
-            "reason": reason,
-            Flag.NOT_CONVERGED: True,
-            Flag.NULL_MODEL: True,
-        },
-        per_blend={"n_pixels": np.count_nonzero(cut.weights), f"n_{Outcome.PEAK}": n_sources},
-        seconds=np.nan,
-    )
-
-
-def fit_blends(plan: TilePlan, workers: int | None = None) -> Iterator[BlendOutcome]:
+def fit_blends(
+    plan: TilePlan, workers: int | None = None, checkpoint: Checkpoint | None = None
+) -> Iterator[BlendOutcome]:
     """Model all blends.
 
     Parameters
     ----------
     plan : TilePlan
     workers : int, optional
-        Number of blends in work at the same time; None: one. The answer does not depend on it.
+        Number of blends in work at the same time, as far as their predicted memory allows; None: one. The answer does
+        not depend on it.
+    checkpoint : Checkpoint, optional
+        Blends that it holds are not fitted again; those that are fitted are added to it.
 
     Returns
     -------
@@ -682,20 +64,72 @@ def fit_blends(plan: TilePlan, workers: int | None = None) -> Iterator[BlendOutc
     n_workers = 1 if workers is None else workers
     if not isinstance(n_workers, int | np.integer) or n_workers < 1:
         raise InputError(f"workers must be a whole number, at least 1, got {workers!r}")
-    if n_workers == 1:
-        return (fit_blend(plan, task) for task in plan.tasks)
-    return _fit_in_threads(plan, int(n_workers))
+    return _fit_levels(plan, int(n_workers), checkpoint)
 
 
-def _fit_in_threads(plan: TilePlan, n_workers: int) -> Iterator[BlendOutcome]:
-    with ThreadPoolExecutor(n_workers) as pool:
-        futures = deque(pool.submit(fit_blend, plan, task) for task in plan.tasks)
-        try:
-            while futures:
-                yield futures.popleft().result()
-        finally:
-            for future in futures:
-                future.cancel()
+def _fit_levels(plan: TilePlan, n_workers: int, checkpoint: Checkpoint | None) -> Iterator[BlendOutcome]:
+    """Fit one level after the other: the light of the earlier ones is known when the next begins."""
+    earlier: list[BlendOutcome] = []
+    last = plan.tasks[-1].level if plan.tasks else 0
+    with ThreadPoolExecutor(n_workers) if n_workers > 1 else nullcontext() as pool:
+        for level, tasks in itertools.groupby(plan.tasks, key=lambda task: task.level):
+            done = []
+            boxes = _bounds([outcome.task.outer for outcome in earlier])
+            for outcome in _fit_level(plan, tasks, earlier, boxes, pool, n_workers, checkpoint):
+                if level < last:
+                    done.append(outcome)
+                yield outcome
+            earlier += done
+
+
+def _bounds(boxes: list[Box]) -> NDArray[np.int64]:
+    return np.array([(box.y0, box.y1, box.x0, box.x1) for box in boxes], dtype=np.int64).reshape(-1, 4)
+
+
+def _fit_level(
+    plan: TilePlan,
+    tasks: Iterable[BlendTask],
+    earlier: list[BlendOutcome],
+    bounds: NDArray[np.int64],
+    pool: ThreadPoolExecutor | None,
+    n_workers: int,
+    checkpoint: Checkpoint | None,
+) -> Iterator[BlendOutcome]:
+    def fit(task: BlendTask) -> BlendOutcome:
+        known = None if checkpoint is None else checkpoint.restored(task)
+        if known is not None:
+            return known
+        box = task.outer
+        near = (bounds[:, 0] < box.y1) & (bounds[:, 1] > box.y0) & (bounds[:, 2] < box.x1) & (bounds[:, 3] > box.x0)
+        return fit_blend(plan, task, [earlier[k] for k in np.flatnonzero(near)])
+
+    outcomes = map(fit, tasks) if pool is None else _in_threads(plan, tasks, fit, pool, n_workers)
+    for outcome in outcomes:
+        if checkpoint is not None:
+            checkpoint.add(outcome)
+        yield outcome
+
+
+def _in_threads(
+    plan: TilePlan, tasks: Iterable[BlendTask], fit: Any, pool: ThreadPoolExecutor, n_workers: int
+) -> Iterator[BlendOutcome]:
+    """Yield outcomes in the order of the tasks; no more are begun than memory holds until they are collected."""
+    ceiling = 1e9 * plan.config.budget.total_memory
+    futures: deque[tuple[Future[BlendOutcome], float]] = deque()
+    used = 0.0
+    try:
+        for task in tasks:
+            while futures and (used + task.cost.bytes > ceiling or len(futures) >= QUEUE * n_workers):
+                future, size = futures.popleft()
+                used -= size
+                yield future.result()
+            futures.append((pool.submit(fit, task), task.cost.bytes))
+            used += task.cost.bytes
+        while futures:
+            yield futures.popleft()[0].result()
+    finally:
+        for future, _ in futures:
+            future.cancel()
 
 
 def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
@@ -708,7 +142,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     ----------
     plan : TilePlan
     outcomes : iterable of BlendOutcome
-        One per blend, in the order of the plan.
+        One per blend, in the order of the plan. If it ends early, the rest have rows with the reason "interrupted".
 
     Returns
     -------
@@ -723,33 +157,34 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     total = np.zeros(coadd.images.shape, dtype=np.float32)
     waiting: list[BlendOutcome] = []
     found: list[BlendOutcome] = []
-    n_done, blend_seconds, seconds = 0, np.zeros(plan.n_blends), time.perf_counter() - start
+    n_done, blend_seconds, seconds = 0, np.full(plan.n_blends, np.nan), time.perf_counter() - start
     for outcome in outcomes:
         start = time.perf_counter()
         task = outcome.task
         assert task is plan.tasks[n_done], "one outcome per blend, in the order of the plan"
-        _fill(objects, outcome, outcome.per_band, coadd.bands)
-        for name, values in outcome.per_source.items():
+        for name, values in outcome.columns.items():
             objects[name][task.members] = values
-        for name, value in outcome.per_blend.items():
+        for name, value in outcome.blend_columns.items():
             blends[name][task.index] = value
         models.update(zip((task.members + 1).tolist(), outcome.scene.sources, strict=True))
         window = (slice(None), task.outer.y, task.outer.x)
-        total[window] = add_positive(total[window], outcome.models if outcome.others is None else outcome.others)
+        total[window] = add_positive(total[window], outcome.claims)
         if outcome.candidates:
             found.append(outcome)
 
         waiting.append(outcome)
         for complete in [waits for waits in waiting if waits.task.last_neighbor <= n_done]:
-            outer = complete.task.outer
-            flux, flux_err = shared_fluxes(coadd, outer, total[:, outer.y, outer.x], complete.models)
-            shared = {"redistributed_flux": flux, "redistributed_flux_err": flux_err}
-            _fill(objects, complete, shared, coadd.bands)
+            _share(coadd, complete, total, objects)
         waiting = [waits for waits in waiting if waits.task.last_neighbor > n_done]
         n_done += 1
         blend_seconds[task.index] = outcome.seconds
         seconds += time.perf_counter() - start
-    assert n_done == plan.n_blends, "one outcome per blend"
+    for incomplete in waiting:
+        _share(coadd, incomplete, total, objects)
+    for task in plan.tasks[n_done:]:
+        objects["reason"][task.members] = Reason.INTERRUPTED.value
+        for row, (y, x) in zip(task.members.tolist(), plan.peaks[task.members].tolist(), strict=True):
+            models[row + 1] = Source(peak=(y, x), components=())
 
     found.sort(key=lambda outcome: outcome.task.index)
     candidates = _candidate_columns(coadd, found)
@@ -772,6 +207,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         zero_point=coadd.zero_point,
         wcs=coadd.wcs,
         coadd=coadd,
+        n_peaks=plan.n_peaks,
         timings={
             "plan": plan.seconds,
             "blends": blend_seconds.tolist(),
@@ -782,14 +218,16 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     )
 
 
-def _fill(
-    objects: Mapping[str, NDArray[Any]], outcome: BlendOutcome, values: Mapping[str, DoubleArray], bands: Sequence[str]
+def _share(
+    coadd: Coadd, outcome: BlendOutcome, total: NDArray[np.float32], objects: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Write values (S, B) of the sources of a blend into the columns of `objects`, NaN where nothing is known."""
-    for name, value in values.items():
-        known = np.where(outcome.unknown, np.nan, value)
-        for b, band in enumerate(bands):
-            objects[f"{band}_{name}"][outcome.task.members] = known[:, b]
+    """Fill the columns of the shared flux of one blend, NaN in bands where nothing is known."""
+    outer, members = outcome.task.outer, outcome.task.members
+    flux, flux_err = shared_fluxes(coadd, outer, total[:, outer.y, outer.x], outcome.models)
+    for b, band in enumerate(coadd.bands):
+        known = np.isfinite(objects[f"{band}_flux_err"][members])
+        objects[f"{band}_redistributed_flux"][members] = np.where(known, flux[:, b], np.nan)
+        objects[f"{band}_redistributed_flux_err"][members] = np.where(known, flux_err[:, b], np.nan)
 
 
 def _candidate_columns(coadd: Coadd, found: list[BlendOutcome]) -> dict[str, NDArray[Any]]:
@@ -797,16 +235,12 @@ def _candidate_columns(coadd: Coadd, found: list[BlendOutcome]) -> dict[str, NDA
     n_candidates = [len(outcome.candidates) for outcome in found]
     columns = catalog.empty_columns(catalog.candidate_columns(coadd.bands), sum(n_candidates))
     columns["candidate_id"][:] = np.arange(1, sum(n_candidates) + 1)
-    columns["origin"][:] = catalog.Origin.RESIDUAL.value
     start = 0
     for outcome, n in zip(found, n_candidates, strict=True):
         rows = slice(start, start + n)
         columns["blend_id"][rows] = outcome.task.index + 1
-        for name in ("y", "x", "significance"):
-            columns[name][rows] = outcome.per_candidate[name]
-        for b, band in enumerate(coadd.bands):
-            columns[f"{band}_flux"][rows] = outcome.per_candidate["flux"][:, b]
-            columns[f"{band}_flux_err"][rows] = outcome.per_candidate["flux_err"][:, b]
+        for name, values in outcome.candidate_columns.items():
+            columns[name][rows] = values
         start += n
     return columns
 
@@ -833,7 +267,7 @@ def _object_columns(plan: TilePlan) -> dict[str, NDArray[Any]]:
     return columns
 
 
-def _box_columns(boxes: list[Box], coadd: Coadd) -> dict[str, NDArray[np.int64]]:
+def _box_columns(boxes: Sequence[Box], coadd: Coadd) -> dict[str, NDArray[np.int64]]:
     table = np.array([(*box.origin, *box.shape) for box in boxes], dtype=np.int64).reshape(-1, 4)
     return {
         "y0": table[:, 0] + coadd.origin[0],
@@ -844,12 +278,13 @@ def _box_columns(boxes: list[Box], coadd: Coadd) -> dict[str, NDArray[np.int64]]
 
 
 def _parent_columns(plan: TilePlan) -> dict[str, NDArray[np.int64]]:
-    parents = [task.parent for task in _by_index(plan)]
+    parents = plan.parents
+    n_blends = np.bincount([task.parent.parent_id for task in plan.tasks], minlength=len(parents))
     return {
         "parent_id": np.arange(1, len(parents) + 1),
         **_box_columns([parent.box for parent in parents], plan.coadd),
         "n_peaks": np.array([len(parent.peaks) for parent in parents], dtype=np.int64),
-        "n_blends": np.ones(len(parents), dtype=np.int64),
+        "n_blends": n_blends.astype(np.int64),
         "area": np.array([_area(plan, parent) for parent in parents], dtype=np.int64),
     }
 
@@ -870,6 +305,7 @@ def _blend_columns(plan: TilePlan) -> dict[str, NDArray[Any]]:
         "parent_id": np.array([task.parent.parent_id + 1 for task in tasks], dtype=np.int64),
         **_box_columns([task.box for task in tasks], plan.coadd),
         "n_sources": np.array([len(task.members) for task in tasks], dtype=np.int64),
+        "n_neighbors": np.array([len(task.neighbors) for task in tasks], dtype=np.int64),
     }
 
 
@@ -879,6 +315,9 @@ def deblend(
     footprints: ArrayLike | None = None,
     config: Config | None = None,
     workers: int | None = None,
+    *,
+    checkpoint: str | PathLike[str] | None = None,
+    watch: Watch | None = None,
 ) -> Result:
     """Decide which light of a coadd belongs to which source.
 
@@ -896,6 +335,15 @@ def deblend(
         All settings; None: the defaults.
     workers : int, optional
         Number of blends in work at the same time; None: one. The answer does not depend on it.
+    checkpoint : path, optional
+        Directory in which finished blends are kept while the work goes on, and which is removed at its end. If it is
+        there from a run of the same coadd and settings that was stopped, its blends are not fitted again; the answer
+        is the same to the bit.
+
+    watch : callable, optional
+        ``watch(plan, outcomes)`` is given what will be done, and an iterator of what became of each blend, and returns
+        what it wants collected: all of it, for example after showing how far the work is, or only the first part to
+        stop early.
 
     Returns
     -------
@@ -907,6 +355,8 @@ def deblend(
     ------
     InputError
         If peaks, footprints or workers cannot be used.
+    FileError
+        If the checkpoint belongs to another run, or cannot be written.
 
     Examples
     --------
@@ -917,11 +367,31 @@ def deblend(
     True
     """
     plan = plan_tile(coadd, peaks, footprints, config)
-    result = collect(plan, fit_blends(plan, workers))
-    if not plan.config.add_sources or len(result.candidates) == 0:
+    folder = None if checkpoint is None else Path(checkpoint)
+    result = _run(plan, workers, folder, watch)
+    if not plan.config.add_sources or len(result.candidates) == 0 or not result.is_complete:
         return result
-    found = np.stack([result.candidates["y"], result.candidates["x"]], axis=1) - np.array(coadd.origin)
-    found = np.clip(np.floor(found + 0.5).astype(np.int64), 0, np.array(coadd.shape) - 1)
-    everything = np.concatenate([plan.peaks, found]) + np.array(coadd.origin)
-    plan = plan_tile(coadd, everything, footprints, config)
-    return collect(plan, fit_blends(plan, workers))
+    plan = plan_tile(coadd, _with_candidates(plan, result), footprints, config)
+    return _run(plan, workers, None if folder is None else folder.with_name(f"{folder.name}-2"), watch)
+
+
+def _run(plan: TilePlan, workers: int | None, folder: Path | None, watch: Watch | None) -> Result:
+    """Do what is planned; the checkpoint stays if it was not done to the end."""
+    checkpoint = None if folder is None else Checkpoint(folder, plan)
+    outcomes = fit_blends(plan, workers, checkpoint)
+    try:
+        result = collect(plan, outcomes if watch is None else watch(plan, outcomes))
+    finally:
+        if checkpoint is not None:
+            checkpoint.flush()
+    if checkpoint is not None and result.is_complete:
+        checkpoint.remove()
+    return result
+
+
+def _with_candidates(plan: TilePlan, result: Result) -> NDArray[np.int64]:
+    """Peaks of a second run (N, 2), in which candidates are objects too, in the coadd's coordinates."""
+    origin = np.array(plan.coadd.origin)
+    found = np.stack([result.candidates["y"], result.candidates["x"]], axis=1) - origin
+    found = np.clip(np.floor(found + 0.5).astype(np.int64), 0, np.array(plan.coadd.shape) - 1)
+    return np.asarray(np.concatenate([plan.peaks, found]) + origin)

@@ -1,0 +1,537 @@
+"""One blend, from its pixels to its columns: the ladder of models, and what each leaves."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kermes.catalog import Flag, Model, Origin, Outcome, Reason
+from kermes.coadd import Blend, cut_blend
+from kermes.config import Config
+from kermes.errors import BlendError
+from kermes.fitting import fit_packed
+from kermes.free_form import with_free_form
+from kermes.geometry import Box
+from kermes.initialization import fit_kernels, initialize
+from kermes.kernels import flux as kernels_flux
+from kermes.kernels import metrics as kernels_metrics
+from kermes.kernels.profile_fitting import DOUBLE, EXPONENTIAL, POINT, SERSIC
+from kermes.measurement import Fluxes, measure_fluxes
+from kermes.metrics import BlendMetrics, blend_metrics, model_metrics
+from kermes.planning import RUNGS, BlendTask, TilePlan, usable_pixels
+from kermes.profile_fitting import KINDS, ProfileFit, fit_profiles, scene_of_fit
+from kermes.psf import model_psf
+from kermes.rendering import (
+    Convolution,
+    SourceModels,
+    combine_sources,
+    frame_models,
+    render_packed,
+    render_scene,
+    unpack,
+)
+from kermes.scene import ProfileComponent, Scene, Source
+
+logger = logging.getLogger(__name__)
+
+DoubleArray = NDArray[np.float64]
+FloatArray = NDArray[np.float32]
+LabelArray = NDArray[np.int64]
+
+PEAK_HALF = 12
+"""Half the side of the box of a source that is modelled as a PSF at its peak [pixels]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BlendOutcome:
+    """What became of one blend; sources are its members, in the order of `task.members`."""
+
+    task: BlendTask
+    scene: Scene
+    models: SourceModels
+    """Sources as observed, in pixels of `task.outer`."""
+
+    claims: SourceModels
+    """What the flux of pixels is shared by: the same, and the sources that nobody listed."""
+
+    candidates: tuple[Source, ...]
+    """Sources that nobody listed."""
+
+    columns: Mapping[str, ArrayLike]
+    """Columns of `objects`, shape (S,), or one value for all sources."""
+
+    candidate_columns: Mapping[str, ArrayLike]
+    """Columns of `candidates`, shape (A,); empty without candidates."""
+
+    blend_columns: Mapping[str, ArrayLike]
+    """Columns of `blends`."""
+
+    seconds: float
+    """How long it took."""
+
+
+def _window(blend: Blend, box: Box) -> Blend:
+    """Cut a smaller blend out of a blend."""
+    window = (slice(None), *box.within(blend.box))
+    return replace(
+        blend,
+        images=np.ascontiguousarray(blend.images[window]),
+        weights=np.ascontiguousarray(blend.weights[window]),
+        box=box,
+        peaks=blend.peaks + np.array(blend.box.origin) - np.array(box.origin),
+    )
+
+
+def _scaled(blend: Blend, unit: float) -> Blend:
+    """Express a blend in another unit of flux."""
+    factor = np.float32(unit)
+    return replace(
+        blend,
+        images=blend.images / factor,
+        weights=blend.weights * factor**2,
+        noise_rms=blend.noise_rms / factor,
+    )
+
+
+def _settings(config: Config, rung: Outcome) -> Config:
+    """Settings of one rung of the ladder."""
+    if rung is Outcome.FULL:
+        return config
+    components = 1 if rung is Outcome.SINGLE else 0
+    iterations = config.fit.max_iterations if rung is Outcome.SINGLE else 0
+    return replace(
+        config,
+        initialization=replace(config.initialization, max_components=components),
+        fit=replace(config.fit, max_iterations=iterations),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Modelled:
+    rung: Outcome
+    fluxes: Fluxes
+    iterations: int
+    converged: bool
+
+
+@lru_cache(maxsize=4)
+def _target(sigma: float) -> DoubleArray:
+    return model_psf(sigma)
+
+
+def _model_blend(outer: Blend, task: BlendTask, config: Config, rung: Outcome) -> _Modelled:
+    """Initialize, fit and measure one blend of free shapes; raises BlendError when the answer is not finite."""
+    config = _settings(config, rung)
+    blend = _window(outer, task.box)
+    convolution = Convolution.of(fit_kernels(blend, task.kernels), task.box.shape)
+    packed = initialize(blend, task.kernels, convolution, _target(config.model_psf_sigma), config.initialization)
+    iterations, converged = 0, True
+    if config.fit.max_iterations > 0:
+        fit = fit_packed(packed, blend, convolution, config.fit)
+        packed, iterations, converged = fit.packed, fit.iterations, fit.converged
+    fluxes = measure_fluxes(packed, len(task.rows), blend, task.kernels)
+    if not np.isfinite(fluxes.flux).all():
+        raise BlendError("the fitted fluxes are not finite")
+    return _Modelled(rung=rung, fluxes=fluxes, iterations=iterations, converged=converged)
+
+
+def _fit_profiles(blend: Blend, task: BlendTask, config: Config, rung: Outcome) -> ProfileFit:
+    """Fit profiles to one blend; raises BlendError when the answer is not finite."""
+    most = {Outcome.FULL: DOUBLE, Outcome.SINGLE: EXPONENTIAL, Outcome.POINT: POINT}[rung]
+    # What lies around the box is not used; the fit need not look at it.
+    inner = _window(blend, task.box)
+    fit = fit_profiles(inner.images, inner.weights, task.bank, inner.peaks.astype(np.float64), config.profiles, most)
+    shift = np.array(task.box.origin) - np.array(task.outer.origin)
+    fit.sources.shapes[:, :2] += shift
+    fit.sources.stamps[:, 1:3] += shift
+    if not np.isfinite(fit.sources.fluxes).all() or not np.isfinite(fit.sources.shapes).all():
+        raise BlendError("the fitted fluxes or shapes are not finite")
+    return fit
+
+
+def fit_blend(plan: TilePlan, task: BlendTask, earlier: Iterable[BlendOutcome] = ()) -> BlendOutcome:
+    """Model one blend on the highest rung of the ladder that it can afford and that works.
+
+    Parameters
+    ----------
+    plan : TilePlan
+    task : BlendTask
+    earlier : iterable of BlendOutcome, optional
+        Blends of lower levels, whose light is taken off before.
+    """
+    start = time.perf_counter()
+    cut = cut_blend(plan.coadd, task.outer, plan.peaks[task.rows], usable_pixels(plan, task), task.psfs)
+    _subtract(cut, task, earlier)
+    missing = np.isnan(cut.noise_rms)
+    if missing.all():
+        outcome = _without_model(task, cut)
+    else:
+        reason = Reason.NONE if task.rung is RUNGS[0] else Reason.BUDGET
+        unit = float(np.median(cut.noise_rms[~missing]))
+        for rung in RUNGS[RUNGS.index(task.rung) :]:
+            try:
+                outcome = _on_rung(plan, task, cut, unit, rung, reason)
+            except BlendError as error:
+                logger.warning("blend %d is not modelled as %s: %s", task.index + 1, rung, error)
+                reason = Reason.NOT_FINITE
+            else:
+                break
+    return replace(outcome, seconds=time.perf_counter() - start)
+
+
+def _on_rung(plan: TilePlan, task: BlendTask, cut: Blend, unit: float, rung: Outcome, reason: Reason) -> BlendOutcome:
+    """Model a blend on one rung, in a unit of flux; raises BlendError if that does not work."""
+    if rung is Outcome.PEAK:
+        return _with_peaks(plan, task, cut, reason)
+    scaled = _scaled(cut, unit)
+    if plan.config.model == "kermes":
+        fit = _fit_profiles(scaled, task, plan.config, rung)
+        return _with_profiles(plan, task, cut, fit, unit, rung, reason)
+    return _with_model(plan, task, cut, _model_blend(scaled, task, plan.config, rung), unit, reason)
+
+
+def _subtract(cut: Blend, task: BlendTask, earlier: Iterable[BlendOutcome]) -> None:
+    """Take the light of other blends off the pixels of a cut-out that are used, in place."""
+    for outcome in earlier:
+        if (outcome.task.outer & task.outer).is_empty:
+            continue
+        dy, dx = np.array(outcome.task.outer.origin) - np.array(task.outer.origin)
+        models = outcome.models
+        for s, row in enumerate(models.boxes.tolist()):
+            box = Box(*row).shift(dy, dx)
+            common = box & Box.of_shape(task.outer.shape)
+            if common.is_empty:
+                continue
+            model = models.pixels[:, models.offsets[s] : models.offsets[s + 1]].reshape(-1, *box.shape)
+            window = (slice(None), common.y, common.x)
+            cut.images[window] -= model[:, *common.within(box)] * (cut.weights[window] > 0)
+
+
+def _select(models: SourceModels, rows: LabelArray) -> SourceModels:
+    """Models of some sources; no pixels are copied if they are the first ones."""
+    n = len(rows)
+    if np.array_equal(rows, np.arange(n)):
+        pixels = models.pixels[:, : models.offsets[n]]
+        return SourceModels(boxes=models.boxes[:n], offsets=models.offsets[: n + 1], pixels=pixels)
+    lengths = np.diff(models.offsets)[rows]
+    pieces = [models.pixels[:, models.offsets[s] : models.offsets[s + 1]] for s in rows]
+    return SourceModels(
+        boxes=models.boxes[rows],
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        pixels=np.concatenate(pieces, axis=1) if pieces else models.pixels[:, :0],
+    )
+
+
+def _first(metrics: BlendMetrics, n_sources: int) -> BlendMetrics:
+    """Metrics of the first sources."""
+    return BlendMetrics(
+        max_overlap=metrics.max_overlap[:n_sources],
+        flux_overlap=metrics.flux_overlap[:n_sources],
+        flux_overlap_fraction=metrics.flux_overlap_fraction[:n_sources],
+        blendedness=metrics.blendedness[:n_sources],
+    )
+
+
+def _with_model(
+    plan: TilePlan, task: BlendTask, cut: Blend, modelled: _Modelled, unit: float, reason: Reason
+) -> BlendOutcome:
+    """Describe a blend of free shapes whose fluxes were found, in a unit of flux."""
+    fluxes, n_sources, n_fitted = modelled.fluxes, len(task.members), len(task.rows)
+    shift = np.array([task.box.y0 - task.outer.y0, task.box.x0 - task.outer.x0, 0, 0])
+    packed = replace(fluxes.packed, boxes=fluxes.packed.boxes + shift, spectra=fluxes.packed.spectra * np.float32(unit))
+    boxes, _ = kernels_flux.source_boxes(packed.boxes, packed.sources, n_fitted)
+    scene = unpack(packed, cut.peaks, task.outer)
+    everything = combine_sources(packed, render_packed(packed, task.kernels, task.outer.shape), n_fitted)
+    models = _select(everything, np.arange(n_sources))
+    n_components = np.bincount(packed.sources, minlength=n_fitted)[:n_sources]
+    return _describe(
+        plan,
+        task,
+        cut,
+        scene=replace(scene, sources=scene.sources[:n_sources]),
+        everything=everything,
+        models=models,
+        claims=models,
+        candidates=(),
+        candidate_columns={},
+        boxes=boxes[:n_sources],
+        metrics=_first(blend_metrics(packed, n_fitted, task.outer.shape), n_sources),
+        flux=fluxes.flux[:n_sources] * unit,
+        flux_err=fluxes.flux_err[:n_sources] * unit,
+        iterations=modelled.iterations,
+        converged=modelled.converged,
+        columns={
+            "model": Model.FREE_FORM.value,
+            "n_components": n_components,
+            "outcome": modelled.rung.value,
+            "reason": reason.value,
+        },
+        blend_columns={"n_components": n_components.sum(), f"n_{modelled.rung}": n_sources},
+    )
+
+
+def _with_profiles(
+    plan: TilePlan, task: BlendTask, cut: Blend, fit: ProfileFit, unit: float, rung: Outcome, reason: Reason
+) -> BlendOutcome:
+    """Describe a blend of profiles, in a unit of flux."""
+    n_sources, n_fitted = len(task.members), len(task.rows)
+    sources = fit.sources
+    scene = scene_of_fit(fit, cut.peaks, task.outer, unit, plan.config.model_psf_sigma)
+    everything = render_scene(scene, task.kernels)
+    corrected = _with_free_form(scene, everything, fit, cut, task, plan.config)
+    if corrected is not scene:
+        scene, everything = corrected, render_scene(corrected, task.kernels)
+    found = n_fitted + _own_candidates(sources.shapes[:, :2], n_sources, n_fitted)
+    members = np.arange(n_sources)
+    models = _select(everything, members)
+    kinds, shapes = sources.kinds[:n_sources], sources.shapes[:n_sources]
+    extended, double = kinds != POINT, kinds == DOUBLE
+    bulge = double[:, None] & np.isfinite(fit.flux_err[:n_sources])
+    n_components = np.array([len(source.components) for source in scene.sources[:n_sources]])
+    fitted = replace(scene, sources=scene.sources[:n_fitted])
+    dy, dx = np.array(task.outer.origin) + np.array(plan.coadd.origin)
+    bands = plan.coadd.bands
+    return _describe(
+        plan,
+        task,
+        cut,
+        scene=replace(scene, sources=scene.sources[:n_sources]),
+        everything=everything,
+        models=models,
+        claims=_select(everything, np.concatenate([members, found])) if len(found) else models,
+        candidates=tuple(scene.sources[s] for s in found),
+        candidate_columns={
+            "y": sources.shapes[found, 0] + dy,
+            "x": sources.shapes[found, 1] + dx,
+            "significance": fit.significance[found - n_fitted],
+            "origin": np.full(len(found), Origin.RESIDUAL.value),
+            **_by_band("flux", sources.fluxes[found].sum(axis=1) * unit, bands),
+            **_by_band("flux_err", fit.flux_err[found] * unit, bands),
+        },
+        boxes=models.boxes,
+        metrics=_first(model_metrics(frame_models(fitted, len(cut.images)), task.outer.shape), n_sources),
+        flux=sources.fluxes[:n_sources].sum(axis=1) * unit,
+        flux_err=fit.flux_err[:n_sources] * unit,
+        iterations=fit.iterations,
+        converged=fit.converged,
+        columns={
+            **_by_band("bulge_flux", np.where(bulge, sources.fluxes[:n_sources, 1] * unit, np.nan), bands),
+            "model": np.array(KINDS)[kinds],
+            "center_y": shapes[:, 0] + dy,
+            "center_x": shapes[:, 1] + dx,
+            "center_y_err": fit.center_err[:n_sources, 0],
+            "center_x_err": fit.center_err[:n_sources, 1],
+            "radius": np.where(extended, np.exp(shapes[:, 2]), np.nan),
+            "axis_ratio": np.where(extended, np.exp(-np.hypot(shapes[:, 3], shapes[:, 4])), np.nan),
+            "angle": np.where(extended, np.degrees(0.5 * np.arctan2(shapes[:, 4], shapes[:, 3])), np.nan),
+            "sersic_index": np.where(kinds == SERSIC, np.exp(shapes[:, 5]), np.where(extended, 1.0, np.nan)),
+            "bulge_radius": np.where(double, np.exp(shapes[:, 6]), np.nan),
+            "bulge_index": np.where(double, np.exp(shapes[:, 9]), np.nan),
+            "evidence": fit.evidence[:n_sources],
+            "n_components": n_components,
+            "outcome": rung.value,
+            "reason": reason.value,
+        },
+        blend_columns={"n_components": n_components.sum(), f"n_{rung}": n_sources},
+    )
+
+
+def _own_candidates(positions: DoubleArray, n_sources: int, n_fitted: int) -> LabelArray:
+    """Which of the sources that nobody listed are nearest to a member; others are found by another blend."""
+    found = positions[n_fitted:]
+    if n_fitted == n_sources:
+        return np.arange(len(found))
+    square = np.square(found[:, None] - positions[:n_fitted]).sum(axis=2)
+    return np.flatnonzero(square.argmin(axis=1) < n_sources)
+
+
+def _with_free_form(
+    scene: Scene, models: SourceModels, fit: ProfileFit, cut: Blend, task: BlendTask, config: Config
+) -> Scene:
+    """Correct the profiles of members where they do not suffice; the same scene if all do."""
+    residual = cut.images.copy()
+    kernels_flux.subtract_models(residual, models.pixels, models.boxes, models.offsets)
+    flux = fit.sources.fluxes.sum(axis=1)
+    snr = np.sqrt(np.nansum(np.square(flux / fit.flux_err), axis=1))
+    snr[len(task.members) :] = np.nan
+    return with_free_form(scene, residual, snr, cut, task.kernels, config.free_form)
+
+
+def _with_peaks(plan: TilePlan, task: BlendTask, cut: Blend, reason: Reason) -> BlendOutcome:
+    """Describe a blend whose sources are PSFs at their peaks, each measured as if it were alone: this always works."""
+    n_sources = len(task.members)
+    flux, flux_err = _peak_fluxes(cut, n_sources)
+    side = 2 * PEAK_HALF
+    sources = []
+    for (y, x), spectrum in zip((cut.peaks[:n_sources] + np.array(task.outer.origin)).tolist(), flux, strict=True):
+        component = ProfileComponent(
+            spectrum=np.nan_to_num(spectrum).astype(np.float32),
+            center=np.array([y, x], dtype=np.float64),
+            radius=0.0,
+            shear=np.zeros(2),
+            index=1.0,
+            sigma=plan.config.model_psf_sigma,
+            box=Box(y - PEAK_HALF, x - PEAK_HALF, side, side),
+        )
+        sources.append(Source(peak=(y, x), components=(component,)))
+    scene = Scene(sources=tuple(sources), box=task.outer)
+    models = render_scene(scene, task.kernels)
+    return _describe(
+        plan,
+        task,
+        cut,
+        scene=scene,
+        everything=models,
+        models=models,
+        claims=models,
+        candidates=(),
+        candidate_columns={},
+        boxes=models.boxes,
+        metrics=model_metrics(frame_models(scene, len(cut.images)), task.outer.shape),
+        flux=np.nan_to_num(flux),
+        flux_err=flux_err,
+        iterations=0,
+        converged=True,
+        columns={
+            "model": Model.POINT.value,
+            "center_y": cut.peaks[:n_sources, 0] + task.outer.y0 + plan.coadd.origin[0],
+            "center_x": cut.peaks[:n_sources, 1] + task.outer.x0 + plan.coadd.origin[1],
+            "n_components": 1,
+            "outcome": Outcome.PEAK.value,
+            "reason": reason.value,
+        },
+        blend_columns={"n_components": n_sources, f"n_{Outcome.PEAK}": n_sources},
+    )
+
+
+def _peak_fluxes(cut: Blend, n_sources: int) -> tuple[DoubleArray, DoubleArray]:
+    """Fluxes of points at the first peaks and their errors, (S, B), by the PSF; NaN where no pixel is valid."""
+    flux, flux_err = np.full((2, n_sources, len(cut.images)), np.nan)
+    frame = Box.of_shape(cut.images.shape)
+    stamp = Box.of_shape(cut.psfs.shape)
+    for s, (y, x) in enumerate(cut.peaks[:n_sources].tolist()):
+        own = stamp.shift(y - stamp.height // 2, x - stamp.width // 2)
+        window, part = (slice(None), *own.within(frame)), (slice(None), *frame.within(own))
+        psf, weights = cut.psfs[part], cut.weights[window].astype(np.float64)
+        norm = (weights * psf**2).sum(axis=(1, 2))
+        signal = (weights * psf * cut.images[window]).sum(axis=(1, 2))
+        known = norm > 0
+        flux[s, known], flux_err[s, known] = signal[known] / norm[known], norm[known] ** -0.5
+    return flux, flux_err
+
+
+def _describe(
+    plan: TilePlan,
+    task: BlendTask,
+    cut: Blend,
+    *,
+    scene: Scene,
+    everything: SourceModels,
+    models: SourceModels,
+    claims: SourceModels,
+    candidates: tuple[Source, ...],
+    candidate_columns: Mapping[str, ArrayLike],
+    boxes: NDArray[np.int64],
+    metrics: BlendMetrics,
+    flux: DoubleArray,
+    flux_err: DoubleArray,
+    iterations: int,
+    converged: bool,
+    columns: Mapping[str, ArrayLike],
+    blend_columns: Mapping[str, ArrayLike],
+) -> BlendOutcome:
+    """Describe a blend that was modelled.
+
+    everything: all sources as observed, with neighbours and those that nobody listed; boxes (S, 4): the pixels of its
+    members that chi2 and flags refer to.
+    """
+    residual = cut.images.copy()
+    kernels_flux.subtract_models(residual, everything.pixels, everything.boxes, everything.offsets)
+    whole = np.array([[0, 0, *task.outer.shape]], dtype=np.int64)
+    chi2 = kernels_metrics.mean_chi2(residual, cut.weights, np.concatenate([boxes, whole]))
+    unknown = np.isnan(flux_err)
+    top, left = boxes[:, 0] + task.outer.y0, boxes[:, 1] + task.outer.x0
+    bottom, right = top + boxes[:, 2], left + boxes[:, 3]
+    height, width = plan.coadd.shape
+    n_pixels = np.count_nonzero(cut.weights)
+    common = {"iterations": iterations, "converged": converged}
+    per_band = {
+        "flux": flux,
+        "flux_err": flux_err,
+        "max_overlap": metrics.max_overlap,
+        "flux_overlap": metrics.flux_overlap,
+        "flux_overlap_fraction": metrics.flux_overlap_fraction,
+        "blendedness": metrics.blendedness,
+    }
+    of_bands: dict[str, ArrayLike] = {}
+    for name, values in per_band.items():
+        of_bands |= _by_band(name, np.where(unknown, np.nan, values), plan.coadd.bands)
+    return BlendOutcome(
+        task=task,
+        scene=scene,
+        models=models,
+        claims=claims,
+        candidates=candidates,
+        columns={
+            **of_bands,
+            **common,
+            "chi2": chi2[:-1],
+            Flag.MISSING_BAND: unknown.any(axis=1),
+            Flag.NO_DATA: unknown.all(axis=1),
+            Flag.NOT_CONVERGED: not converged,
+            Flag.NULL_MODEL: ~(flux > 0).any(axis=1),
+            Flag.DIVIDED_PARENT: task.divided,
+            Flag.EDGE: (boxes[:, 2] > 0) & ((top == 0) | (left == 0) | (bottom == height) | (right == width)),
+            **columns,
+        },
+        candidate_columns=candidate_columns,
+        blend_columns={
+            **common,
+            "chi2": chi2[-1],
+            "n_pixels": n_pixels,
+            "loss": 0.5 * chi2[-1] * n_pixels,
+            **blend_columns,
+        },
+        seconds=np.nan,
+    )
+
+
+def _by_band(name: str, values: DoubleArray, bands: Sequence[str]) -> dict[str, ArrayLike]:
+    """Columns of values (S, B) that each band has."""
+    return {f"{band}_{name}": values[:, b] for b, band in enumerate(bands)}
+
+
+def _without_model(task: BlendTask, cut: Blend) -> BlendOutcome:
+    """Describe a blend without a single valid pixel: sources without light or fluxes."""
+    n_sources, n_bands = len(task.members), len(cut.images)
+    places = (cut.peaks[:n_sources] + np.array(task.outer.origin)).tolist()
+    nothing = SourceModels(
+        boxes=np.zeros((n_sources, 4), dtype=np.int64),
+        offsets=np.zeros(n_sources + 1, dtype=np.int64),
+        pixels=np.zeros((n_bands, 0), dtype=np.float32),
+    )
+    return BlendOutcome(
+        task=task,
+        scene=Scene(sources=tuple(Source(peak=(y, x), components=()) for y, x in places), box=task.outer),
+        models=nothing,
+        claims=nothing,
+        candidates=(),
+        candidate_columns={},
+        columns={
+            Flag.MISSING_BAND: True,
+            Flag.NO_DATA: True,
+            "outcome": Outcome.PEAK.value,
+            "reason": Reason.NO_DATA.value,
+            Flag.NOT_CONVERGED: True,
+            Flag.NULL_MODEL: True,
+            Flag.DIVIDED_PARENT: task.divided,
+        },
+        blend_columns={f"n_{Outcome.PEAK}": n_sources},
+        seconds=np.nan,
+    )
