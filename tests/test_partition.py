@@ -1,4 +1,4 @@
-"""Every peak is in exactly one parent, whatever the footprints and the peaks."""
+"""Every peak is in exactly one parent and one blend, whatever the footprints and the peaks."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from kermes.coadd import Coadd
+from kermes.config import PartitionConfig
 from kermes.errors import ShapeError
 from kermes.geometry import Box
-from kermes.partition import partition
+from kermes.partition import couple, divide, is_large, nearest_peaks, partition, peak_snr, psf_correlation
+from kermes.psf import model_psf
 
 
 @st.composite
@@ -86,3 +89,163 @@ def test_no_peaks_make_no_parents():
 def test_labels_of_another_shape_are_refused():
     with pytest.raises(ShapeError, match="labels must have the shape of the image"):
         partition(np.ones((5, 5), dtype=np.int64), np.array([(2, 2)]), (5, 6))
+
+
+# ---------------------------------------------------------------- couplings
+
+SIGMA = 2.0
+GAUSSIAN = np.stack([model_psf(SIGMA, side=31)] * 2)
+
+
+def test_correlation_of_a_gaussian_psf_is_a_gaussian_wider_by_root_two():
+    distance = np.arange(10)
+    # Between the middles of rings a pixel wide the table is linear, where the Gaussian bends by 1 / (2 SIGMA)^2.
+    np.testing.assert_allclose(psf_correlation(GAUSSIAN)[:10], np.exp(-((distance / (2 * SIGMA)) ** 2)), atol=0.02)
+
+
+def test_correlation_never_rises_and_goes_on_beyond_the_stamp():
+    correlation = psf_correlation(GAUSSIAN)
+    assert (np.diff(correlation) <= 0).all()
+    assert correlation[0] == 1
+    assert (correlation > 0).all()
+
+
+def test_bands_without_a_psf_do_not_count():
+    np.testing.assert_array_equal(psf_correlation(GAUSSIAN), psf_correlation(GAUSSIAN * [[[1]], [[0]]]))
+
+
+def point_coadd(flux, peaks=((20, 20),), variance=4.0):
+    """Points on whole pixels, without noise; what does not fit on the image wraps around."""
+    images = np.zeros((2, 41, 41))
+    for y, x in peaks:
+        images += np.roll(np.pad(flux * GAUSSIAN, ((0, 0), (5, 5), (5, 5))), (y - 20, x - 20), axis=(1, 2))
+    return Coadd(images=images, variance=np.full(2, variance), psfs=GAUSSIAN, bands=("g", "r"))
+
+
+def test_signal_to_noise_of_a_point_is_that_of_the_matched_filter():
+    expected = 100 / 2.0 * np.sqrt(np.square(GAUSSIAN).sum())
+    # The filter sees four pixels on each side, two sigma: 0.3 % of the power of the PSF lies beyond.
+    np.testing.assert_allclose(peak_snr(point_coadd(100), np.array([[20, 20]]), GAUSSIAN), expected, rtol=5e-3)
+
+
+def test_a_saturated_core_is_seen_by_its_wings():
+    coadd = point_coadd(1e5)
+    mask = np.zeros((41, 41), dtype=bool)
+    mask[16:25, 16:25] = True
+    masked = Coadd(images=coadd.images, variance=coadd.variance, psfs=GAUSSIAN, bands=("g", "r"), mask=mask)
+    (seen,) = peak_snr(masked, np.array([[20, 20]]), GAUSSIAN)
+    # The power of the PSF on the pixels that are left, in two bands.
+    left = np.square(GAUSSIAN[0]).sum() - np.square(GAUSSIAN[0, 11:20, 11:20]).sum()
+    np.testing.assert_allclose(seen, 1e5 / 2.0 * np.sqrt(2 * left), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*no pixel of any band is valid")
+def test_a_peak_without_a_valid_pixel_has_no_signal():
+    coadd = Coadd(images=np.ones((1, 41, 41)), variance=np.zeros((1, 41, 41)), psfs=GAUSSIAN[:1], bands=("g",))
+    assert peak_snr(coadd, np.array([[20, 20], [0, 40]]), GAUSSIAN[:1]).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("distance", [3, 6])
+def test_coupling_is_the_error_of_a_flux_whose_neighbour_is_left_out(distance):
+    peaks = np.array([[20, 20 - distance], [20, 20]])
+    coadd = point_coadd(100, peaks[:1])
+    psf, image = GAUSSIAN[0], coadd.images[0, 5:36, 5:36]
+    # What a fit of a point at the second peak alone takes up of the first one, in units of its own error.
+    bias = (psf * image).sum() / np.sqrt(np.square(psf).sum()) / 2.0
+    snr = np.full(2, 100 / 2.0 * np.sqrt(np.square(psf).sum()))
+    couplings = couple(peaks, snr, np.ones(2), psf_correlation(GAUSSIAN), PartitionConfig(coupling=1e-6))
+    assert couplings.pairs.tolist() == [[0, 1]]
+    # As above, rings a pixel wide: 0.02 of the signal-to-noise.
+    np.testing.assert_allclose(couplings.strength, bias, atol=0.02 * snr[0])
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 25)), min_size=1, max_size=8))
+def test_nearest_peaks_are_those_of_the_slow_twin(points):
+    peaks, box = np.array(points), Box(3, 5, 14, 12)
+    nearest = nearest_peaks(peaks, box)
+    y, x = np.mgrid[3:17, 5:17]
+    square = np.square(y[..., None] - peaks[:, 0]) + np.square(x[..., None] - peaks[:, 1])
+    chosen = np.take_along_axis(square, nearest[..., None], axis=2)[..., 0]
+    np.testing.assert_array_equal(chosen, square.min(axis=2))
+
+
+# ---------------------------------------------------------------- division
+
+LIMITS = PartitionConfig(largest_side=40, most_sources=8)
+
+
+@st.composite
+def crowds(draw):
+    """Draw peaks (N, 2) on one footprint of 120 x 150 pixels, and their signal-to-noise."""
+    n = draw(st.integers(1, 40))
+    pixel = st.tuples(st.integers(0, 119), st.integers(0, 149))
+    peaks = np.array(draw(st.lists(pixel, min_size=n, max_size=n)))
+    snr = 10 ** (0.25 * np.array(draw(st.lists(st.integers(3, 20), min_size=n, max_size=n))))
+    return peaks, snr
+
+
+def parts_of(peaks, snr, config=LIMITS, shape=(120, 150)):
+    """Divide the sources of one footprint that covers everything."""
+    labels = np.ones(shape, dtype=np.int64)
+    parent = partition(labels, peaks, shape).parents[0]
+    return divide(labels, parent, peaks, snr, psf_correlation(GAUSSIAN), config, 5.0)
+
+
+@given(crowds())
+def test_every_source_is_a_member_of_exactly_one_part(crowd):
+    members = np.concatenate([part.members for part in parts_of(*crowd)])
+    assert sorted(members.tolist()) == list(range(len(crowd[0])))
+
+
+@given(crowds())
+def test_parts_keep_within_the_limits(crowd):
+    peaks, _ = crowd
+    for part in parts_of(*crowd):
+        assert not is_large(peaks[part.members], LIMITS) or len(part.members) == 1
+
+
+@given(crowds())
+def test_neighbours_are_the_coupled_sources_across_a_cut_for_both_sides(crowd):
+    peaks, snr = crowd
+    parts = parts_of(peaks, snr)
+    part_of = {row: number for number, part in enumerate(parts) for row in part.members.tolist()}
+    along = {(row, number) for number, part in enumerate(parts) for row in part.neighbors.tolist()}
+    assert all(part_of[row] != number for row, number in along)
+    # Points: sources that look wider are coupled to more, never to fewer.
+    couplings = couple(peaks, snr, np.ones(len(peaks)), psf_correlation(GAUSSIAN), LIMITS)
+    for one, other in couplings.pairs.tolist() if len(parts) > 1 else []:
+        if part_of[one] != part_of[other]:
+            assert {(one, part_of[other]), (other, part_of[one])} <= along
+
+
+@given(crowds(), st.randoms(use_true_random=False))
+def test_order_of_the_peaks_does_not_matter(crowd, random):
+    peaks, snr = crowd
+    order = np.array(random.sample(range(len(peaks)), len(peaks)))
+
+    def described(parts, peaks):
+        return [(peaks[part.members].tolist(), sorted(peaks[part.neighbors].tolist())) for part in parts]
+
+    # Of sources on one pixel with different brightness the order is that of the list, so they are left out.
+    _, first = np.unique(peaks, axis=0, return_index=True)
+    order = order[np.isin(order, first)]
+    rows = np.sort(order)
+    here, there = parts_of(peaks[rows], snr[rows]), parts_of(peaks[order], snr[order])
+    assert described(here, peaks[rows]) == described(there, peaks[order])
+
+
+def test_a_cut_goes_where_the_coupling_is_least():
+    rng = np.random.default_rng(5)
+    clumps = [rng.integers(-8, 9, (n, 2)) + [30, x] for n, x in ((9, 20), (5, 70), (9, 120))]
+    peaks = np.concatenate(clumps)
+    parts = parts_of(peaks, np.full(len(peaks), 50.0), PartitionConfig(largest_side=60, most_sources=20))
+    sides = [{int(x > 45) + int(x > 95) for x in peaks[part.members][:, 1]} for part in parts]
+    assert sorted(map(sorted, sides)) in ([[0], [1, 2]], [[0, 1], [2]], [[0], [1], [2]])
+    assert not any(len(part.neighbors) for part in parts)
+
+
+def test_nothing_is_divided_when_the_limit_is_off():
+    peaks = np.random.default_rng(0).integers(0, 120, (30, 2))
+    (part,) = parts_of(peaks, np.full(30, 20.0), PartitionConfig(largest_side=0, most_sources=8))
+    assert len(part.members) == 30
+    assert part.reach == 0

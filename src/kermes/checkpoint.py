@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import shutil
 import time
@@ -61,12 +62,12 @@ class Checkpoint:
     """Finished blends of one run."""
 
     def __init__(self, path: str | PathLike[str], plan: TilePlan) -> None:
-        """Open the directory, or make it.
+        """Open the directory if it is there; else it is made when the first blends are written.
 
         Raises
         ------
         FileError
-            If it belongs to another run, or cannot be read or written.
+            If it belongs to another run, or cannot be read.
         """
         self.folder = Path(path)
         self._plan = plan
@@ -74,21 +75,16 @@ class Checkpoint:
         self._written = time.monotonic()
         self._stored: dict[int, dict[str, Any]] = {}
         self._n_parts = 0
-        run = {"format": "kermes checkpoint", "fingerprint": fingerprint(plan)}
-        try:
-            if self.folder.exists():
-                self._read(run)
-            else:
-                self.folder.mkdir()
-                (self.folder / _RUN).write_text(json.dumps(run, indent=1) + "\n")
-                store.sync(self.folder / _RUN)
-        except OSError as error:
-            raise FileError(f"checkpoint {self.folder} cannot be written: {error.strerror or error}") from error
+        if self.folder.exists():
+            self._read(self._run())
 
     @property
     def n_restored(self) -> int:
         """Number of blends that were there when it was opened."""
         return len(self._stored)
+
+    def _run(self) -> dict[str, str]:
+        return {"format": "kermes checkpoint", "fingerprint": fingerprint(self._plan)}
 
     def _read(self, run: Mapping[str, str]) -> None:
         try:
@@ -150,6 +146,10 @@ class Checkpoint:
             return
         target = self.folder / f"{_PARTS}{self._n_parts}"
         try:
+            if not self.folder.exists():
+                self.folder.mkdir()
+                (self.folder / _RUN).write_text(json.dumps(self._run(), indent=1) + "\n")
+                store.sync(self.folder / _RUN)
             folder = store.sibling(target)
             folder.mkdir()
             try:
@@ -219,8 +219,8 @@ def _read_part(folder: Path) -> dict[int, dict[str, Any]]:
         table = tables[name]
         index = table["blend"].to_numpy()
         columns = {column: table[column].to_numpy() for column in table.column_names if column != "blend"}
-        starts = np.flatnonzero(np.diff(index, prepend=-1)) if len(index) else np.zeros(0, dtype=np.int64)
-        for first, last in zip(starts, [*starts[1:], len(index)], strict=True):
+        edges = np.flatnonzero(np.diff(index, prepend=-1, append=-1))
+        for first, last in itertools.pairwise(edges.tolist()):
             stored[int(index[first])][name] = {key: values[first:last] for key, values in columns.items()}
     for blend in stored.values():
         blend.setdefault("objects", {})

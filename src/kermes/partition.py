@@ -190,11 +190,15 @@ def _psf_correlation(content: bytes, shape: tuple[int, int, int]) -> DoubleArray
     used = norm > 0
     mean = (image[used] / norm[used, None, None]).mean(axis=0) if used.any() else np.ones(sides)
     y, x = (np.arange(n) - n // 2 for n in mean.shape)
-    radius = np.floor(np.hypot(y[:, None], x) + 0.5).astype(np.int64).ravel()
-    profile = np.bincount(radius, weights=mean.ravel()) / np.bincount(radius)
+    radius = np.hypot(y[:, None], x).ravel()
+    ring = np.floor(radius + 0.5).astype(np.int64)
+    n_pixels = np.bincount(ring)
+    profile = np.bincount(ring, weights=mean.ravel()) / n_pixels
+    middle = np.bincount(ring, weights=radius) / n_pixels
     last = max(min(shape[1:]) // 2, 1)
     table = np.empty(FARTHEST)
-    table[: last + 1] = np.minimum.accumulate(np.maximum(profile[: last + 1], 1e-12))
+    inner = np.interp(np.arange(last + 1), middle, profile)
+    table[: last + 1] = np.minimum.accumulate(np.maximum(inner, 1e-12))
     table[0] = 1.0
     table[last:] = table[last] * (np.arange(last, FARTHEST) / last) ** WING_SLOPE
     return table

@@ -376,16 +376,20 @@ def deblend(
 
 
 def _run(plan: TilePlan, workers: int | None, folder: Path | None, watch: Watch | None) -> Result:
-    """Do what is planned; the checkpoint stays if it was not done to the end."""
+    """Do what is planned; the checkpoint stays, with all that is finished, if it was not done to the end."""
     checkpoint = None if folder is None else Checkpoint(folder, plan)
     outcomes = fit_blends(plan, workers, checkpoint)
     try:
         result = collect(plan, outcomes if watch is None else watch(plan, outcomes))
-    finally:
+    except BaseException:
         if checkpoint is not None:
             checkpoint.flush()
-    if checkpoint is not None and result.is_complete:
-        checkpoint.remove()
+        raise
+    if checkpoint is not None:
+        if result.is_complete:
+            checkpoint.remove()
+        else:
+            checkpoint.flush()
     return result
 
 
