@@ -17,7 +17,7 @@ from astropy.table import Table
 import kermes
 from kermes import cli, io
 from kermes.config import Config, config_from_dict, load_config
-from kermes.simulation import simulate_scene
+from kermes.simulation import simulate_patch, simulate_scene
 
 ONE_PASS = ["--set", "fit.max_iterations=2"]
 
@@ -330,6 +330,24 @@ def test_the_knots_of_a_simulated_scene_lie_beside_its_truth(tmp_path):
     with np.load(path) as content:
         for name in expected.colnames:
             np.testing.assert_array_equal(content[f"knots_{name}"], np.asarray(expected[name]))
+
+
+def test_a_simulated_patch_can_be_read(tmp_path):
+    path = tmp_path / "patch.npz"
+    words = ["--kind", "patch", "--shape", "90", "80", "--bands", "g", "--bands", "i", "--seed", "2"]
+    assert cli.run(["simulate", "-o", str(path), *words]) == 0
+    coadd, expected = kermes.read(path), simulate_patch(shape=(90, 80), bands=("g", "i"), seed=2)
+    assert coadd.images.tobytes() == expected.coadd.images.tobytes()
+    np.testing.assert_array_equal(coadd.valid, expected.coadd.valid)
+    np.testing.assert_array_equal(coadd.peaks, expected.peaks)
+    with np.load(path) as content:
+        np.testing.assert_array_equal(content["truth_i_flux"], np.asarray(expected.truth["i_flux"]))
+
+
+def test_a_patch_takes_no_number_of_sources(tmp_path, capsys):
+    words = ["--kind", "stars", "--n-sources", "4"]
+    assert cli.run(["simulate", "-o", str(tmp_path / "patch.npz"), *words]) == 2
+    assert "--n-sources does not go with --kind stars" in message_of(capsys)
 
 
 def test_an_unknown_kind_of_scene_is_refused(tmp_path, capsys):

@@ -12,9 +12,11 @@ from kermes.errors import InputError
 from kermes.simulation import (
     DEPTH,
     MoffatPsf,
+    SimulatedPatch,
     SimulatedScene,
     compute_oracle_sigma,
     render_truth,
+    simulate_patch,
     simulate_scene,
 )
 
@@ -395,3 +397,190 @@ def test_scene_without_sources_is_noise_without_peaks():
 def test_bad_argument_is_refused_by_name(argument, value):
     with pytest.raises(InputError, match=f"^{argument} must"):
         simulate_scene(**{argument: value})
+
+
+# ---------------------------------------------------------------- patches of a survey
+
+
+@pytest.fixture(scope="module")
+def patch() -> SimulatedPatch:
+    return simulate_patch(shape=(420, 400), bands=("u", "r", "i"), seed=1)
+
+
+def band_flux(patch: SimulatedPatch) -> np.ndarray:
+    return np.array([patch.truth[f"{band}_flux"] for band in patch.coadd.bands], dtype=float).T
+
+
+def plane(patch: SimulatedPatch, name: str) -> np.ndarray:
+    return (patch.coadd.mask >> patch.coadd.mask_planes[name]) & 1 == 1
+
+
+def test_same_seed_gives_the_same_patch():
+    one, two, other = (simulate_patch(shape=(90, 80), bands=("g", "i"), seed=seed) for seed in (5, 5, 6))
+    assert one.coadd.images.tobytes() == two.coadd.images.tobytes()
+    assert one.truth.as_array().tobytes() == two.truth.as_array().tobytes()
+    assert one.coadd.images.tobytes() != other.coadd.images.tobytes()
+
+
+def test_patch_has_the_density_asked_for():
+    patch = simulate_patch(shape=(900, 900), bands=("r", "i"), seed=0, n_bright_stars=0, large_galaxy=False)
+    area_arcmin2 = (900 * 0.2 / 60) ** 2
+    inside = (patch.truth["y"] > 0) & (patch.truth["y"] < 899) & (patch.truth["x"] > 0) & (patch.truth["x"] < 899)
+    density = ((patch.truth["snr"] > 5) & inside).sum() / area_arcmin2
+    # 630 sources scatter by 4 %, and S/N is predicted for Gaussians: 5 % of sources are misjudged.
+    assert density == pytest.approx(70.0, rel=0.15)
+
+
+def test_faint_sources_are_drawn_on_request_and_not_detected():
+    few, many = (
+        simulate_patch(shape=(200, 200), bands=("r",), seed=3, n_bright_stars=0, large_galaxy=False, faint=faint)
+        for faint in (False, True)
+    )
+    assert len(many.truth) > 1.5 * len(few.truth)
+    assert (many.truth["snr"] > 5).sum() == pytest.approx((few.truth["snr"] > 5).sum(), abs=10)
+    assert (many.truth["peak_index"][many.truth["snr"] <= 5] == -1).all()
+
+
+def test_bright_stars_saturate_and_are_flagged(patch):
+    saturated = plane(patch, "SAT")
+    valid = patch.coadd.valid
+    for b in range(3):
+        assert patch.coadd.images[b][saturated[b]] == pytest.approx(patch.saturation[b])
+        assert np.nanmax(patch.coadd.images[b]) <= np.float32(patch.saturation[b])
+    assert saturated.any()
+    assert not (valid & saturated).any()
+    star = patch.truth[1]
+    assert star["is_star"]
+    assert saturated[2, round(star["y"]), round(star["x"])]
+
+
+def test_stars_fainter_than_the_saturation_magnitude_do_not_saturate():
+    patch = simulate_patch(
+        shape=(200, 200), bands=("r", "i"), seed=3, large_galaxy=False, n_bright_stars=0, magnitudes=(17.5, 25.0)
+    )
+    assert not plane(patch, "SAT").any()
+
+
+def test_wings_of_a_bright_star_reach_far_beyond_its_stamp():
+    patch = simulate_patch(
+        shape=(300, 300), bands=("i",), seed=2, density_arcmin2=0, large_galaxy=False, masked_strip=False
+    )
+    star = patch.truth[0]
+    y, x = np.indices(patch.coadd.shape)
+    radius = np.hypot(y - star["y"], x - star["x"])
+    rings = [(25.0, 30.0), (35.0, 45.0), (50.0, 65.0)]
+    mean = [patch.coadd.images[0][(radius > low) & (radius < high)].mean(dtype=float) for low, high in rings]
+    error = [patch.sigma[0] / np.sqrt(((radius > low) & (radius < high)).sum()) for low, high in rings]
+    assert mean[0] > mean[1] > mean[2] > 0
+    assert mean[1] > 5 * error[1]
+
+
+def test_wings_continue_the_psf_without_a_step():
+    psf = MoffatPsf(fwhm_pix=4.0, beta=3.0)
+    radius = np.linspace(10.0, 60.0, 500)
+    light = psf.intensity(0 * radius, radius) + psf.wings(0 * radius, radius, 100.0)
+    assert (np.diff(light) < 0).all()
+    scale = 2.0 / np.sqrt(2 ** (1 / 3) - 1)
+    moffat = (1 + (radius / scale) ** 2) ** -3.0
+    np.testing.assert_allclose(light[radius < 15], moffat[radius < 15], rtol=1e-12)
+    assert (light >= moffat * (1 - 1e-12)).all()
+
+
+def test_variance_is_that_of_sky_and_photons():
+    options = {"shape": (100, 100), "bands": ("r",), "density_arcmin2": 0, "masked_strip": False}
+    options |= {"n_bright_stars": 1, "large_galaxy": False, "saturation_magnitude": 5.0}
+    drawn = [simulate_patch(**options, seed=seed) for seed in range(2)]
+    for patch in drawn:
+        images, variance = patch.coadd.images[0].astype(float), patch.coadd.variance[0].astype(float)
+        sky = 10 ** (-0.4 * (21.20 - 31.4)) * 0.04
+        light = (variance / patch.sigma[0] ** 2 - 1) * sky
+        chi = (images - light) / np.sqrt(variance)
+        # 10,000 pixels: the standard deviation scatters by 0.007, the mean by 0.01; four times that.
+        assert chi.std() == pytest.approx(1.0, abs=0.03)
+        assert chi.mean() == pytest.approx(0.0, abs=0.04)
+        assert light.max() > sky
+
+
+def test_strip_without_data_is_wider_in_the_first_band(patch):
+    missing = plane(patch, "NO_DATA")
+    assert np.isnan(patch.coadd.images[missing]).all()
+    assert np.isinf(patch.coadd.variance[missing]).all()
+    assert not patch.coadd.valid[missing].any()
+    n_pixels = missing.sum(axis=(1, 2))
+    assert n_pixels[1] == n_pixels[2] > 0
+    assert n_pixels[0] == 3 * n_pixels[1]
+
+
+def test_every_source_with_data_and_signal_has_a_peak_and_no_other(patch):
+    rows, columns = np.rint(patch.truth["y"]).astype(int), np.rint(patch.truth["x"]).astype(int)
+    inside = (rows >= 0) & (rows < 420) & (columns >= 0) & (columns < 400)
+    seen = inside.copy()
+    seen[inside] = ~plane(patch, "NO_DATA").all(axis=0)[rows[inside], columns[inside]]
+    assert not seen.all()
+    listed = np.asarray(patch.truth["peak_index"]) >= 0
+    assert not (listed & ~seen).any()
+    expected = np.unique(np.stack([rows, columns], 1)[seen & (patch.truth["snr"] > 5)], axis=0)
+    np.testing.assert_array_equal(np.unique(patch.peaks, axis=0), expected)
+    np.testing.assert_array_equal(patch.peaks, np.stack([rows, columns], 1)[listed])
+
+
+def test_large_galaxy_comes_first_and_carries_the_knots(patch):
+    galaxy = patch.truth[0]
+    assert galaxy["half_light_radius"] > 3 * np.median(patch.truth["half_light_radius"][1:])
+    assert set(patch.knots["source"]) == {0}
+    share = patch.knots["i_flux"].sum() / galaxy["i_flux"]
+    assert 0.05 < share < 0.15
+
+
+def test_dense_field_has_nothing_but_stars():
+    patch = simulate_patch(kind="stars", shape=(150, 150), bands=("r",), seed=0)
+    assert patch.truth["is_star"].all()
+    assert len(patch.knots) == 0
+    # 1800 per square arcminute, those outside that shine in not counted.
+    inside = (patch.truth["y"] > 0) & (patch.truth["y"] < 149) & (patch.truth["x"] > 0) & (patch.truth["x"] < 149)
+    assert inside.sum() == pytest.approx(1800 * 0.25, rel=0.15)
+
+
+def test_varying_psf_is_what_stars_are_drawn_with():
+    options = {"shape": (200, 200), "bands": ("r", "i"), "density_arcmin2": 0, "large_galaxy": False}
+    patch = simulate_patch(**options, masked_strip=False, seed=4, n_bright_stars=6, saturation_magnitude=5.0,
+                           psf_variation=0.1)  # fmt: skip
+    field = patch.coadd.psfs
+    widths = [field.at(y=y, x=x)[1].fwhm_pix for y in (0, 100, 200) for x in (0, 100, 200)]
+    assert 1.02 < max(widths) / min(widths) < 1.25
+    alone = [
+        star for k, star in enumerate(patch.truth)
+        if 25 < star["y"] < 175 and 25 < star["x"] < 175
+        and np.sort(np.hypot(patch.truth["y"] - star["y"], patch.truth["x"] - star["x"]))[1] > 40
+    ]  # fmt: skip
+    assert alone
+    for star in alone:
+        y, x = round(star["y"]), round(star["x"])
+        psf = field.at(y=star["y"], x=star["x"])[1]
+        expected = integrated(psf, star["y"] - y, star["x"] - x, 21)
+        stamp = patch.coadd.images[1][y - 10 : y + 11, x - 10 : x + 11]
+        noise = np.sqrt(patch.coadd.variance[1][y - 10 : y + 11, x - 10 : x + 11])
+        whole = integrated(psf, star["y"] - y, star["x"] - x, 41)
+        expected *= star["i_flux"] * whole[10:31, 10:31].sum()
+        # 441 pixels: chi2 scatters by 0.07; four times that. The PSF without variation gives 8000 and more.
+        assert np.mean(((stamp - expected) / noise) ** 2) == pytest.approx(1.0, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("kind", "field"),
+        ("shape", (0, 10)),
+        ("bands", ("g", "K")),
+        ("density_arcmin2", -1.0),
+        ("n_bright_stars", -1),
+        ("star_fraction", 1.5),
+        ("magnitudes", (25.0, 20.0)),
+        ("psf_variation", 0.5),
+        ("min_snr", -1.0),
+        ("min_separation_pix", float("nan")),
+    ],
+)
+def test_bad_argument_of_a_patch_is_refused_by_name(argument, value):
+    with pytest.raises(InputError, match=f"^{argument} must"):
+        simulate_patch(**{argument: value})

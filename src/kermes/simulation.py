@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import scipy.fft
 from astropy import units
-from astropy.table import Table
+from astropy.table import Table, vstack
 from astropy.wcs import WCS
 from numpy.typing import NDArray
+from scipy.spatial import KDTree
 from scipy.special import gamma, gammainc, gammaincinv
 
 from kermes.coadd import Coadd
@@ -81,6 +82,18 @@ class MoffatPsf:
         taper = np.clip((np.hypot(y, x) / _STAMP_RADIUS - 0.75) / 0.25, 0.0, 1.0)
         return np.asarray((1.0 + square) ** -self.beta * np.cos(0.5 * np.pi * taper) ** 2)
 
+    def wings(self, y: FloatArray, x: FloatArray, reach: float) -> FloatArray:
+        """Evaluate what `intensity` leaves out beyond 15 pixels: the Moffat profile and an aureole, as far as `reach`.
+
+        In the units of `intensity`, at offsets from the centre [pixels].
+        """
+        radius = np.hypot(y, x)
+        scale = 0.5 * self.fwhm_pix / np.sqrt(2.0 ** (1.0 / self.beta) - 1.0)
+        moffat = (1.0 + (radius / scale) ** 2) ** -self.beta
+        aureole = _AUREOLE * (np.maximum(radius, 1.0) / _STAMP_RADIUS) ** -2.5
+        taper = np.clip((radius / _STAMP_RADIUS - 0.75) / 0.25, 0.0, 1.0)
+        return np.asarray((moffat + aureole) * np.sin(0.5 * np.pi * taper) ** 2 * (radius <= reach))
+
     def stamp(self) -> FloatArray:
         """Integrate over pixels, shape (41, 41), centred, sums to one."""
         side = int(_STAMP_SIDES[0])
@@ -141,6 +154,14 @@ class _Light:
     bulge_radius: float
     axis_ratio: float
     angle: float
+
+
+class PsfsAt(Protocol):
+    """Gives the PSF of every band at a position."""
+
+    def __call__(self, *, y: float, x: float) -> tuple[MoffatPsf, ...]:
+        """PSFs at a position [pixels]."""
+        ...
 
 
 @lru_cache(maxsize=4)
@@ -210,28 +231,29 @@ def _draw(light: _Light, psfs: Sequence[MoffatPsf], sigma: FloatArray) -> tuple[
     y0, x0 = round(light.y) - side // 2, round(light.x) - side // 2
     k_y, k_x = _wave_numbers(side)
 
-    along = k_x * np.cos(light.angle) + k_y * np.sin(light.angle)
-    across = k_y * np.cos(light.angle) - k_x * np.sin(light.angle)
-    k_square = along**2 / light.axis_ratio + across**2 * light.axis_ratio
-    disc = _sersic_transform(_DISC, k_square * light.disc_radius**2)
-    bulge = _sersic_transform(_BULGE, k_square * light.bulge_radius**2) if light.bulge_flux.any() else 0.0 * disc
     phase = np.exp(-1j * k_y * (light.y - y0)) * np.exp(-1j * k_x * (light.x - x0))
+    disc, bulge = phase, np.zeros(())
+    if light.disc_radius > 0 or light.bulge_flux.any():
+        along = k_x * np.cos(light.angle) + k_y * np.sin(light.angle)
+        across = k_y * np.cos(light.angle) - k_x * np.sin(light.angle)
+        k_square = along**2 / light.axis_ratio + across**2 * light.axis_ratio
+        disc = phase * _sersic_transform(_DISC, k_square * light.disc_radius**2)
+        if light.bulge_flux.any():
+            bulge = phase * _sersic_transform(_BULGE, k_square * light.bulge_radius**2)
     image = np.empty((len(psfs), side, side))
     for b, psf in enumerate(psfs):
-        transform = (disc_flux[b] * disc + light.bulge_flux[b] * bulge) * _psf_transform(psf, side) * phase
+        transform = (disc_flux[b] * disc + light.bulge_flux[b] * bulge) * _psf_transform(psf, side)
         image[b] = 4.0 * scipy.fft.irfft2(transform, s=(2 * side, 2 * side), overwrite_x=True)[::2, ::2]
     return image, Box(y0, x0, side, side)
 
 
-def _draw_source(
-    truth: Table, knots: Table, k: int, bands: Sequence[str], psfs: Sequence[MoffatPsf], sigma: FloatArray
-) -> tuple[FloatArray, Box]:
+def _draw_source(lights: Sequence[_Light], psfs: Sequence[MoffatPsf], sigma: FloatArray) -> tuple[FloatArray, Box]:
     """Draw one source with its knots, without noise, shape (B, h, w)."""
-    drawn = [_draw(light, psfs, sigma) for light in _lights(truth, knots, k, bands)]
+    drawn = [_draw(light, psfs, sigma) for light in lights]
     box = drawn[0][1]
     for _, own in drawn[1:]:
         box |= own
-    image = np.zeros((len(bands), *box.shape))
+    image = np.zeros((len(psfs), *box.shape))
     for light, own in drawn:
         image[(slice(None), *own.within(box))] += light
     return image, box
@@ -250,16 +272,18 @@ def _fluxes(
     return np.asarray(10.0 ** (-0.4 * (magnitude[:, None] + offset - ZERO_POINT)))
 
 
-def _half_light_radius(bulge_fraction: float, disc_radius: float, bulge_radius: float) -> float:
-    """Radius that holds half the light of a disc and a bulge."""
-    if disc_radius == 0.0:
-        return 0.0
-    radius = np.linspace(0.0, 1.0, 2001) * max(disc_radius, bulge_radius)
-    enclosed = (1 - bulge_fraction) * gammainc(2 * _DISC, gammaincinv(2 * _DISC, 0.5) * radius / disc_radius)
-    enclosed += bulge_fraction * gammainc(
-        2 * _BULGE, gammaincinv(2 * _BULGE, 0.5) * (radius / bulge_radius) ** (1 / _BULGE)
-    )
-    return float(np.interp(0.5, enclosed, radius))
+def _half_light_radius(bulge_fraction: FloatArray, disc_radius: FloatArray, bulge_radius: FloatArray) -> FloatArray:
+    """Radii that hold half the light of discs and bulges, shape (N,); 0 where the disc has none. By bisection."""
+    disc, bulge = np.where(disc_radius > 0, disc_radius, 1.0), np.where(disc_radius > 0, bulge_radius, 1.0)
+    low, high = np.minimum(disc, bulge), np.maximum(disc, bulge)
+    for _ in range(40):
+        radius = 0.5 * (low + high)
+        enclosed = (1 - bulge_fraction) * gammainc(2 * _DISC, gammaincinv(2 * _DISC, 0.5) * radius / disc)
+        enclosed += bulge_fraction * gammainc(
+            2 * _BULGE, gammaincinv(2 * _BULGE, 0.5) * (radius / bulge) ** (1 / _BULGE)
+        )
+        low, high = np.where(enclosed < 0.5, radius, low), np.where(enclosed < 0.5, high, radius)
+    return np.where(disc_radius > 0, 0.5 * (low + high), 0.0)
 
 
 def _draw_positions(
@@ -335,9 +359,7 @@ def _draw_truth(
     truth["y"], truth["x"] = positions.T
     truth["is_star"] = is_star
     truth["sersic_n"] = np.where(is_star, np.nan, np.where(fraction > 0.5, _BULGE, _DISC))
-    truth["half_light_radius"] = [
-        _half_light_radius(*row) for row in zip(fraction, disc_radius, bulge_radius, strict=True)
-    ]
+    truth["half_light_radius"] = _half_light_radius(fraction, disc_radius, bulge_radius)
     truth["disc_radius"], truth["bulge_radius"] = disc_radius, bulge_radius
     truth["axis_ratio"] = axis_ratio
     truth["angle"] = angle * units.deg
@@ -392,51 +414,80 @@ def _draw_knots(
     return knots, share
 
 
-def _lights(truth: Table, knots: Table, k: int, bands: Sequence[str]) -> list[_Light]:
-    """Read what is needed to draw one source back from the tables: the source without its knots, then each knot."""
-    row, mine = truth[k], knots[np.flatnonzero(knots["source"] == k)]
-    knot_flux = np.array([mine[f"{band}_flux"] for band in bands], dtype=float)
-    smooth = _Light(
-        y=float(row["y"]),
-        x=float(row["x"]),
-        flux=np.array([row[f"{band}_flux"] for band in bands], dtype=float) - knot_flux.sum(axis=1),
-        bulge_flux=np.array([row[f"{band}_bulge_flux"] for band in bands], dtype=float),
-        disc_radius=float(row["disc_radius"]),
-        bulge_radius=float(row["bulge_radius"]),
-        axis_ratio=float(row["axis_ratio"]),
-        angle=float(np.deg2rad(row["angle"])),
-    )
-    return [smooth] + [
-        _Light(
-            y=float(knot["y"]),
-            x=float(knot["x"]),
-            flux=knot_flux[:, j],
-            bulge_flux=np.zeros(len(bands)),
-            disc_radius=float(knot["radius"]),
-            bulge_radius=0.0,
-            axis_ratio=1.0,
-            angle=0.0,
-        )
-        for j, knot in enumerate(mine)
+def _lights(truth: Table, knots: Table, bands: Sequence[str]) -> list[list[_Light]]:
+    """Read what is needed to draw each source back from the tables: the source without its knots, then its knots."""
+    knot_flux = np.array([knots[f"{band}_flux"] for band in bands], dtype=float).reshape(len(bands), -1).T
+    flux = np.array([truth[f"{band}_flux"] for band in bands], dtype=float).reshape(len(bands), -1).T.copy()
+    bulge_flux = np.array([truth[f"{band}_bulge_flux"] for band in bands], dtype=float).reshape(len(bands), -1).T
+    np.subtract.at(flux, np.asarray(knots["source"], dtype=np.int64), knot_flux)
+    names = ("y", "x", "disc_radius", "bulge_radius", "axis_ratio", "angle")
+    columns = [np.asarray(truth[name], dtype=float).tolist() for name in names]
+    lights = [
+        [
+            _Light(
+                y=y,
+                x=x,
+                flux=flux[k],
+                bulge_flux=bulge_flux[k],
+                disc_radius=disc_radius,
+                bulge_radius=bulge_radius,
+                axis_ratio=axis_ratio,
+                angle=np.deg2rad(angle),
+            )
+        ]
+        for k, (y, x, disc_radius, bulge_radius, axis_ratio, angle) in enumerate(zip(*columns, strict=True))
     ]
+    columns = [np.asarray(knots[name]).tolist() for name in ("source", "y", "x", "radius")]
+    for j, (source, y, x, radius) in enumerate(zip(*columns, strict=True)):
+        lights[source].append(
+            _Light(
+                y=y,
+                x=x,
+                flux=knot_flux[j],
+                bulge_flux=np.zeros(len(bands)),
+                disc_radius=radius,
+                bulge_radius=0.0,
+                axis_ratio=1.0,
+                angle=0.0,
+            )
+        )
+    return lights
+
+
+def _lights_of(truth: Table, knots: Table, k: int, bands: Sequence[str]) -> list[_Light]:
+    """Read what is needed to draw one source."""
+    mine = knots[np.flatnonzero(np.asarray(knots["source"]) == k)]
+    mine["source"] = np.zeros(len(mine), dtype=np.int64)
+    return _lights(truth[k : k + 1], mine, bands)[0]
 
 
 def _choose_peaks(
-    truth: Table, min_snr: float, min_separation_pix: float
+    truth: Table, min_snr: float, min_separation_pix: float, seen: NDArray[np.bool_] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Peaks (N, 2) in the order of the table, and the row of `peaks` or -1 of each source."""
+    """Peaks (N, 2) in the order of the table, and the row of `peaks` or -1 of each source; only of those `seen`."""
     positions = np.stack([truth["y"], truth["x"]], axis=1)
     pixels = np.rint(positions).astype(np.int64)
     snr = np.asarray(truth["snr"])
+    able = snr > min_snr
+    if seen is not None:
+        able &= seen
+    near = [[] for _ in snr] if min_separation_pix == 0 else _neighbours(positions, min_separation_pix)
     chosen = np.zeros(len(truth), dtype=bool)
-    for k in np.argsort(-snr, kind="stable"):
-        if snr[k] <= min_snr:
-            break
-        apart = np.hypot(*(positions[chosen] - positions[k]).T) >= min_separation_pix
-        chosen[k] = (apart & (pixels[chosen] != pixels[k]).any(axis=1)).all()
+    taken: set[tuple[int, int]] = set()
+    for k in np.argsort(-snr, kind="stable").tolist():
+        pixel = (int(pixels[k, 0]), int(pixels[k, 1]))
+        if able[k] and pixel not in taken and not chosen[near[k]].any():
+            chosen[k] = True
+            taken.add(pixel)
     peak_index = np.full(len(truth), -1, dtype=np.int64)
     peak_index[chosen] = np.arange(chosen.sum())
     return pixels[chosen], peak_index
+
+
+def _neighbours(positions: FloatArray, distance: float) -> list[list[int]]:
+    """Rows of the positions (N, 2) that lie closer than a distance to each, itself included."""
+    tree = KDTree(positions)
+    return [tree.query_ball_point(position, np.nextafter(distance, 0.0)) for position in positions]
 
 
 def _tangent_plane(shape: tuple[int, int], pixel_scale_arcsec: float) -> WCS:
@@ -448,6 +499,48 @@ def _tangent_plane(shape: tuple[int, int], pixel_scale_arcsec: float) -> WCS:
     wcs.wcs.cdelt = [-pixel_scale_arcsec / 3600.0, pixel_scale_arcsec / 3600.0]
     wcs.wcs.set()
     return wcs
+
+
+def _check_drawing(
+    shape: tuple[int, int],
+    bands: tuple[str, ...],
+    depth: Mapping[str, float],
+    star_fraction: float,
+    magnitudes: tuple[float, float],
+    pixel_scale_arcsec: float,
+) -> None:
+    """Refuse what cannot be drawn."""
+    if min(shape) < 1:
+        raise InputError(f"shape must have sides >= 1, got {shape}")
+    if not bands or not set(bands) <= set(_BETA):
+        raise InputError(f"bands must be some of {', '.join(_BETA)}, got {bands}")
+    if not set(bands) <= set(depth):
+        raise InputError(f"depth must name every band of {bands}, got {tuple(depth)}")
+    if not 0 <= star_fraction <= 1:
+        raise InputError(f"star_fraction must lie between 0 and 1, got {star_fraction}")
+    if not magnitudes[0] < magnitudes[1]:
+        raise InputError(f"magnitudes must be (brightest, faintest) with brightest < faintest, got {magnitudes}")
+    if not 0.08 <= pixel_scale_arcsec <= 0.25:
+        raise InputError(f"pixel_scale_arcsec must lie between 0.08 and 0.25, got {pixel_scale_arcsec}")
+
+
+def _draw_psfs(bands: Sequence[str], pixel_scale_arcsec: float, rng: np.random.Generator) -> tuple[MoffatPsf, ...]:
+    """Draw the PSF of each band: the seeing of LSST within 5 %, and a slight ellipticity."""
+    return tuple(
+        MoffatPsf(
+            fwhm_pix=_FWHM_ARCSEC[band] / pixel_scale_arcsec * rng.uniform(0.95, 1.05),
+            beta=_BETA[band],
+            axis_ratio=rng.uniform(0.93, 1.0),
+            angle=rng.uniform(0.0, np.pi),
+        )
+        for band in bands
+    )
+
+
+def _sky_noise(bands: Sequence[str], depth: Mapping[str, float], stamps: FloatArray) -> NDArray[Any]:
+    """Noise per pixel [nJy] of each band, (B,), that gives point sources with the PSFs `stamps` the depth."""
+    flux_error = np.array([10.0 ** (-0.4 * (depth[band] - ZERO_POINT)) / 5.0 for band in bands])
+    return np.asarray(flux_error * np.sqrt((stamps**2).sum(axis=(1, 2))))
 
 
 def simulate_scene(
@@ -517,7 +610,10 @@ def simulate_scene(
     ((2, 64, 64), 5)
     """
     if kind not in get_args(Kind):
-        raise InputError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        raise InputError(
+            f"kind must be one of {', '.join(get_args(Kind))}; or, for simulate_patch, {', '.join(PATCH_KINDS)}; "
+            f"got {kind!r}"
+        )
     n_sources = _DEFAULTS[kind][0] if n_sources is None else int(n_sources)
     height, width = _DEFAULTS[kind][1] if shape is None else (int(shape[0]), int(shape[1]))
     if star_fraction is None:
@@ -525,36 +621,16 @@ def simulate_scene(
     bands = tuple(bands)
     if n_sources < 0:
         raise InputError(f"n_sources must be >= 0, got {n_sources}")
-    if min(height, width) < 1:
-        raise InputError(f"shape must have sides >= 1, got {(height, width)}")
-    if not bands or not set(bands) <= set(_BETA):
-        raise InputError(f"bands must be some of {', '.join(_BETA)}, got {bands}")
-    if not set(bands) <= set(depth):
-        raise InputError(f"depth must name every band of {bands}, got {tuple(depth)}")
-    if not 0 <= star_fraction <= 1:
-        raise InputError(f"star_fraction must lie between 0 and 1, got {star_fraction}")
-    if not magnitudes[0] < magnitudes[1]:
-        raise InputError(f"magnitudes must be (brightest, faintest) with brightest < faintest, got {magnitudes}")
-    if not 0.08 <= pixel_scale_arcsec <= 0.25:
-        raise InputError(f"pixel_scale_arcsec must lie between 0.08 and 0.25, got {pixel_scale_arcsec}")
+    _check_drawing((height, width), bands, depth, star_fraction, magnitudes, pixel_scale_arcsec)
     if not min_snr >= 0:
         raise InputError(f"min_snr must be >= 0, got {min_snr}")
     if not min_separation_pix >= 0:
         raise InputError(f"min_separation_pix must be >= 0, got {min_separation_pix}")
 
     rng = np.random.default_rng(seed)
-    psfs = tuple(
-        MoffatPsf(
-            fwhm_pix=_FWHM_ARCSEC[band] / pixel_scale_arcsec * rng.uniform(0.95, 1.05),
-            beta=_BETA[band],
-            axis_ratio=rng.uniform(0.93, 1.0),
-            angle=rng.uniform(0.0, np.pi),
-        )
-        for band in bands
-    )
+    psfs = _draw_psfs(bands, pixel_scale_arcsec, rng)
     stamps = np.array([psf.stamp() for psf in psfs])
-    flux_error = np.array([10.0 ** (-0.4 * (depth[band] - ZERO_POINT)) / 5.0 for band in bands])
-    sigma = flux_error * np.sqrt((stamps**2).sum(axis=(1, 2)))
+    sigma = _sky_noise(bands, depth, stamps)
 
     truth, knots = _draw_truth(
         kind,
@@ -589,17 +665,22 @@ def _add_sources(
     images: NDArray[np.float32],
     truth: Table,
     knots: Table,
-    psfs: Sequence[MoffatPsf],
+    psfs: Sequence[MoffatPsf] | PsfsAt,
     bands: Sequence[str],
     sigma: FloatArray,
 ) -> None:
-    """Add every source to `images`, in place; add the columns of `truth` that say how it is seen."""
+    """Add every source to `images`, in place; add the columns of `truth` that say how it is seen.
+
+    Each is drawn with `psfs`, or with what they are at its centre.
+    """
     image_box = Box.of_shape(images.shape)
     significance = np.zeros(image_box.shape)
     stamps: list[tuple[NDArray[np.float32], tuple[slice, slice]]] = []
     snr, inside = np.zeros(len(truth)), np.zeros(len(truth))
+    lights = _lights(truth, knots, bands)
     for k in range(len(truth)):
-        stamp, box = _draw_source(truth, knots, k, bands, psfs, sigma)
+        own = psfs(y=lights[k][0].y, x=lights[k][0].x) if callable(psfs) else psfs
+        stamp, box = _draw_source(lights[k], own, sigma)
         seen = stamp[(slice(None), *image_box.within(box))]
         window = box.within(image_box)
         images[(slice(None), *window)] += seen
@@ -633,7 +714,7 @@ def render_truth(scene: SimulatedScene, k: int) -> tuple[NDArray[np.float32], Bo
     box : Box
         Where it lies, in the coadd's coordinates; may reach beyond the image.
     """
-    image, box = _draw_source(scene.truth, scene.knots, k, scene.coadd.bands, scene.psfs, _noise(scene))
+    image, box = _draw_source(_lights_of(scene.truth, scene.knots, k, scene.coadd.bands), scene.psfs, _noise(scene))
     return image.astype(np.float32), box
 
 
@@ -666,8 +747,9 @@ def compute_oracle_sigma(scene: SimulatedScene) -> FloatArray:
     bands = scene.coadd.bands
     rows = np.flatnonzero(np.asarray(scene.truth["peak_index"]) >= 0)
     shapes: list[tuple[FloatArray, Box]] = []
+    lights = _lights(scene.truth, scene.knots, bands)
     for k in rows:
-        image, box = _draw_source(scene.truth, scene.knots, int(k), bands, scene.psfs, noise)
+        image, box = _draw_source(lights[k], scene.psfs, noise)
         image /= (image.sum(axis=(1, 2)) * noise)[:, None, None]
         shapes.append((image[(slice(None), *scene.coadd.box.within(box))], box & scene.coadd.box))
 
@@ -688,3 +770,434 @@ def compute_oracle_sigma(scene: SimulatedScene) -> FloatArray:
 def _noise(scene: SimulatedScene) -> FloatArray:
     """Noise per pixel [nJy] of each band; it is the same in all pixels."""
     return np.asarray(np.sqrt(scene.coadd.variance[:, 0, 0].astype(float)))
+
+
+# ---------------------------------------------------------------- patches of a survey
+
+PatchKind = Literal["patch", "stars"]
+PATCH_KINDS: tuple[PatchKind, ...] = get_args(PatchKind)
+
+SKY_MAGNITUDE: Mapping[str, float] = {"u": 22.95, "g": 22.24, "r": 21.20, "i": 20.47, "z": 19.60, "y": 18.63}
+"""Dark sky at the LSST site [AB mag per square arcsec] (Ivezic et al. 2019, table 2)."""
+
+PATCH_PLANES: Mapping[str, int] = {"BAD": 0, "SAT": 1, "INTRP": 2, "EDGE": 3, "NO_DATA": 4}
+"""Bits of the mask of a simulated patch; SAT and NO_DATA are used."""
+
+_PATCH_SHAPES: Mapping[PatchKind, tuple[int, int]] = {"patch": (3400, 3400), "stars": (1000, 1000)}
+_PATCH_DENSITIES: Mapping[PatchKind, float] = {"patch": 70.0, "stars": 1800.0}
+_OUTSIDE = 20  # sources this far [pixels] outside the image still throw light on it
+_AUREOLE = 2e-5  # brightness of the aureole 20 pixels from a star, for a peak of one
+_WING_FAINTEST = 0.02  # wings end where they fall below this many sigma per pixel ...
+_WING_REACH = 600  # ... or this many pixels from the star
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaryingPsf:
+    """PSFs whose width and ellipticity vary smoothly over an image; a PSF field that a coadd takes as `psfs`."""
+
+    bands: tuple[str, ...]
+    """Names of the bands."""
+
+    psfs: tuple[MoffatPsf, ...]
+    """PSF of each band where nothing is added."""
+
+    shape: tuple[int, int]
+    """Height and width of the image over which it varies [pixels]."""
+
+    variation: float
+    """Amplitude: the width varies by this share of itself either way, the two components of ellipticity by as much."""
+
+    def at(self, *, y: float, x: float) -> tuple[MoffatPsf, ...]:
+        """Make the PSF of every band at a position; the same outside the image as at its edge."""
+        v = 2.0 * min(max(y / self.shape[0], 0.0), 1.0) - 1.0
+        u = 2.0 * min(max(x / self.shape[1], 0.0), 1.0) - 1.0
+        out = []
+        for b, psf in enumerate(self.psfs):
+            # Each band varies in its own way, as exposures of other nights went into it.
+            turn = 1.3 * b
+            width = 1.0 + self.variation * np.sin(2.0 * u + turn) * np.cos(1.5 * v - turn)
+            size = (1.0 - psf.axis_ratio) / (1.0 + psf.axis_ratio)
+            e1 = size * np.cos(2.0 * psf.angle) + self.variation * np.sin(1.7 * v + turn)
+            e2 = size * np.sin(2.0 * psf.angle) + self.variation * np.sin(1.4 * u - turn)
+            size = min(float(np.hypot(e1, e2)), 0.5)
+            out.append(
+                MoffatPsf(
+                    fwhm_pix=psf.fwhm_pix * float(width),
+                    beta=psf.beta,
+                    axis_ratio=(1.0 - size) / (1.0 + size),
+                    angle=0.5 * float(np.arctan2(e2, e1)),
+                )
+            )
+        return tuple(out)
+
+    def __call__(self, y: float, x: float, band: str) -> FloatArray:
+        """PSF stamp (41, 41) of a band at a position."""
+        return self.at(y=y, x=x)[self.bands.index(band)].stamp()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SimulatedPatch:
+    """A simulated patch of a survey, with what is in it."""
+
+    coadd: Coadd
+    """Images [nJy] with their noise, mask, PSF and WCS; its origin is (0, 0). Without data images are NaN and variances
+    infinite; saturated pixels hold the level at which they are full."""
+
+    peaks: NDArray[np.int64]
+    """Nearest pixels (N, 2), (y, x), of the sources that are bright enough and lie where there are data in some band,
+    no pixel twice."""
+
+    truth: Table
+    """All sources, one row each: the large galaxy, the bright stars, the others. Columns as in `SimulatedScene.truth`.
+
+    Flux is that in the PSF stamp; the wings of bright stars beyond it come in addition. ``snr`` and ``blendedness``
+    are those for the noise of the sky alone, as if no pixel were saturated or without data.
+    """
+
+    knots: Table
+    """Knots of the large galaxy, as in `SimulatedScene.knots`. Their flux is part of that of the galaxy."""
+
+    psfs: tuple[MoffatPsf, ...]
+    """PSF of each band; where the PSF varies, that without its variation."""
+
+    sigma: FloatArray
+    """Noise per pixel of the sky alone [nJy], shape (B,)."""
+
+    saturation: FloatArray
+    """Level at which pixels are full [nJy], shape (B,)."""
+
+    seed: int
+    """What the patch was drawn from."""
+
+    kind: PatchKind
+    """What kind of patch it is."""
+
+
+def simulate_patch(
+    *,
+    kind: PatchKind = "patch",
+    shape: tuple[int, int] | None = None,
+    bands: Sequence[str] = ("u", "g", "r", "i", "z", "y"),
+    seed: int = 0,
+    density_arcmin2: float | None = None,
+    star_fraction: float | None = None,
+    n_bright_stars: int | None = None,
+    large_galaxy: bool | None = None,
+    masked_strip: bool | None = None,
+    faint: bool = False,
+    magnitudes: tuple[float, float] | None = None,
+    saturation_magnitude: float = 17.0,
+    psf_variation: float = 0.0,
+    depth: Mapping[str, float] = DEPTH,
+    pixel_scale_arcsec: float = 0.2,
+    min_snr: float = 5.0,
+    min_separation_pix: float = 0.0,
+) -> SimulatedPatch:
+    """Simulate a patch of a survey, with all that makes real ones hard.
+
+    The sources are those of `simulate_scene`. In addition, bright stars saturate and have wings far beyond the PSF
+    stamp, bright light has the noise of its photons, one galaxy is large and has spiral arms of knots, and a strip has
+    no data, three times as wide in the first band.
+
+    Parameters
+    ----------
+    kind : {"patch", "stars"}, optional
+        "patch": galaxies with some stars. "stars": a dense field of stars, without large galaxy and strip.
+    shape : tuple of int, optional
+        Height and width [pixels]; None: (3400, 3400) for a patch, (1000, 1000) for stars.
+    bands : sequence of str, optional
+        Some of u, g, r, i, z, y, in any order.
+    seed : int, optional
+        The same seed gives the same patch.
+    density_arcmin2 : float, optional
+        Sources per square arcminute with a signal-to-noise above `min_snr`, to about 5 %, the bright stars and the
+        large galaxy not counted; None: 70 for a patch; for stars 1800 of any signal-to-noise, 20,000 in the image.
+    star_fraction : float, optional
+        Share of stars; None: 0.12 for a patch, 1 for stars.
+    n_bright_stars : int, optional
+        Stars of magnitude 13.5 to 17 in i; None: one in 10 square arcminutes, at least one.
+    large_galaxy : bool, optional
+        Whether there is one galaxy with a half-light radius of 5 arcsec; None: in a patch.
+    masked_strip : bool, optional
+        Whether a strip has no data; None: in a patch.
+    faint : bool, optional
+        Whether sources too faint to be detected are drawn too, down to the faintest of `magnitudes`. Takes three times
+        as long.
+    magnitudes : tuple of float, optional
+        Brightest and faintest AB magnitude in i of the sources other than bright stars and large galaxy; None: 17.5 and
+        28 for a patch, 17.5 and 26 for stars.
+    saturation_magnitude : float, optional
+        AB magnitude, in every band, of the faintest star whose central pixel is full.
+    psf_variation : float, optional
+        If above 0, the PSF is a `VaryingPsf` of that amplitude, and each source is drawn with the PSF at its centre.
+        Takes twice as long.
+    depth : mapping of str to float, optional
+        AB magnitude of a point source at five sigma, per band.
+    pixel_scale_arcsec : float, optional
+        Side of a pixel.
+    min_snr : float, optional
+        Sources of this signal-to-noise or less get no peak.
+    min_separation_pix : float, optional
+        Sources closer than this to a brighter one with a peak get none.
+
+    Returns
+    -------
+    patch : SimulatedPatch
+
+    Raises
+    ------
+    InputError
+        If an argument lies outside its range.
+
+    Notes
+    -----
+    The variance is that of the sky times one plus the ratio of the light to the sky's, as photons have it. About 2 ms
+    per source; the memory is that of the images and the variance twice, and of one stamp per source.
+
+    Examples
+    --------
+    >>> patch = simulate_patch(shape=(200, 150), bands=("g", "r"), seed=1)
+    >>> patch.coadd
+    Coadd('simulated patch, seed 1', bands=('g', 'r'), height=200, width=150)
+    """
+    if kind not in PATCH_KINDS:
+        raise InputError(f"kind must be one of {', '.join(PATCH_KINDS)}, got {kind!r}")
+    height, width = _PATCH_SHAPES[kind] if shape is None else (int(shape[0]), int(shape[1]))
+    density = _PATCH_DENSITIES[kind] if density_arcmin2 is None else float(density_arcmin2)
+    area_arcmin2 = height * width * (pixel_scale_arcsec / 60.0) ** 2
+    if n_bright_stars is None:
+        n_bright_stars = max(1, round(0.1 * area_arcmin2))
+    if star_fraction is None:
+        star_fraction = 1.0 if kind == "stars" else 0.12
+    large_galaxy = kind == "patch" if large_galaxy is None else large_galaxy
+    masked_strip = kind == "patch" if masked_strip is None else masked_strip
+    if magnitudes is None:
+        magnitudes = (17.5, 26.0 if kind == "stars" else 28.0)
+    bands = tuple(bands)
+    _check_drawing((height, width), bands, depth, star_fraction, magnitudes, pixel_scale_arcsec)
+    if not 0 <= density < np.inf:
+        raise InputError(f"density_arcmin2 must be >= 0, got {density}")
+    if n_bright_stars < 0:
+        raise InputError(f"n_bright_stars must be >= 0, got {n_bright_stars}")
+    if not 0 <= psf_variation <= 0.2:
+        raise InputError(f"psf_variation must lie between 0 and 0.2, got {psf_variation}")
+    if not min_snr >= 0:
+        raise InputError(f"min_snr must be >= 0, got {min_snr}")
+    if not min_separation_pix >= 0:
+        raise InputError(f"min_separation_pix must be >= 0, got {min_separation_pix}")
+
+    rng = np.random.default_rng(seed)
+    psfs = _draw_psfs(bands, pixel_scale_arcsec, rng)
+    stamps = np.array([psf.stamp() for psf in psfs])
+    sigma = _sky_noise(bands, depth, stamps)
+    field = VaryingPsf(bands=bands, psfs=psfs, shape=(height, width), variation=psf_variation)
+    share = stamps.max(axis=(1, 2))
+    saturation = share * 10.0 ** (-0.4 * (saturation_magnitude - ZERO_POINT))
+
+    count = density * area_arcmin2 * (1.0 + 2.0 * _OUTSIDE / height) * (1.0 + 2.0 * _OUTSIDE / width)
+    draw = _PatchDrawer(shape=(height, width), bands=bands, pixel_scale_arcsec=pixel_scale_arcsec, psfs=psfs, rng=rng)
+    tables = [draw.sources(n_bright_stars, 1.0, (13.5, 17.0), inside=True)]
+    if kind == "stars":
+        tables.append(draw.sources(round(count), star_fraction, magnitudes))
+    else:
+        tables.append(draw.detected(round(count), star_fraction, magnitudes, min_snr, sigma, keep_faint=faint))
+    knots = _no_knots(bands)
+    if large_galaxy:
+        galaxy, knots = draw.large_galaxy()
+        tables.insert(0, galaxy)
+    truth = vstack(tables)
+
+    images = np.zeros((len(bands), height, width), dtype=np.float32)
+    _add_sources(images, truth, knots, field.at if psf_variation > 0 else psfs, bands, sigma)
+    sky = np.array([10.0 ** (-0.4 * (SKY_MAGNITUDE[band] - ZERO_POINT)) for band in bands]) * pixel_scale_arcsec**2
+    variance = np.empty_like(images)
+    mask = np.zeros(images.shape, dtype=np.uint8)
+    _add_wings(images, truth, field.at, bands, sigma)
+    for b in range(len(bands)):
+        np.maximum(images[b], 0.0, out=variance[b])
+        variance[b] *= np.float32(sigma[b] ** 2 / sky[b])
+        variance[b] += np.float32(sigma[b] ** 2)
+        noise = rng.standard_normal((height, width), dtype=np.float32)
+        noise *= np.sqrt(variance[b])
+        images[b] += noise
+        full = images[b] >= saturation[b]
+        images[b][full] = saturation[b]
+        mask[b][full] |= np.uint8(1 << PATCH_PLANES["SAT"])
+    has_data = np.ones((height, width), dtype=bool)
+    if masked_strip:
+        half = max(2, round(0.006 * width))
+        middle = round(0.62 * width)
+        for b in range(len(bands)):
+            strip = slice(max(0, middle - (3 * half if b == 0 else half)), middle + (3 * half if b == 0 else half))
+            images[b, :, strip], variance[b, :, strip] = np.nan, np.inf
+            mask[b, :, strip] = 1 << PATCH_PLANES["NO_DATA"]
+        has_data[:] = np.isfinite(images).any(axis=0)
+
+    rows, columns = (np.rint(truth[name]).astype(np.int64) for name in "yx")
+    seen = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    seen[seen] = has_data[rows[seen], columns[seen]]
+    peaks, peak_index = _choose_peaks(truth, min_snr, min_separation_pix, seen)
+    truth.add_column(peak_index, name="peak_index", index=2)
+    coadd = Coadd(
+        images=images,
+        variance=variance,
+        psfs=field if psf_variation > 0 else stamps,
+        bands=bands,
+        mask=mask,
+        mask_planes=dict(PATCH_PLANES),
+        wcs=_tangent_plane((height, width), pixel_scale_arcsec),
+        unit=units.nJy,
+        zero_point=ZERO_POINT,
+        name=f"simulated {kind}, seed {seed}",
+    )
+    return SimulatedPatch(
+        coadd=coadd,
+        peaks=peaks,
+        truth=truth,
+        knots=knots,
+        psfs=psfs,
+        sigma=sigma,
+        saturation=saturation,
+        seed=seed,
+        kind=kind,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PatchDrawer:
+    """Draws the tables of the sources of a patch; they have the first columns of `SimulatedScene.truth`."""
+
+    shape: tuple[int, int]
+    bands: tuple[str, ...]
+    pixel_scale_arcsec: float
+    psfs: tuple[MoffatPsf, ...]
+    rng: np.random.Generator
+
+    def sources(
+        self, n_sources: int, star_fraction: float, magnitudes: tuple[float, float], *, inside: bool = False
+    ) -> Table:
+        """Sources spread evenly over the image and, unless all are to lie inside, a little beyond."""
+        fwhm_pix = float(np.mean([psf.fwhm_pix for psf in self.psfs]))
+        table, _ = _draw_truth(
+            "field",
+            n_sources,
+            self.shape,
+            self.bands,
+            star_fraction,
+            magnitudes,
+            self.pixel_scale_arcsec,
+            fwhm_pix,
+            self.rng,
+        )
+        beyond = -0.5 if inside else _OUTSIDE
+        for name, side in zip("yx", self.shape, strict=True):
+            table[name] = self.rng.uniform(-beyond, side - 1 + beyond, n_sources)
+        return table
+
+    def detected(
+        self,
+        count: int,
+        star_fraction: float,
+        magnitudes: tuple[float, float],
+        min_snr: float,
+        sigma: FloatArray,
+        *,
+        keep_faint: bool,
+    ) -> Table:
+        """Sources of which `count` have a signal-to-noise above `min_snr`; the fainter ones are dropped or kept."""
+        tables: list[Table] = []
+        found = 0
+        while not tables or (found < count and len(tables) < 50):
+            table = self.sources(max(2 * count, 1), star_fraction, magnitudes)
+            bright = self._expected_snr(table, sigma) > min_snr
+            total = found + np.cumsum(bright)
+            last = int(np.searchsorted(total, count)) + 1 if total[-1] >= count else len(table)
+            found = int(total[last - 1])
+            table = table[:last]
+            tables.append(table if keep_faint else table[bright[:last]])
+        return vstack(tables) if count > 0 else tables[0][:0]
+
+    def _expected_snr(self, table: Table, sigma: FloatArray) -> FloatArray:
+        """Signal-to-noise of the sources alone, as if they and the PSF were Gaussian."""
+        square = np.zeros(len(table))
+        for band, psf, noise in zip(self.bands, self.psfs, sigma, strict=True):
+            stamp = psf.stamp()
+            # Area of white noise that a fit of the source takes in; a Gaussian has half its light in 1.18 sigma.
+            area = 1.0 / (stamp**2).sum() + 4.0 * np.pi * (np.asarray(table["half_light_radius"]) / 1.18) ** 2
+            square += np.asarray(table[f"{band}_flux"], dtype=float) ** 2 / (noise**2 * area)
+        return np.sqrt(square)
+
+    def large_galaxy(self) -> tuple[Table, Table]:
+        """Draw a galaxy of magnitude 15.0 with a half-light radius of 5 arcsec and spiral arms, and its knots."""
+        galaxy = self.sources(1, 0.0, (15.0, 15.01))
+        radius = min(5.0 / self.pixel_scale_arcsec, 0.15 * min(self.shape))
+        galaxy["y"], galaxy["x"] = 0.3 * self.shape[0], 0.28 * self.shape[1]
+        galaxy["disc_radius"], galaxy["bulge_radius"], galaxy["axis_ratio"] = radius, 0.3 * radius, 0.6
+        flux = np.array([galaxy[f"{band}_flux"][0] for band in self.bands], dtype=float)
+        i_flux = 10.0 ** (-0.4 * (15.0 - ZERO_POINT))
+        colours = (
+            _fluxes(np.array([15.0]), np.array([red]), _BLUE_GALAXY, _RED_GALAXY, self.bands)[0] / i_flux
+            for red in (0.25, 0.6)
+        )
+        disc, bulge = colours
+        flux, bulge_flux = i_flux * (0.8 * disc + 0.2 * bulge), i_flux * 0.2 * bulge
+        fraction = np.array([bulge_flux.sum() / flux.sum()])
+        galaxy["half_light_radius"] = _half_light_radius(fraction, np.array([radius]), np.array([0.3 * radius]))
+        galaxy["sersic_n"] = _DISC
+
+        # Two logarithmic spirals, knots scattered about them, in the plane of the disc; a tenth of the light in i.
+        n_knots = 60
+        along_arm = self.rng.uniform(0.4, 2.2, n_knots)
+        turn = np.log(along_arm) / np.tan(np.deg2rad(18.0)) + np.pi * self.rng.integers(0, 2, n_knots)
+        distance = radius * along_arm * (1.0 + 0.06 * self.rng.normal(size=n_knots))
+        root, angle = np.sqrt(0.6), np.deg2rad(float(galaxy["angle"][0]))
+        along, across = distance * np.cos(turn) / root, distance * np.sin(turn) * root
+        weight = 1.0 / self.rng.uniform(0.1, 1.0, n_knots)
+        magnitude = 15.0 - 2.5 * np.log10(0.1 * weight / weight.sum())
+        knot_flux = _fluxes(magnitude, self.rng.uniform(size=n_knots), _YOUNG, _BLUE_GALAXY, self.bands)
+        knots = Table(
+            {
+                "source": np.zeros(n_knots, dtype=np.int64),
+                "y": float(galaxy["y"][0]) + along * np.sin(angle) + across * np.cos(angle),
+                "x": float(galaxy["x"][0]) + along * np.cos(angle) - across * np.sin(angle),
+                "radius": self.rng.uniform(0.5, 1.5, n_knots),
+                **{f"{band}_flux": knot_flux[:, b] * units.nJy for b, band in enumerate(self.bands)},
+            }
+        )
+        for b, band in enumerate(self.bands):
+            galaxy[f"{band}_bulge_flux"] = [bulge_flux[b]] * units.nJy
+            galaxy[f"{band}_flux"] = [flux[b] + knot_flux[:, b].sum()] * units.nJy
+        return galaxy, knots
+
+
+def _no_knots(bands: Sequence[str]) -> Table:
+    """Make a table of knots without rows."""
+    columns = {"source": np.zeros(0, dtype=np.int64), **{name: np.zeros(0) for name in ("y", "x", "radius")}}
+    return Table({**columns, **{f"{band}_flux": np.zeros(0) * units.nJy for band in bands}})
+
+
+def _add_wings(
+    images: NDArray[np.float32], truth: Table, psfs_at: PsfsAt, bands: Sequence[str], sigma: FloatArray
+) -> None:
+    """Add to `images`, in place, what bright stars shed beyond their PSF stamps.
+
+    Beyond 15 pixels the Moffat profile goes on instead of falling to zero, and an aureole joins it that falls as
+    radius to the power of -2.5, between King's (1971) -2 and the -3 of a clean mirror.
+    """
+    image_box = Box.of_shape(images.shape)
+    flux = np.array([truth[f"{band}_flux"] for band in bands], dtype=float).T
+    bright = np.asarray(truth["is_star"]) & (flux * 0.1 * _AUREOLE > _WING_FAINTEST * sigma).any(axis=1)
+    offsets = np.arange(-_STAMP_RADIUS, _STAMP_RADIUS + 1, dtype=float)
+    for k in np.flatnonzero(bright):
+        y, x = float(truth["y"][k]), float(truth["x"][k])
+        for b, psf in enumerate(psfs_at(y=y, x=x)):
+            peak = flux[k, b] / psf.intensity(offsets[:, None], offsets).sum()
+            reach = _STAMP_RADIUS * (peak * _AUREOLE / (_WING_FAINTEST * sigma[b])) ** 0.4
+            if reach <= _STAMP_RADIUS:
+                continue
+            half = int(min(reach, _WING_REACH))
+            box = Box(round(y) - half, round(x) - half, 2 * half + 1, 2 * half + 1) & image_box
+            if not box.is_empty:
+                dy = np.arange(box.y0, box.y1, dtype=float)[:, None] - y
+                dx = np.arange(box.x0, box.x1, dtype=float) - x
+                images[b][box.within(image_box)] += (peak * psf.wings(dy, dx, half)).astype(np.float32)
