@@ -51,7 +51,7 @@ FARTHEST_MARGIN = 96
 LINK = 12.0
 """Footprints that come closer than this [pixels] are fitted together with the model "kermes"."""
 
-LARGE = 0.01
+LARGE = 0.05
 """Blends that take more than this part of the work are done first."""
 
 RUNGS = (Outcome.FULL, Outcome.SINGLE, Outcome.POINT, Outcome.PEAK)

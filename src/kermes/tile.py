@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +27,7 @@ from kermes.geometry import Box
 from kermes.modelling import BlendOutcome, fit_blend
 from kermes.partition import Parent
 from kermes.planning import BlendTask, TilePlan, plan_tile
+from kermes.rendering import SourceModels
 from kermes.result import Result
 from kermes.scene import Source
 
@@ -155,8 +156,8 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     blends = _blend_columns(plan)
     models: dict[int, Source] = {}
     total = np.zeros(coadd.images.shape, dtype=np.float32)
-    waiting: list[BlendOutcome] = []
-    found: list[BlendOutcome] = []
+    waiting: list[tuple[BlendTask, SourceModels]] = []
+    found: list[_Found] = []
     n_done, blend_seconds, seconds = 0, np.full(plan.n_blends, np.nan), time.perf_counter() - start
     for outcome in outcomes:
         start = time.perf_counter()
@@ -170,25 +171,25 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         window = (slice(None), task.outer.y, task.outer.x)
         total[window] = add_positive(total[window], outcome.claims)
         if outcome.candidates:
-            found.append(outcome)
+            found.append(_Found(task.index, outcome.candidates, outcome.candidate_columns))
 
-        waiting.append(outcome)
-        for complete in [waits for waits in waiting if waits.task.last_neighbor <= n_done]:
-            _share(coadd, complete, total, objects)
-        waiting = [waits for waits in waiting if waits.task.last_neighbor > n_done]
+        waiting.append((task, outcome.models))
+        for complete in [waits for waits in waiting if waits[0].last_neighbor <= n_done]:
+            _share(coadd, *complete, total, objects)
+        waiting = [waits for waits in waiting if waits[0].last_neighbor > n_done]
         n_done += 1
         blend_seconds[task.index] = outcome.seconds
         seconds += time.perf_counter() - start
     for incomplete in waiting:
-        _share(coadd, incomplete, total, objects)
+        _share(coadd, *incomplete, total, objects)
     for task in plan.tasks[n_done:]:
         objects["reason"][task.members] = Reason.INTERRUPTED.value
         for row, (y, x) in zip(task.members.tolist(), plan.peaks[task.members].tolist(), strict=True):
             models[row + 1] = Source(peak=(y, x), components=())
 
-    found.sort(key=lambda outcome: outcome.task.index)
+    found.sort(key=lambda blend: blend.blend)
     candidates = _candidate_columns(coadd, found)
-    of_candidates = (source for outcome in found for source in outcome.candidates)
+    of_candidates = (source for blend in found for source in blend.sources)
     models.update(zip((-candidates["candidate_id"]).tolist(), of_candidates, strict=True))
     return Result(
         objects=partial(catalog.make_objects, objects, coadd.bands, coadd.unit),
@@ -219,27 +220,39 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
 
 
 def _share(
-    coadd: Coadd, outcome: BlendOutcome, total: NDArray[np.float32], objects: Mapping[str, NDArray[Any]]
+    coadd: Coadd,
+    task: BlendTask,
+    models: SourceModels,
+    total: NDArray[np.float32],
+    objects: Mapping[str, NDArray[Any]],
 ) -> None:
     """Fill the columns of the shared flux of one blend, NaN in bands where nothing is known."""
-    outer, members = outcome.task.outer, outcome.task.members
-    flux, flux_err = shared_fluxes(coadd, outer, total[:, outer.y, outer.x], outcome.models)
+    outer, members = task.outer, task.members
+    flux, flux_err = shared_fluxes(coadd, outer, total[:, outer.y, outer.x], models)
     for b, band in enumerate(coadd.bands):
         known = np.isfinite(objects[f"{band}_flux_err"][members])
         objects[f"{band}_redistributed_flux"][members] = np.where(known, flux[:, b], np.nan)
         objects[f"{band}_redistributed_flux_err"][members] = np.where(known, flux_err[:, b], np.nan)
 
 
-def _candidate_columns(coadd: Coadd, found: list[BlendOutcome]) -> dict[str, NDArray[Any]]:
+class _Found(NamedTuple):
+    """Candidates of one blend."""
+
+    blend: int
+    sources: tuple[Source, ...]
+    columns: Mapping[str, ArrayLike]
+
+
+def _candidate_columns(coadd: Coadd, found: list[_Found]) -> dict[str, NDArray[Any]]:
     """Columns of `candidates`, blend by blend."""
-    n_candidates = [len(outcome.candidates) for outcome in found]
+    n_candidates = [len(blend.sources) for blend in found]
     columns = catalog.empty_columns(catalog.candidate_columns(coadd.bands), sum(n_candidates))
     columns["candidate_id"][:] = np.arange(1, sum(n_candidates) + 1)
     start = 0
-    for outcome, n in zip(found, n_candidates, strict=True):
+    for blend, n in zip(found, n_candidates, strict=True):
         rows = slice(start, start + n)
-        columns["blend_id"][rows] = outcome.task.index + 1
-        for name, values in outcome.candidate_columns.items():
+        columns["blend_id"][rows] = blend.blend + 1
+        for name, values in blend.columns.items():
             columns[name][rows] = values
         start += n
     return columns
