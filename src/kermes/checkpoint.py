@@ -116,7 +116,9 @@ class Checkpoint:
             task=task,
             scene=Scene(sources=scene.sources[:n_sources], box=task.outer),
             models=SourceModels(
-                boxes=claims.boxes[:n_sources], offsets=claims.offsets[: n_sources + 1], pixels=claims.pixels[:, :end]
+                boxes=claims.boxes[:n_sources],
+                offsets=claims.offsets[: n_sources + 1],
+                pixels=np.ascontiguousarray(claims.pixels[:, :end]),
             ),
             claims=claims,
             candidates=scene.sources[n_sources:],

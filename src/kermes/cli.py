@@ -456,8 +456,7 @@ def _write_file(path: Path, content: bytes) -> None:
 def _summary(result: Result) -> str:
     import numpy as np
 
-    names, counts = np.unique(np.asarray(result.objects["outcome"]), return_counts=True)
-    outcomes = ", ".join(f"{count} {name}" for name, count in zip(names, counts, strict=True))
+    outcomes = ", ".join(f"{count} {name}" for name, count in result.ledger()["outcomes"].items())
     weights, chi2 = (np.asarray(result.blends[name], dtype=float) for name in ("n_pixels", "chi2"))
     used = (weights > 0) & np.isfinite(chi2)
     quality = f", chi2 {np.average(chi2[used], weights=weights[used]):.3f}" if used.any() else ""

@@ -214,17 +214,15 @@ def _subtract(cut: Blend, task: BlendTask, earlier: Iterable[BlendOutcome]) -> N
 
 
 def _select(models: SourceModels, rows: LabelArray) -> SourceModels:
-    """Models of some sources; no pixels are copied if they are the first ones."""
-    n = len(rows)
-    if np.array_equal(rows, np.arange(n)):
-        pixels = models.pixels[:, : models.offsets[n]]
-        return SourceModels(boxes=models.boxes[:n], offsets=models.offsets[: n + 1], pixels=pixels)
-    lengths = np.diff(models.offsets)[rows]
+    """Models of some sources, in their order; the same models if these are all."""
+    if len(rows) == len(models.boxes):
+        return models
+    # Contiguous, always: kernels that are compiled for another layout round differently.
     pieces = [models.pixels[:, models.offsets[s] : models.offsets[s + 1]] for s in rows]
     return SourceModels(
         boxes=models.boxes[rows],
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        pixels=np.concatenate(pieces, axis=1) if pieces else models.pixels[:, :0],
+        offsets=np.concatenate([[0], np.cumsum(np.diff(models.offsets)[rows])]),
+        pixels=np.concatenate(pieces, axis=1),
     )
 
 

@@ -187,7 +187,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         for row, (y, x) in zip(task.members.tolist(), plan.peaks[task.members].tolist(), strict=True):
             models[row + 1] = Source(peak=(y, x), components=())
 
-    found.sort(key=lambda blend: blend.blend)
+    found.sort(key=lambda blend: blend.number)
     candidates = _candidate_columns(coadd, found)
     of_candidates = (source for blend in found for source in blend.sources)
     models.update(zip((-candidates["candidate_id"]).tolist(), of_candidates, strict=True))
@@ -238,7 +238,7 @@ def _share(
 class _Found(NamedTuple):
     """Candidates of one blend."""
 
-    blend: int
+    number: int
     sources: tuple[Source, ...]
     columns: Mapping[str, ArrayLike]
 
@@ -251,7 +251,7 @@ def _candidate_columns(coadd: Coadd, found: list[_Found]) -> dict[str, NDArray[A
     start = 0
     for blend, n in zip(found, n_candidates, strict=True):
         rows = slice(start, start + n)
-        columns["blend_id"][rows] = blend.blend + 1
+        columns["blend_id"][rows] = blend.number + 1
         for name, values in blend.columns.items():
             columns[name][rows] = values
         start += n
