@@ -10,7 +10,19 @@ from kermes.coadd import Coadd
 from kermes.config import PartitionConfig
 from kermes.errors import ShapeError
 from kermes.geometry import Box
-from kermes.partition import couple, divide, is_large, nearest_peaks, partition, peak_snr, psf_correlation
+from kermes.partition import (
+    RADII,
+    Lights,
+    couple,
+    divide,
+    in_order,
+    is_large,
+    measure_lights,
+    nearest_peaks,
+    partition,
+    peak_snr,
+    psf_correlation,
+)
 from kermes.psf import model_psf
 
 
@@ -114,6 +126,18 @@ def test_bands_without_a_psf_do_not_count():
     np.testing.assert_array_equal(psf_correlation(GAUSSIAN), psf_correlation(GAUSSIAN * [[[1]], [[0]]]))
 
 
+def points(snr):
+    """Lights of points."""
+    n = len(snr)
+    return Lights(
+        snr=snr,
+        stretch=np.ones(n),
+        correlation=psf_correlation(GAUSSIAN),
+        bright=np.zeros(0, dtype=np.int64),
+        profiles=np.zeros((0, len(RADII))),
+    )
+
+
 def point_coadd(flux, peaks=((20, 20),), variance=4.0):
     """Points on whole pixels, without noise; what does not fit on the image wraps around."""
     images = np.zeros((2, 41, 41))
@@ -153,7 +177,7 @@ def test_coupling_is_the_error_of_a_flux_whose_neighbour_is_left_out(distance):
     # What a fit of a point at the second peak alone takes up of the first one, in units of its own error.
     bias = (psf * image).sum() / np.sqrt(np.square(psf).sum()) / 2.0
     snr = np.full(2, 100 / 2.0 * np.sqrt(np.square(psf).sum()))
-    couplings = couple(peaks, snr, np.ones(2), psf_correlation(GAUSSIAN), PartitionConfig(coupling=1e-6))
+    couplings = couple(peaks, points(snr), PartitionConfig(coupling=1e-6))
     assert couplings.pairs.tolist() == [[0, 1]]
     # As above, rings a pixel wide: 0.02 of the signal-to-noise.
     np.testing.assert_allclose(couplings.strength, bias, atol=0.02 * snr[0])
@@ -184,11 +208,10 @@ def crowds(draw):
     return peaks, snr
 
 
-def parts_of(peaks, snr, config=LIMITS, shape=(120, 150)):
-    """Divide the sources of one footprint that covers everything."""
-    labels = np.ones(shape, dtype=np.int64)
-    parent = partition(labels, peaks, shape).parents[0]
-    return divide(labels, parent, peaks, snr, psf_correlation(GAUSSIAN), config, 5.0)
+def parts_of(peaks, snr, config=LIMITS):
+    """Divide points on one footprint."""
+    rows = in_order(np.arange(len(peaks)), peaks)
+    return divide(rows, peaks, points(snr[rows]), config)
 
 
 @given(crowds())
@@ -211,9 +234,7 @@ def test_neighbours_are_the_coupled_sources_across_a_cut_for_both_sides(crowd):
     part_of = {row: number for number, part in enumerate(parts) for row in part.members.tolist()}
     along = {(row, number) for number, part in enumerate(parts) for row in part.neighbors.tolist()}
     assert all(part_of[row] != number for row, number in along)
-    # Points: sources that look wider are coupled to more, never to fewer.
-    couplings = couple(peaks, snr, np.ones(len(peaks)), psf_correlation(GAUSSIAN), LIMITS)
-    for one, other in couplings.pairs.tolist() if len(parts) > 1 else []:
+    for one, other in couple(peaks, points(snr), LIMITS).pairs.tolist():
         if part_of[one] != part_of[other]:
             assert {(one, part_of[other]), (other, part_of[one])} <= along
 
@@ -244,8 +265,48 @@ def test_a_cut_goes_where_the_coupling_is_least():
     assert not any(len(part.neighbors) for part in parts)
 
 
-def test_nothing_is_divided_when_the_limit_is_off():
+def test_nothing_is_too_large_when_the_limit_is_off():
     peaks = np.random.default_rng(0).integers(0, 120, (30, 2))
-    (part,) = parts_of(peaks, np.full(30, 20.0), PartitionConfig(largest_side=0, most_sources=8))
-    assert len(part.members) == 30
-    assert part.reach == 0
+    assert is_large(peaks, LIMITS)
+    assert not is_large(peaks, PartitionConfig(largest_side=0, most_sources=8))
+
+
+def large_galaxy(scale=20.0, flux=2e6, side=401):
+    """An exponential disc without noise, and faint points on it; all on one footprint."""
+    offset = np.arange(side) - side // 2
+    radius = np.hypot(offset[:, None], offset)
+    image = flux * np.exp(-radius / scale) / (2 * np.pi * scale**2)
+    peaks = np.array([[side // 2, side // 2], [side // 2, side // 2 + 60], [side // 2 + 150, side // 2]])
+    coadd = Coadd(images=np.stack([image] * 2), variance=np.full(2, 4.0), psfs=GAUSSIAN, bands=("g", "r"))
+    labels = np.ones(image.shape, dtype=np.int64)
+    parent = partition(labels, peaks, image.shape).parents[0]
+    return coadd, labels, parent, peaks, image
+
+
+def test_light_of_a_large_galaxy_is_measured_as_far_as_it_reaches():
+    coadd, labels, parent, peaks, image = large_galaxy()
+    snr = peak_snr(coadd, peaks, GAUSSIAN)
+    lights = measure_lights(coadd, labels, parent, peaks, snr, GAUSSIAN, level=5.0)
+    assert 0 in lights.bright
+    # What a point on the galaxy would take up of it: its light at that distance over an effective area of the PSF.
+    centre = image.shape[0] // 2
+    for distance in (30, 60, 90):
+        expected = np.sqrt(2) * image[centre, centre + distance] / 2.0 / np.sqrt(np.square(GAUSSIAN[0]).sum())
+        # Rings are wide: an exponential of scale 20 pixels is bent within one, and between two.
+        np.testing.assert_allclose(lights.at(np.array([0]), np.array([distance])), expected, rtol=0.3)
+
+
+def test_sources_on_a_large_galaxy_are_coupled_to_it_beyond_the_limit_for_others():
+    coadd, labels, parent, peaks, _ = large_galaxy()
+    lights = measure_lights(coadd, labels, parent, peaks, np.array([1e4, 20.0, 20.0]), GAUSSIAN, level=5.0)
+    assert [0, 1] in couple(peaks, lights, PartitionConfig(farthest=30)).pairs.tolist()
+
+
+def test_a_masked_core_does_not_end_the_light_around_it():
+    coadd, labels, parent, peaks, image = large_galaxy()
+    mask = np.zeros(image.shape, dtype=bool)
+    mask[196:205, 196:205] = True
+    masked = Coadd(images=coadd.images, variance=coadd.variance, psfs=GAUSSIAN, bands=("g", "r"), mask=mask)
+    snr = np.array([1e4, 20.0, 20.0])
+    bare, hidden = (measure_lights(c, labels, parent, peaks, snr, GAUSSIAN, level=5.0) for c in (coadd, masked))
+    np.testing.assert_allclose(hidden.reach, bare.reach)

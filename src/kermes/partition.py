@@ -36,6 +36,17 @@ WIDEST = 8.0
 
 _PEAKS_AT_ONCE = 4096
 
+BRIGHT = 300.0
+"""Signal-to-noise above which it is measured how far the light of a source reaches."""
+
+_RING_FACTOR = 1.12
+RADII = _RING_FACTOR ** (2.0 * np.arange(5, 25))
+"""Radii of the rings in which that is done, each from 1.12 times less to 1.12 times more [pixels]."""
+
+_LEAST_MEDIAN = 0.1  # sigma per pixel, where a profile ends
+_FLAT = 0.9  # or where it falls by less than this from one ring to the next,
+_CORE_ENDS = 0.3  # once it has fallen to less than this
+
 CORE = 4
 """Half the side of the square around a peak from which its signal-to-noise is measured [pixels]; of peaks on masked
 pixels, all of the PSF is used."""
@@ -290,30 +301,132 @@ def nearest_peaks(peaks: LabelArray, box: Box) -> LabelArray:
     return np.asarray(row[y[own], x[own]], dtype=np.int64)
 
 
-def _stretch(
-    labels: LabelArray, parent: Parent, peaks: LabelArray, snr: DoubleArray, correlation: DoubleArray, level: float
-) -> DoubleArray:
-    """How many times wider than a point each source of a parent looks, from the part of the footprint around it."""
-    window = parent.box
-    own = labels[window.y, window.x] == parent.label
-    nearest = nearest_peaks(peaks, window)
-    area = np.bincount(nearest[own], minlength=len(peaks))
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Lights:
+    """How strong the light of each source is at a distance, in standard deviations of the flux of a point there."""
+
+    snr: DoubleArray
+    """Signal-to-noise, shape (N,)."""
+
+    stretch: DoubleArray
+    """How many times wider than a point it looks, shape (N,)."""
+
+    correlation: DoubleArray
+    """See `psf_correlation`."""
+
+    bright: LabelArray
+    """Rows of sources bright enough to see how far their light reaches, shape (M,), ascending."""
+
+    profiles: DoubleArray
+    """Their light in rings with the radii `RADII`, shape (M, len(RADII)), 0 from where it ends."""
+
+    @property
+    def reach(self) -> DoubleArray:
+        """Distance at which the light of each source has fallen to one standard deviation [pixels]."""
+        reach = self.stretch * _reach(self.correlation, np.minimum(1 / np.maximum(self.snr, 1.0), 1.0))
+        above = self.profiles > 1
+        last = np.where(above.any(axis=1), len(RADII) - 1 - np.argmax(above[:, ::-1], axis=1), 0)
+        reach[self.bright] = RADII[last]
+        return reach
+
+    def at(self, sources: LabelArray, distance: DoubleArray) -> DoubleArray:
+        """Light of some sources, each at a distance [pixels]."""
+        light = self.snr[sources] * _response(self.correlation, distance / self.stretch[sources])
+        place = np.searchsorted(self.bright, sources)
+        for k in np.flatnonzero(np.isin(sources, self.bright)):
+            light[k] = np.interp(distance[k], RADII, self.profiles[place[k]])
+        return np.asarray(light)
+
+
+def measure_lights(
+    coadd: Coadd,
+    labels: LabelArray,
+    parent: Parent,
+    peaks: LabelArray,
+    snr: DoubleArray,
+    psfs: DoubleArray,
+    level: float,
+) -> Lights:
+    """Estimate how far the light of the sources of a parent reaches.
+
+    Parameters
+    ----------
+    coadd : Coadd
+    labels : ndarray, shape (H, W)
+        Footprint of each pixel.
+    parent : Parent
+    peaks : ndarray, shape (N, 2)
+        Peaks of the parent, array index.
+    snr : ndarray, shape (N,)
+        See `peak_snr`.
+    psfs : ndarray, shape (B, P, Q)
+    level : float
+        Significance at which the footprints end.
+
+    Notes
+    -----
+    Faint sources are points, stretched so that they end where the part of the footprint around them does. Of bright
+    ones the medians in rings are measured, which neighbours hardly change, until they vanish or no longer fall.
+    """
+    correlation = psf_correlation(psfs)
+    own = labels[parent.box.y, parent.box.x] == parent.label
+    area = np.bincount(nearest_peaks(peaks, parent.box)[own], minlength=len(peaks))
     point = _reach(correlation, np.minimum(level / np.maximum(snr, level), 1.0))
-    return np.asarray(np.clip(np.sqrt(area / np.pi) / np.maximum(point, 2.0), 1.0, WIDEST))
+    bright = np.flatnonzero(snr > BRIGHT)
+    power = np.square(psfs).sum(axis=(1, 2))
+    effective_area = float(np.median(1 / power[power > 0])) if (power > 0).any() else 1.0
+    return Lights(
+        snr=snr,
+        stretch=np.clip(np.sqrt(area / np.pi) / np.maximum(point, 2.0), 1.0, WIDEST),
+        correlation=correlation,
+        bright=bright,
+        profiles=np.array([_ring_medians(coadd, peaks[s]) for s in bright]).reshape(-1, len(RADII))
+        * np.sqrt(effective_area),
+    )
 
 
-def couple(
-    peaks: LabelArray, snr: DoubleArray, stretch: DoubleArray, correlation: DoubleArray, config: PartitionConfig
-) -> Couplings:
+def _ring_medians(coadd: Coadd, peak: LabelArray) -> DoubleArray:
+    """Medians of the signal-to-noise per pixel, all bands together, in rings around a peak; 0 from where they end."""
+    medians = np.zeros(len(RADII))
+    image, square = np.zeros((0, 0)), np.zeros((0, 0))
+    half = 0
+    for k, radius in enumerate(RADII):
+        if radius * _RING_FACTOR > half:
+            half = 2 * int(np.ceil(radius * _RING_FACTOR))
+            box = Box(int(peak[0]), int(peak[1]), 1, 1).grow(half) & Box.of_shape(coadd.shape)
+            window = (slice(None), box.y, box.x)
+            weights = np.divide(
+                1.0, coadd.variance[window], out=np.zeros((coadd.n_bands, *box.shape)), where=coadd.valid[window]
+            )
+            total = weights.sum(axis=0)
+            signal = np.where(weights > 0, coadd.images[window], 0.0) * weights
+            image = np.divide(signal.sum(axis=0), np.sqrt(total), out=np.full(box.shape, np.nan), where=total > 0)
+            y, x = np.ogrid[box.y0 : box.y1, box.x0 : box.x1]
+            square = np.square(y - peak[0]) + np.square(x - peak[1])
+        ring = image[(square >= (radius / _RING_FACTOR) ** 2) & (square < (radius * _RING_FACTOR) ** 2)]
+        ring = ring[np.isfinite(ring)]
+        if len(ring) == 0:
+            # A saturated core: go on outside.
+            medians[k] = np.inf if k == 0 else medians[k - 1]
+            continue
+        medians[k] = np.median(ring)
+        ended = medians[k] < _LEAST_MEDIAN
+        seen = medians[:k][np.isfinite(medians[:k])]
+        # The core of a large galaxy is flat, too.
+        flat = len(seen) > 0 and _FLAT * seen[-1] < medians[k] < _CORE_ENDS * seen.max()
+        if ended or flat:
+            medians[k:] = 0.0
+            break
+    return np.where(np.isfinite(medians), medians, medians[np.isfinite(medians)].max(initial=0.0))
+
+
+def couple(peaks: LabelArray, lights: Lights, config: PartitionConfig) -> Couplings:
     """Find the pairs of sources whose light overlaps by more than is allowed to be left out.
 
     Parameters
     ----------
     peaks : ndarray, shape (N, 2)
-    snr, stretch : ndarray, shape (N,)
-        Signal-to-noise, and how many times wider than a point, of each source.
-    correlation : ndarray
-        See `psf_correlation`.
+    lights : Lights
     config : PartitionConfig
 
     Returns
@@ -332,14 +445,16 @@ def couple(
 
     if len(peaks) < 2:
         return Couplings(pairs=np.zeros((0, 2), dtype=np.int64), strength=np.zeros(0))
-    pairs = cKDTree(peaks).query_pairs(config.farthest, output_type="ndarray").astype(np.int64)
-    pairs.sort(axis=1)
-    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    tree = cKDTree(peaks)
+    found = [tree.query_pairs(config.farthest, output_type="ndarray").astype(np.int64)]
+    reach = lights.reach
+    for s in lights.bright[reach[lights.bright] > config.farthest]:
+        others = np.array(tree.query_ball_point(peaks[s], reach[s]), dtype=np.int64)
+        others = others[others != s]
+        found.append(np.stack([np.full(len(others), s), others], axis=1))
+    pairs = np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
     distance = np.hypot(*(peaks[pairs[:, 0]] - peaks[pairs[:, 1]]).T)
-    strength = np.zeros(len(pairs))
-    for side in (0, 1):
-        bright = pairs[:, side]
-        np.maximum(strength, snr[bright] * _response(correlation, distance / stretch[bright]), out=strength)
+    strength = np.maximum(lights.at(pairs[:, 0], distance), lights.at(pairs[:, 1], distance))
     coupled = strength >= config.coupling
     return Couplings(pairs=pairs[coupled], strength=strength[coupled])
 
@@ -371,48 +486,31 @@ def in_order(rows: LabelArray, peaks: LabelArray) -> LabelArray:
     return rows[np.lexsort((rows, peaks[rows, 1], peaks[rows, 0]))]
 
 
-def divide(
-    labels: LabelArray,
-    parent: Parent,
-    peaks: LabelArray,
-    snr: DoubleArray,
-    correlation: DoubleArray,
-    config: PartitionConfig,
-    level: float,
-) -> tuple[Part, ...]:
-    """Divide a parent that is too large into parts, where its sources are coupled least.
+def divide(rows: LabelArray, peaks: LabelArray, lights: Lights, config: PartitionConfig) -> tuple[Part, ...]:
+    """Divide the sources of a parent that is too large, where they are coupled least.
 
     Parameters
     ----------
-    labels : ndarray, shape (H, W)
-        Footprint of each pixel.
-    parent : Parent
+    rows : ndarray, shape (S,)
+        Rows of the sources in the list of peaks, see `in_order`.
     peaks : ndarray, shape (N, 2)
         All peaks, array index.
-    snr : ndarray, shape (N,)
-    correlation : ndarray
-        See `psf_correlation`.
+    lights : Lights
+        Of the sources, in the order of `rows`.
     config : PartitionConfig
-    level : float
-        Significance at which the footprints end.
 
     Returns
     -------
     parts : tuple of Part
-        Each source of the parent is a member of exactly one. One part without neighbours if the parent is not too
-        large.
+        Each source is a member of exactly one, in the order of their first members.
 
     Notes
     -----
     Each cut is straight, across the longer side, leaves at least a quarter of the sources on both sides, and is where
     the couplings that it cuts have the smallest sum. O(N log N).
     """
-    rows = in_order(parent.peaks, peaks)
-    if not is_large(peaks[rows], config):
-        return (Part.whole(rows),)
     own = peaks[rows]
-    stretch = _stretch(labels, parent, own, snr[rows], correlation, level)
-    couplings = couple(own, snr[rows], stretch, correlation, config)
+    couplings = couple(own, lights, config)
     part_of = np.zeros(len(rows), dtype=np.int64)
     n_parts, waiting = 1, [np.arange(len(rows))]
     while waiting:
@@ -428,7 +526,7 @@ def divide(
     # Of each pair that was cut, either end is a neighbour of the part of the other.
     part = np.concatenate([ends[crossing, 0], ends[crossing, 1]])
     outside = np.concatenate([couplings.pairs[crossing, 1], couplings.pairs[crossing, 0]])
-    reach = stretch * _reach(correlation, np.minimum(1 / np.maximum(snr[rows], 1.0), 1.0))
+    reach = lights.reach
     parts = []
     for number in np.unique(part_of):
         members = np.flatnonzero(part_of == number)

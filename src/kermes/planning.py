@@ -25,10 +25,10 @@ from kermes.partition import (
     in_order,
     is_large,
     join_close,
+    measure_lights,
     nearest_peaks,
     partition,
     peak_snr,
-    psf_correlation,
 )
 from kermes.profile_fitting import ModeBank
 from kermes.psf import MODEL_PSF_SIGMAS, amplify, continued, difference_kernels, model_psf, widest_sigma
@@ -45,7 +45,7 @@ MARGIN = 6
 PROFILE_MARGIN = 12
 """The same where the wings of profiles reach farther."""
 
-FARTHEST_MARGIN = 96
+FARTHEST_MARGIN = 256
 """Largest margin around the peaks of a part of a parent [pixels]."""
 
 LINK = 12.0
@@ -270,10 +270,10 @@ def _divide(
     owners: list[Parent] = []
     parts: list[Part] = []
     for parent, own, divisible in zip(parents, rows, large, strict=True):
+        pieces: tuple[Part, ...] = (Part.whole(own),)
         if divisible:
-            pieces = divide(labels, parent, peaks, snr, psf_correlation(psfs), settings, config.detection.threshold)
-        else:
-            pieces = (Part.whole(own),)
+            lights = measure_lights(coadd, labels, parent, peaks[own], snr[own], psfs, level=config.detection.threshold)
+            pieces = divide(own, peaks, lights, settings)
         owners += [parent] * len(pieces)
         parts += pieces
     levels = [int(level[part.members].min()) for part in parts]
