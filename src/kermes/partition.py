@@ -45,6 +45,7 @@ RADII = _RING_FACTOR ** (2.0 * np.arange(5, 25))
 
 _LEAST_MEDIAN = 0.1  # sigma per pixel, where a profile ends
 _FLAT = 0.9  # or where it falls by less than this from one ring to the next,
+_CROWD = 1.3  # times the light where it no longer falls, which varies from ring to ring
 _CORE_ENDS = 0.3  # once it has fallen to less than this
 
 CORE = 4
@@ -309,7 +310,7 @@ class Lights:
     """Signal-to-noise, shape (N,)."""
 
     stretch: DoubleArray
-    """How many times wider than a point it looks, shape (N,)."""
+    """How many times wider than a point it looks, shape (N,); 1 for bright sources."""
 
     correlation: DoubleArray
     """See `psf_correlation`."""
@@ -326,7 +327,7 @@ class Lights:
         reach = self.stretch * _reach(self.correlation, np.minimum(1 / np.maximum(self.snr, 1.0), 1.0))
         above = self.profiles > 1
         last = np.where(above.any(axis=1), len(RADII) - 1 - np.argmax(above[:, ::-1], axis=1), 0)
-        reach[self.bright] = RADII[last]
+        reach[self.bright] = np.maximum(reach[self.bright], RADII[last])
         return reach
 
     def at(self, sources: LabelArray, distance: DoubleArray) -> DoubleArray:
@@ -334,7 +335,7 @@ class Lights:
         light = self.snr[sources] * _response(self.correlation, distance / self.stretch[sources])
         place = np.searchsorted(self.bright, sources)
         for k in np.flatnonzero(np.isin(sources, self.bright)):
-            light[k] = np.interp(distance[k], RADII, self.profiles[place[k]])
+            light[k] = max(light[k], np.interp(distance[k], RADII, self.profiles[place[k]]))
         return np.asarray(light)
 
 
@@ -373,11 +374,13 @@ def measure_lights(
     area = np.bincount(nearest_peaks(peaks, parent.box)[own], minlength=len(peaks))
     point = _reach(correlation, np.minimum(level / np.maximum(snr, level), 1.0))
     bright = np.flatnonzero(snr > BRIGHT)
+    stretch = np.clip(np.sqrt(area / np.pi) / np.maximum(point, 2.0), 1.0, WIDEST)
+    stretch[bright] = 1.0
     power = np.square(psfs).sum(axis=(1, 2))
     effective_area = float(np.median(1 / power[power > 0])) if (power > 0).any() else 1.0
     return Lights(
         snr=snr,
-        stretch=np.clip(np.sqrt(area / np.pi) / np.maximum(point, 2.0), 1.0, WIDEST),
+        stretch=stretch,
         correlation=correlation,
         bright=bright,
         profiles=np.array([_ring_medians(coadd, peaks[s]) for s in bright]).reshape(-1, len(RADII))
@@ -412,9 +415,12 @@ def _ring_medians(coadd: Coadd, peak: LabelArray) -> DoubleArray:
         medians[k] = np.median(ring)
         ended = medians[k] < _LEAST_MEDIAN
         seen = medians[:k][np.isfinite(medians[:k])]
-        # The core of a large galaxy is flat, too.
-        flat = len(seen) > 0 and _FLAT * seen[-1] < medians[k] < _CORE_ENDS * seen.max()
+        # The core of a large galaxy is flat, too, but does not rise.
+        flat = len(seen) > 0 and medians[k] > (_FLAT if medians[k] < _CORE_ENDS * seen.max() else 1.0) * seen[-1]
         if ended or flat:
+            # Where it no longer falls it is the light of a crowd, here and farther in.
+            plateau = _CROWD * max(medians[k], seen[-1]) if flat else 0.0
+            medians[:k] = np.maximum(medians[:k] - plateau, 0.0)
             medians[k:] = 0.0
             break
     return np.where(np.isfinite(medians), medians, medians[np.isfinite(medians)].max(initial=0.0))
