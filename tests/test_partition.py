@@ -310,3 +310,13 @@ def test_a_masked_core_does_not_end_the_light_around_it():
     snr = np.array([1e4, 20.0, 20.0])
     bare, hidden = (measure_lights(c, labels, parent, peaks, snr, GAUSSIAN, level=5.0) for c in (coadd, masked))
     np.testing.assert_allclose(hidden.reach, bare.reach)
+
+
+def test_what_lies_on_a_large_galaxy_is_not_bright_itself():
+    coadd, labels, parent, peaks, _ = large_galaxy()
+    snr = peak_snr(coadd, peaks, GAUSSIAN)
+    # The light of the disc alone makes a bright point of any place on it.
+    assert (snr[:2] > 300).all()
+    lights = measure_lights(coadd, labels, parent, peaks, snr, GAUSSIAN, level=5.0)
+    assert lights.bright.tolist() == [0]
+    assert lights.snr[1] < 0.3 * snr[1]

@@ -39,12 +39,16 @@ _PEAKS_AT_ONCE = 4096
 BRIGHT = 300.0
 """Signal-to-noise above which it is measured how far the light of a source reaches."""
 
+HOSTED = 0.3
+"""A source that owes more than this share of its signal-to-noise to a brighter one lies on that."""
+
 _RING_FACTOR = 1.12
 RADII = _RING_FACTOR ** (2.0 * np.arange(5, 25))
 """Radii of the rings in which that is done, each from 1.12 times less to 1.12 times more [pixels]."""
 
 _LEAST_MEDIAN = 0.1  # sigma per pixel, where a profile ends
 _FLAT = 0.9  # or where it falls by less than this from one ring to the next,
+_RISE = 1.25  # or where it rises by this above what it was nearer to the peak
 _CROWD = 1.3  # times the light where it no longer falls, which varies from ring to ring
 _CORE_ENDS = 0.3  # once it has fallen to less than this
 
@@ -307,7 +311,7 @@ class Lights:
     """How strong the light of each source is at a distance, in standard deviations of the flux of a point there."""
 
     snr: DoubleArray
-    """Signal-to-noise, shape (N,)."""
+    """Signal-to-noise, without the light of what a source lies on, shape (N,)."""
 
     stretch: DoubleArray
     """How many times wider than a point it looks, shape (N,); 1 for bright sources."""
@@ -370,21 +374,33 @@ def measure_lights(
     ones the medians in rings are measured, which neighbours hardly change, until they vanish or no longer fall.
     """
     correlation = psf_correlation(psfs)
+    power = np.square(psfs).sum(axis=(1, 2))
+    effective_area = float(np.median(1 / power[power > 0])) if (power > 0).any() else 1.0
+    snr = snr.copy()
+    hosts, profiles = [], []
+    for s in np.argsort(-snr, kind="stable").tolist():
+        if snr[s] <= BRIGHT:
+            break
+        medians = np.sqrt(effective_area) * _ring_medians(coadd, peaks[s])
+        hosts.append(s)
+        profiles.append(medians)
+        # What lies on it is less bright than it looks, and how far that reaches cannot be seen.
+        light = np.interp(np.hypot(*(peaks - peaks[s]).T), RADII, medians)
+        inside = (light > HOSTED * snr) & (snr <= snr[s])
+        inside[s] = False
+        snr[inside] = np.maximum(np.minimum(snr[inside] - light[inside], BRIGHT), level)
+    bright = np.sort(np.array(hosts, dtype=np.int64))
     own = labels[parent.box.y, parent.box.x] == parent.label
     area = np.bincount(nearest_peaks(peaks, parent.box)[own], minlength=len(peaks))
     point = _reach(correlation, np.minimum(level / np.maximum(snr, level), 1.0))
-    bright = np.flatnonzero(snr > BRIGHT)
     stretch = np.clip(np.sqrt(area / np.pi) / np.maximum(point, 2.0), 1.0, WIDEST)
     stretch[bright] = 1.0
-    power = np.square(psfs).sum(axis=(1, 2))
-    effective_area = float(np.median(1 / power[power > 0])) if (power > 0).any() else 1.0
     return Lights(
         snr=snr,
         stretch=stretch,
         correlation=correlation,
         bright=bright,
-        profiles=np.array([_ring_medians(coadd, peaks[s]) for s in bright]).reshape(-1, len(RADII))
-        * np.sqrt(effective_area),
+        profiles=np.array(profiles).reshape(-1, len(RADII))[np.argsort(hosts, kind="stable")],
     )
 
 
@@ -415,8 +431,10 @@ def _ring_medians(coadd: Coadd, peak: LabelArray) -> DoubleArray:
         medians[k] = np.median(ring)
         ended = medians[k] < _LEAST_MEDIAN
         seen = medians[:k][np.isfinite(medians[:k])]
-        # The core of a large galaxy is flat, too, but does not rise.
-        flat = len(seen) > 0 and medians[k] > (_FLAT if medians[k] < _CORE_ENDS * seen.max() else 1.0) * seen[-1]
+        # The core of a large galaxy is flat, too, but hardly rises.
+        flat = len(seen) > 0 and (
+            _FLAT * seen[-1] < medians[k] < _CORE_ENDS * seen.max() or medians[k] > _RISE * seen.min()
+        )
         if ended or flat:
             # Where it no longer falls it is the light of a crowd, here and farther in.
             plateau = _CROWD * max(medians[k], seen[-1]) if flat else 0.0

@@ -264,9 +264,6 @@ def _divide(
     boxes = [Box.of_shape(coadd.shape), *(parent.box for parent in parents)]
     psfs = next((psf for psf in (psf_of_box(coadd, box) for box in boxes) if psf.any()), np.zeros((1, 1, 1)))
     snr = peak_snr(coadd, peaks, psfs) if psfs.any() else np.zeros(len(peaks))
-    level = np.zeros(len(peaks), dtype=np.int64)
-    if settings.bright_snr > 0:
-        level = 2 - (snr >= settings.bright_snr).astype(np.int64) - (snr >= 10 * settings.bright_snr)
     owners: list[Parent] = []
     parts: list[Part] = []
     for parent, own, divisible in zip(parents, rows, large, strict=True):
@@ -274,8 +271,12 @@ def _divide(
         if divisible:
             lights = measure_lights(coadd, labels, parent, peaks[own], snr[own], psfs, level=config.detection.threshold)
             pieces = divide(own, peaks, lights, settings)
+            snr[own] = lights.snr
         owners += [parent] * len(pieces)
         parts += pieces
+    level = np.zeros(len(peaks), dtype=np.int64)
+    if settings.bright_snr > 0:
+        level = 2 - (snr >= settings.bright_snr).astype(np.int64) - (snr >= 10 * settings.bright_snr)
     levels = [int(level[part.members].min()) for part in parts]
     level_of = np.zeros(len(peaks), dtype=np.int64)
     for part, own_level in zip(parts, levels, strict=True):
