@@ -316,7 +316,7 @@ def test_what_lies_on_a_large_galaxy_is_not_bright_itself():
     coadd, labels, parent, peaks, _ = large_galaxy()
     snr = peak_snr(coadd, peaks, GAUSSIAN)
     # The light of the disc alone makes a bright point of any place on it.
-    assert (snr[:2] > 300).all()
+    assert snr[1] > 100
     lights = measure_lights(coadd, labels, parent, peaks, snr, GAUSSIAN, level=5.0)
     assert lights.bright.tolist() == [0]
     assert lights.snr[1] < 0.3 * snr[1]
