@@ -19,6 +19,7 @@ from kermes.detection import (
     _sigma_tables,
     detect,
     detection_images,
+    false_peak_density,
     footprints_of_peaks,
     measure_band_snr,
 )
@@ -74,14 +75,14 @@ def test_sigma_rises_with_the_signal(n_bands):
     assert (sigma <= root + 1e-12).all()
 
 
-def filtered(arrays, filters, units, side, min_coverage=1e-3):
+def filtered(arrays, filters, units, side, min_coverage=(1e-3, 1e-3)):
     """Significance (K, H, W) from filter_block, as much in a block as goes."""
     b_total, height, width = arrays[0].shape
     transforms, power = kernels.transform_filters(filters, side)
     block = side + 1 - max(filters.shape[2:])
     out = np.full((filters.shape[1], height, width), np.nan, dtype=np.float32)
     root, _ = _equivalent_sigma(1)
-    more = units, min_coverage
+    more = units, np.array(min_coverage)
     for y in range(0, height, block):
         for x in range(0, width, block):
             shape = min(block, height - y), min(block, width - x)
@@ -471,6 +472,118 @@ def test_source_of_six_sigma_in_one_band_of_six_is_found_and_the_band_named():
         found += near.any()
         assert not near.any() or list(np.flatnonzero(detection.alone[near][0])) == [3]
     assert found == n
+
+
+def bright_object(seed, profile, gain, shape=(240, 240), full=np.inf):
+    """A bright object in the middle with its photon noise, and 12 stars of about 30 sigma around; pixels that are too
+    bright are masked, each band for itself."""
+    rng = np.random.default_rng(seed)
+    y, x = np.indices(shape) - 120
+    angle, distance = rng.uniform(0, 2 * np.pi, 12), np.linspace(45, 110, 12)
+    positions = np.stack([120 + distance * np.sin(angle), 120 + distance * np.cos(angle)], axis=1)
+    sky = stars(shape, np.round(positions).astype(int), 30.0, n_bands=3, seed=seed)
+    images, variance = [], []
+    for band in sky:
+        light = profile(np.hypot(y, x))
+        photons = 1.0 + light / gain
+        images.append(light + band * np.sqrt(photons))  # the stars are stronger on the light, to be seen there
+        variance.append(photons)
+    images = np.array(images)
+    return coadd_of(images, np.array(variance), mask=images > full), np.round(positions)
+
+
+def moffat(flux):
+    return lambda r: flux * 1.8 / (np.pi * 16) * (1 + (r / 4) ** 2) ** -2.8
+
+
+@pytest.mark.parametrize("flux", [1e4, 1e5, 1e6])
+def test_bright_star_with_its_photon_noise_is_one_peak(flux):
+    coadd, positions = bright_object(1, moffat(flux), gain=5.0)
+    peaks = detect(coadd, CONFIG).peaks
+    assert sum(np.hypot(*(peaks - 120).T) < 25) == 1
+    assert len(peaks) == 1 + len(positions)
+
+
+@pytest.mark.parametrize("flux", [3e6, 1e8])
+def test_saturated_star_is_one_peak_in_the_middle_of_its_core(flux):
+    n_false = 0
+    for seed in range(4):
+        coadd, positions = bright_object(seed, moffat(flux), gain=5.0, full=3000.0)
+        assert 3 <= np.sqrt((~coadd.valid[0]).sum() / np.pi) <= 30
+        detection = detect(coadd, CONFIG)
+        distance, _ = cKDTree(np.concatenate([positions, [(120, 120)]])).query(detection.peaks)
+        n_false += (distance > 2).sum()
+        assert tuple(detection.peaks[0]) == (120, 120)
+        assert cKDTree(detection.peaks).query(positions)[0].max() < 2
+        labels = footprints_of_peaks(coadd, detection.peaks, CONFIG)
+        np.testing.assert_array_equal(labels, detection.footprints)
+    # Without a word on cores and photon noise, there are seven to fourteen on the rim of each.
+    assert n_false <= 2
+
+
+def test_hole_in_the_sky_is_no_star():
+    images = stars((120, 120), [(20, 20)], 30.0)
+    images[:, 50:70, 50:80] = np.nan
+    images[0, :, 100:108] = np.nan
+    np.testing.assert_array_equal(detect(coadd_of(images), CONFIG).peaks, [(20, 20)])
+
+
+def test_strip_across_a_galaxy_hides_no_star():
+    y, x = np.indices((150, 150)) - 75
+    image = 40 * np.exp(-np.hypot(y, x) / 12) + stars((150, 150), [(75, 100)], 40.0, n_bands=3)
+    image[:, :, 85:92] = np.nan  # off the middle, so that light falls through it from one side to the other
+    peaks = detect(coadd_of(image), CONFIG).peaks
+    for known in [(75, 75), (75, 100)]:
+        assert np.hypot(*(peaks - known).T).min() < 3
+    assert not ((peaks[:, 1] >= 85) & (peaks[:, 1] < 92)).any()
+    assert len(peaks) <= 4
+
+
+def test_large_bright_galaxy_is_one_peak_and_few_more():
+    def galaxy(r):
+        return 2e4 * np.exp(-7.67 * ((r / 25 + 1e-3) ** 0.25))
+
+    n_false = []
+    for seed in range(4):
+        coadd, positions = bright_object(seed, galaxy, gain=5.0)
+        peaks = detect(coadd, CONFIG).peaks
+        assert np.hypot(*(peaks - 120).T).min() < 2
+        distance, _ = cKDTree(np.concatenate([positions, [(120, 120)]])).query(peaks)
+        wrong = peaks[distance > 2]
+        n_false.append(len(wrong))
+        # Where the light is well above the threshold, nothing; where it fades, noise lifts islands above it.
+        assert (detection_images(coadd)[0][tuple(wrong.T)] > 2 * CONFIG.peak_threshold).sum() <= 1
+        assert (cKDTree(peaks).query(positions)[0] < 2).sum() >= 11
+    assert np.mean(n_false) <= 15  # on 50 000 pixels of light
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all valid", "with masks"])
+@pytest.mark.parametrize(("n_bands", "sigma"), [(1, 3.0), (1, 3.5), (6, 3.0), (6, 3.5)])
+def test_noise_makes_as_many_peaks_as_theory_says(n_bands, sigma, masked):
+    rng = np.random.default_rng(10 * n_bands + masked)
+    side = 1400
+    images = rng.normal(size=(n_bands, side, side)).astype(np.float32)
+    if masked:
+        images[rng.uniform(size=images.shape) < 0.02] = np.nan
+        images[:, 200:240] = np.nan
+        images[0, :, 700:720] = np.nan
+    coadd = coadd_of(images)
+    config = DetectionConfig(threshold=sigma, peak_threshold=sigma, min_area=1, min_separation=0.0, grow=0)
+    n_peaks = len(detect(coadd, config).peaks)
+    expected = false_peak_density([PSF] * n_bands, sigma) * coadd.valid.any(axis=0).sum()
+    assert expected > 100
+    # Four times the Poisson noise, and a tenth for what theory leaves out: peaks are not all islands, islands may have
+    # two.
+    assert abs(n_peaks - expected) < 4 * np.sqrt(expected) + 0.1 * expected
+
+
+def test_density_of_false_peaks_of_one_band_is_that_of_a_gaussian_field():
+    width = 3.0  # wide, so that little lies between pixels
+    r = np.arange(-20, 21)
+    psf = np.exp(-0.5 * (r[:, None] ** 2 + r**2) / width**2)
+    slope = 0.5 / width**2  # of the field along an axis: the PSF with itself is a Gaussian wider by sqrt(2)
+    expected = slope * 4.0 * np.exp(-8.0) / (2 * np.pi) ** 1.5
+    assert false_peak_density([psf], 4.0) == pytest.approx(expected, rel=0.1)
 
 
 def test_workers_must_be_positive():

@@ -11,9 +11,9 @@ from threading import Lock
 
 import numpy as np
 import scipy.fft
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
-from scipy.special import comb, gammaincc, ndtri_exp
+from scipy.special import comb, gamma, gammaincc, ndtri_exp
 
 from kermes.coadd import Coadd, stack_psfs
 from kermes.config import DetectionConfig
@@ -27,9 +27,11 @@ LabelArray = NDArray[np.int64]
 Plane = NDArray[np.float32]
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+_LARGEST_HOLE = 1_000_000  # pixels of the box around a hole; what is larger is no star
 _CELL = 256  # side of the blocks with a PSF each [pixels]
+_MIN_CONTRAST_COVERAGE = 0.1  # the same for the contrast, which takes the edges of holes for sources
 _MIN_COVERAGE = 1e-3  # of sum(w psf^2) among valid pixels; with less, the core of the PSF lies on none of them
-_WIDE_CONTRAST = 2 / 3  # of the peak threshold: noise on a bright halo rarely gets there, faint sources do
+_WIDE_CONTRAST = 0.8  # of the peak threshold: noise on a bright halo rarely gets there, faint sources do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,6 +50,20 @@ class Detection:
 
     alone: NDArray[np.bool_]
     """Whether the band by itself finds the peak: `band_snr` above the threshold for peaks, shape (N, B)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _StarCore:
+    """The hole in the middle of a saturated star, array index."""
+
+    pixels: LabelArray
+    """Its pixels (M, 2), without long trails."""
+
+    centre: tuple[float, float]
+    """Middle of its widest part."""
+
+    radius: float
+    """Distance of the centre from the nearest pixel outside [pixels]."""
 
 
 def _blurred(image: FloatArray, kernel: FloatArray) -> FloatArray:
@@ -213,7 +229,7 @@ def _filtered(coadd: Coadd, with_contrast: bool, workers: int = 1) -> list[NDArr
             filters.power,
             filters.size,
             here,
-            _MIN_COVERAGE,
+            np.array([_MIN_COVERAGE, _MIN_CONTRAST_COVERAGE]),
             (piece.y0, piece.x0),
             piece.shape,
             root[1],
@@ -267,7 +283,9 @@ def detection_images(coadd: Coadd, workers: int = 1) -> tuple[Plane, Plane]:
     """Combine all bands to an image of significance, and to one of contrast against the surroundings.
 
     Each band is filtered with its own PSF, which gives the signal-to-noise of a point source at each pixel,
-    ``sum(w psf I) / sqrt(sum(w psf^2))`` with w the inverse variance, zero where a pixel is not valid. The bands are
+    ``sum(w psf I) / sqrt(sum(w psf^2))`` with w the inverse variance, zero where a pixel is not valid. Bright pixels
+    are weighted as if they had no photon noise, which the noise of the sum still has: else the cores of bright stars
+    would count for nothing, and a star would be a ring. The bands are
     combined to the sum of its square where it is positive, which finds sources of any colour, also those of a single
     band. The result is given as the number of sigma of a Gaussian with the same false-alarm rate, whatever the number
     of bands: 5 means 5 sigma, a chance of 3e-7 per independent pixel.
@@ -290,6 +308,57 @@ def detection_images(coadd: Coadd, workers: int = 1) -> tuple[Plane, Plane]:
     """
     significance, contrast = _filtered(coadd, with_contrast=True, workers=_checked_workers(workers))
     return significance, contrast
+
+
+def false_peak_density(psfs: ArrayLike, threshold: float) -> float:
+    """Predict how many peaks noise makes per pixel.
+
+    Parameters
+    ----------
+    psfs : array_like, shape (B, P, Q)
+        PSF of each band.
+    threshold : float
+        Height of the peaks [sigma], both of `DetectionConfig.threshold` and `DetectionConfig.peak_threshold`; meant
+        for 3 and more, where peaks are rare. With a `min_area` above 1 there are fewer.
+
+    Returns
+    -------
+    density : float
+        Peaks of `detection_images` above the threshold per pixel of white Gaussian noise.
+
+    Notes
+    -----
+    Noise that is filtered with a PSF is a Gaussian random field, and the positive signal-to-noise of B bands squared
+    and summed a chi-bar-squared field: of n degrees of freedom with binomial probability. High peaks are as many as
+    the Euler characteristic of what is above the threshold x = chi2 per unit area (Adler 1981; Bond and Efstathiou
+    1987), which is the sum with the same probabilities (Taylor and Worsley 2013) of that of chi-squared fields
+    (Worsley 1994),
+
+    ``lambda / (2 pi) x^(n/2 - 1) exp(-x/2) (x - n + 1) / (2^(n/2 - 1) Gamma(n/2))``,
+
+    with lambda the variance of the slope of a field along one axis, the mean over the bands. For one band it is
+    lambda nu exp(-nu^2 / 2) / (2 pi)^(3/2). Peaks fall between pixels, where they are higher than at the pixels:
+    averaged over, with the curvature lambda that a high peak has.
+    """
+    stamps = np.asarray(psfs, dtype=np.float64)
+    stamps = np.pad(stamps, ((0, 0), (1, 1), (1, 1)))
+    power = (stamps**2).sum(axis=(1, 2))
+    side = 4 * max(stamps.shape[1:])
+    k = 2.0 * np.pi * np.fft.fftfreq(side)
+    spectrum = np.abs(np.fft.fft2(stamps, (side, side))) ** 2
+    square = (k[:, None] ** 2 + k[None, :] ** 2) / 2.0
+    slopes = (spectrum * square).sum(axis=(1, 2)) / spectrum.sum(axis=(1, 2))
+    slope = float(slopes[power > 0].mean())
+    n_bands = int((power > 0).sum())
+
+    offset = (np.arange(8) + 0.5) / 8 - 0.5
+    lost = 0.5 * slope * (offset[:, None] ** 2 + offset[None, :] ** 2)
+    x = np.interp(threshold, *_equivalent_sigma(n_bands)[::-1]) ** 2 / (1.0 - lost) ** 2
+    total = np.zeros_like(x)
+    for n in range(1, n_bands + 1):
+        density = slope / (2.0 * np.pi) * x ** (0.5 * n - 1) * np.exp(-0.5 * x) * (x - n + 1)
+        total += comb(n_bands, n) / 2.0**n_bands * density / (2.0 ** (0.5 * n - 1) * gamma(0.5 * n))
+    return float(total.mean())
 
 
 def _grow(region: NDArray[np.bool_], n_pixels: int) -> NDArray[np.bool_]:
@@ -346,25 +415,118 @@ def _separate(peaks: LabelArray, distance: float) -> LabelArray:
     return peaks[kept]
 
 
+def _star_cores(coadd: Coadd, significance: Plane, fwhm_pix: float, config: DetectionConfig) -> list[_StarCore]:
+    """Find the holes that are cores of saturated stars.
+
+    A hole is connected, not valid in one band or more, and holds a square of three pixels. Its widest part, a disc, is
+    the core of a star when it is surrounded by light that falls outwards on all sides: nine tenths of the valid pixels
+    around it, which are half of them or more, are above the threshold for peaks, and above three quarters of those
+    twice as far away.
+    """
+    holes = _holes(coadd)
+    if holes is None:
+        return []
+    inner, _ = ndimage.label(ndimage.binary_erosion(holes, structure=_EIGHT_NEIGHBOURS, border_value=1))
+    whole = Box.of_shape(coadd.shape)
+    cores = []
+    for place in ndimage.find_objects(inner):
+        rows, columns = place
+        box = Box(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start).grow(2) & whole
+        if box.height * box.width > _LARGEST_HOLE:
+            continue
+        depth = ndimage.distance_transform_edt(np.pad(holes[box.y, box.x], 1))[1:-1, 1:-1]
+        for _ in range(8):  # a trail may join several stars
+            radius = float(depth.max())
+            if radius < 2:
+                break
+            y, x = (float(c.mean()) for c in np.nonzero(depth >= radius - 0.5))
+            if depth[round(y), round(x)] < radius - 1:  # the middle of two stars is neither
+                y, x = (float(c) for c in np.unravel_index(depth.argmax(), depth.shape))
+            distance = np.hypot(*(np.indices(depth.shape) - np.array([y, x])[:, None, None]))
+            disc = (distance <= 1.5 * radius) & (depth > 0)
+            depth[disc] = 0
+            centre = (y + box.y0, x + box.x0)
+            around = Box(round(centre[0]), round(centre[1]), 1, 1).grow(int(2.5 * radius + 2 * fwhm_pix + 3)) & whole
+            distance = np.hypot(
+                np.indices(around.shape)[0] + around.y0 - centre[0], np.indices(around.shape)[1] + around.x0 - centre[1]
+            )
+            usable = ~holes[around.y, around.x]
+            ring = (distance > radius + 0.5) & (distance <= radius + 2.5)
+            far = (distance > 2 * radius + fwhm_pix) & (distance <= 2 * radius + fwhm_pix + 2) & usable
+            near = significance[around.y, around.x][ring & usable]
+            if 2 * len(near) < ring.sum() or not far.any():
+                continue
+            low = np.percentile(near, 10)
+            if low > max(config.peak_threshold, np.percentile(significance[around.y, around.x][far], 75)):
+                yx = np.argwhere(disc) + np.array([box.y0, box.x0])
+                cores.append(_StarCore(pixels=yx, centre=centre, radius=radius))
+    return cores
+
+
+def _holes(coadd: Coadd) -> NDArray[np.bool_] | None:
+    """Pixels (H, W) that are not valid in some band which has valid ones; None if there are none."""
+    holes = np.zeros(coadd.shape, dtype=bool)
+    for valid in coadd.valid:
+        if not valid.all() and valid.any():
+            holes |= ~valid
+    return holes if holes.any() else None
+
+
+def _fill_star_cores(cores: list[_StarCore], significance: Plane, contrast: Plane | None, fwhm_pix: float) -> None:
+    """Make the middle of each core of a saturated star a peak, higher than its rim, and the only one there."""
+    whole = Box.of_shape(significance.shape)
+    for core in cores:
+        reach = 1.5 * core.radius + fwhm_pix
+        box = Box(round(core.centre[0]), round(core.centre[1]), 1, 1).grow(int(reach + 1)) & whole
+        filled = np.zeros(box.shape, dtype=bool)
+        inside = core.pixels - np.array([box.y0, box.x0])
+        inside = inside[((inside >= 0) & (inside < box.shape)).all(axis=1)]
+        filled[tuple(inside.T)] = True
+        rim = ndimage.distance_transform_edt(~filled) <= fwhm_pix
+        top = significance[box.y, box.x][rim].max() * np.float32(1.001)
+        significance[box.y, box.x][filled] = top
+        middle = core.pixels[np.argmin(np.hypot(*(core.pixels - np.array(core.centre)).T))]
+        significance[tuple(middle)] = top * np.float32(1.001)
+        if contrast is not None:
+            contrast[box.y, box.x][rim] = 0.0
+            contrast[tuple(middle)] = top
+
+
+def _pedestal(plane: Plane, peaks: LabelArray, fwhm_pix: float) -> NDArray[np.float32]:
+    """Value (N,) of a plane around peaks, not negative.
+
+    Two fifths of a ring, one and a half to two PSF widths away, are below it. A steep smooth profile has some contrast
+    everywhere, on which noise makes maxima; a point source has a moat.
+    """
+    angle = np.arange(16) * (2.0 * np.pi / 16)
+    radius = np.where(np.arange(16) % 2, 1.5, 2.0) * max(fwhm_pix, 1.0)
+    offsets = np.round(radius * np.array([np.sin(angle), np.cos(angle)])).astype(np.int64)
+    y, x = (np.clip(peaks[:, i, None] + offsets[i], 0, plane.shape[i] - 1) for i in (0, 1))
+    return np.asarray(np.maximum(np.percentile(plane[y, x], 40, axis=1), 0))
+
+
 def _find_peaks(
     significance: Plane, contrast: Plane, labels: LabelArray, fwhm_pix: float, config: DetectionConfig
 ) -> LabelArray:
     """Find peaks (N, 2) in the footprints, the most significant first.
 
     Three kinds count, all above the threshold in significance: maxima of the contrast above the threshold, which tell
-    neighbours apart; maxima of the significance with two thirds of that contrast, a PSF width away from the first
-    kind; and the highest pixel of a footprint that has neither, which is faint or wide.
+    neighbours apart; maxima of the significance with four fifths of that contrast, a PSF width away from the first
+    kind; and the highest pixel of a footprint that has neither, which is faint or wide. Of the contrast, what is
+    above the surroundings counts.
     """
     significant = (labels > 0) & (significance > config.peak_threshold)
-    peaks = _maxima(contrast, significant & (contrast > config.peak_threshold))
+    sharp = _maxima(contrast, significant & (contrast > config.peak_threshold))
+    peaks = sharp[contrast[tuple(sharp.T)] - _pedestal(contrast, sharp, fwhm_pix) > config.peak_threshold]
 
     others = _maxima(significance, significant)
     near = ndimage.maximum_filter(contrast, size=3, mode="nearest")
-    distinct = near[tuple(others.T)] > _WIDE_CONTRAST * config.peak_threshold
-    if len(peaks) and len(others):
+    above = near[tuple(others.T)] - _pedestal(contrast, others, fwhm_pix)
+    distinct = above > _WIDE_CONTRAST * config.peak_threshold
+    if len(sharp) and len(others):
         from scipy.spatial import cKDTree
 
-        distance, _ = cKDTree(peaks).query(others)
+        distance, _ = cKDTree(sharp).query(others)
         distinct &= distance > fwhm_pix
     peaks = np.concatenate([peaks, others[distinct]])
 
@@ -404,8 +566,11 @@ def detect(coadd: Coadd, config: DetectionConfig, workers: int = 1) -> Detection
     symmetric about a line between two pixels: the first of the two in raster order is its peak.
     """
     significance, contrast = detection_images(coadd, workers)
+    fwhm_pix = _mean_fwhm(coadd)
+    cores = _star_cores(coadd, significance, fwhm_pix, config)
+    _fill_star_cores(cores, significance, contrast, fwhm_pix)
     labels = _regions(significance, config)
-    peaks = _find_peaks(significance, contrast, labels, _mean_fwhm(coadd), config)
+    peaks = _find_peaks(significance, contrast, labels, fwhm_pix, config)
     del significance, contrast
     band_snr = measure_band_snr(coadd, peaks)
     return Detection(
@@ -430,6 +595,7 @@ def measure_band_snr(coadd: Coadd, peaks: LabelArray) -> FloatArray:
         where the sum is. NaN in a band with too few valid pixels under the PSF, or without a PSF.
     """
     arrays = [np.ascontiguousarray(a) for a in (coadd.images, coadd.variance, coadd.valid)]
+    units = _units(coadd)
     result = np.full((len(peaks), coadd.n_bands), np.nan)
     pieces = _pieces(coadd, _CELL) if callable(coadd.psfs) else [Box.of_shape(coadd.shape)]
     y, x = peaks.T
@@ -437,7 +603,8 @@ def measure_band_snr(coadd: Coadd, peaks: LabelArray) -> FloatArray:
         here = np.flatnonzero((y >= piece.y0) & (y < piece.y1) & (x >= piece.x0) & (x < piece.x1))
         if len(here):
             core = _core(_psfs_of(coadd, piece))
-            result[here] = kernels.signal_to_noise(*arrays, core, peaks[here], _MIN_COVERAGE)
+            known = np.where(core.any(axis=(1, 2)), units, 0.0)
+            result[here] = kernels.signal_to_noise(*arrays, core, known, peaks[here], _MIN_COVERAGE)
     return result
 
 
@@ -461,6 +628,9 @@ def footprints_of_peaks(coadd: Coadd, peaks: LabelArray, config: DetectionConfig
         from 1 in raster order, 0 outside; every peak lies in a footprint and every footprint holds a peak.
     """
     (significance,) = _filtered(coadd, with_contrast=False, workers=_checked_workers(workers))
+    if not coadd.valid.all():
+        fwhm_pix = _mean_fwhm(coadd)
+        _fill_star_cores(_star_cores(coadd, significance, fwhm_pix, config), significance, None, fwhm_pix)
     labels = _regions(significance, config)
     lonely = peaks[labels[tuple(peaks.T)] == 0]
     if len(lonely):

@@ -4,26 +4,52 @@ import numpy as np
 from rocket_fft import c2r, r2c
 
 from kermes.kernels.convolution import multiply_conjugate_into
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import inlined_kernel, kernel
+
+
+@inlined_kernel
+def quiet_variance(value, variance, unit):
+    """Variance without the photon noise of a bright pixel, as far as `unit` is that of the sky.
+
+    A filter that is weighted by the inverse of the photon noise all but leaves the core of a bright star out, and sees
+    a ring. A pixel noisier than `unit` that is five sigma bright is drawn towards `unit`, and the more the brighter.
+    """
+    result = variance
+    if variance > unit and value > 0:
+        excess = value / np.sqrt(variance) - np.float32(5.0)
+        if excess > 0:
+            share = excess * excess / (excess * excess + np.float32(25.0))
+            result = variance - share * (variance - unit)
+    return result
 
 
 @kernel
-def fill_block(weight, weighted, image, variance, valid, top, left, height, width, unit):
-    """Cut a block of unit / variance, and of that times image / sqrt(unit), out of a band.
+def fill_block(weight, noise, weighted, image, variance, valid, top, left, height, width, unit):
+    """Cut weights unit / variance, their noise, and weights times image / sqrt(unit) out of a band.
 
-    The block (height, width) begins at pixel (top, left), which may lie outside the image; both planes are zero there,
-    in pixels that are not valid and in the padding.
+    The variance of the weights is without photon noise; `noise` is weight^2 variance / unit, which is the weight but
+    for bright pixels. The block (height, width) begins at pixel (top, left), which may lie outside the image; all
+    planes are zero there, in pixels that are not valid and in the padding. Returns whether noise and weight differ.
     """
     h, w = image.shape
     weight[:] = 0.0
+    noise[:] = 0.0
     weighted[:] = 0.0
-    scale = np.float32(1.0 / np.sqrt(unit))
+    differ = False
+    unit = np.float32(unit)
+    scale = np.float32(1.0 / np.sqrt(np.float64(unit)))
     for y in range(max(top, 0), min(top + height, h)):
         for x in range(max(left, 0), min(left + width, w)):
             if valid[y, x]:
-                value = np.float32(unit) / variance[y, x]
+                quiet = quiet_variance(image[y, x], variance[y, x], unit)
+                value = unit / quiet
                 weight[y - top, x - left] = value
+                noise[y - top, x - left] = value
                 weighted[y - top, x - left] = value * (image[y, x] * scale)
+                if quiet != variance[y, x]:
+                    noise[y - top, x - left] = value * (variance[y, x] / quiet)
+                    differ = True
+    return differ
 
 
 @kernel
@@ -112,10 +138,10 @@ def filter_block(
 
     images, variance, valid (B, H, W); filters_fft, power from transform_filters, of filters with `size` (P, Q), odd
     sides; units (B,) a typical variance, 0 for a band that is left out; corner, shape: the block, which lies in the
-    image and is at most side + 1 - max(P, Q) wide. With w the inverse variance, zero where a pixel is not valid, and
-    f a filter, the signal-to-noise is sum(w f I) / sqrt(sum(w f^2)); from that of a second filter, which sums to
-    zero, what it sees of the local mean sum(w f_1 I) / sum(w f_1) is taken out. A pixel counts where sum(w f^2) is
-    above `min_coverage` of what it is with all pixels valid.
+    image and is at most side + 1 - max(P, Q) wide. With w the inverse variance without photon noise (fill_block), zero
+    where a pixel is not valid, and f a filter, the signal-to-noise is sum(w f I) / sqrt(sum(w^2 f^2 variance)); from
+    that of a second filter, which sums to zero, what it sees of the local mean sum(w f_1 I) / sum(w f_1) is taken
+    out. A pixel counts where the sum under the root is above `min_coverage` (K,) of what it is with all pixels valid.
 
     Returns the significance (K, *shape) [sigma] for each filter: the sum over the bands of the squares of the positive
     signal-to-noise, put through the `tables` of as_sigma. Transforms are in float32: errors are 1e-7 of the largest
@@ -129,8 +155,9 @@ def filter_block(
     contrast = np.zeros((h, w))
     n_bands = np.zeros((h, w), dtype=np.uint8)
     weight = np.empty((side, side), dtype=np.float32)
+    noise = np.empty((side, side), dtype=np.float32)
     weighted = np.empty((side, side), dtype=np.float32)
-    transformed = np.empty((2, side, side // 2 + 1), dtype=np.complex64)
+    transformed = np.empty((3, side, side // 2 + 1), dtype=np.complex64)
     product = np.empty((side, side // 2 + 1), dtype=np.complex64)
     planes = np.empty((6 if n_filters == 2 else 2, side, side), dtype=np.float32)
     least = np.empty(n_filters, dtype=np.float32)
@@ -140,9 +167,10 @@ def filter_block(
         if not units[b] > 0:
             continue
         for k in range(n_filters):
-            least[k] = min_coverage * power[b, k]
-        fill_block(
+            least[k] = min_coverage[k] * power[b, k]
+        differ = fill_block(
             weight,
+            noise,
             weighted,
             images[b],
             variance[b],
@@ -153,13 +181,16 @@ def filter_block(
             w + q - 1,
             units[b],
         )
-        for part in range(2):
-            r2c(weighted if part == 0 else weight, transformed[part], axes, True, 1.0, 1)
+        r2c(weighted, transformed[0], axes, True, 1.0, 1)
+        r2c(noise, transformed[1], axes, True, 1.0, 1)
+        if differ and n_filters == 2:
+            r2c(weight, transformed[2], axes, True, 1.0, 1)
         for k in range(n_filters):
             # The signal, its information, and the sum of the filter over the weights.
             for part in range(n_filters + 1):
                 of_kernel = filters_fft[b, 2 * k + 1] if part == 1 else filters_fft[b, 2 * k]
-                multiply_conjugate_into(product, transformed[min(part, 1)], of_kernel)
+                plane = part if part < 2 or differ else 1
+                multiply_conjugate_into(product, transformed[plane], of_kernel)
                 c2r(product, planes[4 + k if part == 2 else 2 * k + part], axes, False, 1.0, 1)
         add_significance(chi2, n_bands, planes[0], planes[1], least[0])
         if n_filters == 2:
@@ -171,32 +202,33 @@ def filter_block(
 
 
 @kernel
-def signal_to_noise(images, variance, valid, filters, peaks, min_coverage):
-    """Signal-to-noise sum(w f I) / sqrt(sum(w f^2)) of a filter per band at each peak, as in filter_block.
+def signal_to_noise(images, variance, valid, filters, units, peaks, min_coverage):
+    """Signal-to-noise of a filter per band at each peak, as in filter_block, pixel by pixel.
 
-    images, variance, valid (B, H, W); filters (B, P, Q), odd sides, zero in a band without a PSF; peaks (N, 2), (y, x)
-    in the image. Returns (N, B), NaN where sum(w f^2) is not above `min_coverage` of what it is when all pixels are
-    valid and have the mean w of those that are. Cost O(N B P Q).
+    images, variance, valid (B, H, W); filters (B, P, Q), odd sides; units (B,) a typical variance, 0 for a band that is
+    left out; peaks (N, 2), (y, x) in the image. Returns (N, B), NaN in a band that does not count there.
+    Cost O(N B P Q).
     """
     b_total, h, w = images.shape
     p, q = filters.shape[1], filters.shape[2]
-    out = np.empty((len(peaks), b_total))
+    out = np.full((len(peaks), b_total), np.nan)
     for k in range(len(peaks)):
         top, left = peaks[k, 0] - p // 2, peaks[k, 1] - q // 2
         for b in range(b_total):
-            signal, information, weights, power, n = 0.0, 0.0, 0.0, 0.0, 0
+            if not units[b] > 0:
+                continue
+            signal, noise, power = 0.0, 0.0, 0.0
+            unit = np.float32(units[b])
             for i in range(p):
                 for j in range(q):
                     y, x, f = top + i, left + j, filters[b, i, j]
                     power += f * f
                     if 0 <= y < h and 0 <= x < w and valid[b, y, x]:
-                        weight = 1.0 / variance[b, y, x]
+                        weight = units[b] / quiet_variance(images[b, y, x], variance[b, y, x], unit)
                         signal += weight * f * images[b, y, x]
-                        information += weight * f * f
-                        weights += weight
-                        n += 1
-            covered = n > 0 and information * n > min_coverage * power * weights
-            out[k, b] = signal / np.sqrt(information) if covered else np.nan
+                        noise += (weight * f) ** 2 * variance[b, y, x]
+            if noise > min_coverage * power * units[b]:
+                out[k, b] = signal / np.sqrt(noise)
     return out
 
 
