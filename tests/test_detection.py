@@ -12,8 +12,18 @@ from scipy.stats import norm
 
 from kermes.coadd import Coadd
 from kermes.config import DetectionConfig
-from kermes.detection import _equivalent_sigma, _maxima, _separate, detect, detection_images, footprints_of_peaks
-from kermes.errors import DataWarning
+from kermes.detection import (
+    _equivalent_sigma,
+    _maxima,
+    _separate,
+    _sigma_tables,
+    detect,
+    detection_images,
+    false_peak_density,
+    footprints_of_peaks,
+    measure_band_snr,
+)
+from kermes.errors import DataWarning, InputError
 from kermes.geometry import Box
 from kermes.kernels import detection as kernels
 from kermes.simulation import MoffatPsf, simulate_scene
@@ -65,6 +75,24 @@ def test_sigma_rises_with_the_signal(n_bands):
     assert (sigma <= root + 1e-12).all()
 
 
+def filtered(arrays, filters, units, side, min_coverage=(1e-3, 1e-3)):
+    """Significance (K, H, W) from filter_block, as much in a block as goes."""
+    b_total, height, width = arrays[0].shape
+    transforms, power = kernels.transform_filters(filters, side)
+    block = side + 1 - max(filters.shape[2:])
+    out = np.full((filters.shape[1], height, width), np.nan, dtype=np.float32)
+    root, _ = _equivalent_sigma(1)
+    more = units, np.array(min_coverage)
+    for y in range(0, height, block):
+        for x in range(0, width, block):
+            shape = min(block, height - y), min(block, width - x)
+            values = kernels.filter_block(
+                *arrays, transforms, power, filters.shape[2:], *more, (y, x), shape, root[1], _sigma_tables(b_total)
+            )
+            out[:, y : y + shape[0], x : x + shape[1]] = values
+    return out
+
+
 @pytest.mark.parametrize("side", [9, 12, 64], ids=["many blocks", "some blocks", "one block"])
 def test_filters_are_sums_over_the_pixels_around(side):
     rng = np.random.default_rng(4)
@@ -85,12 +113,12 @@ def test_filters_are_sums_over_the_pixels_around(side):
         n_bands += information > 0
         chi2 += np.maximum(signal, 0) ** 2 / information
         contrast += np.maximum(response, 0) ** 2 / around(weight[b], second**2)
-    arrays = images.astype(np.float32), variance.astype(np.float32), valid, filters
-    got = kernels.filter_bands(*arrays, np.array([1.0, 0.7]), side, 1e-3)
-    # Transforms in float32.
-    np.testing.assert_allclose(got[0], chi2, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(got[1], contrast, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(got[2], n_bands)
+    arrays = images.astype(np.float32), variance.astype(np.float32), valid
+    got = filtered(arrays, filters, np.array([1.0, 0.7]), side)
+    for plane, total in zip(got, (chi2, contrast), strict=True):
+        # Straight lines between the entries of the table, 0.01 apart, and transforms in float32.
+        expected = np.choose(n_bands.astype(int), [np.interp(np.sqrt(total), *_equivalent_sigma(n)) for n in (1, 1, 2)])
+        np.testing.assert_allclose(plane, np.where(n_bands > 0, expected, 0), rtol=1e-4, atol=3e-4)
 
 
 def test_significance_of_a_bright_star_in_one_band_is_its_signal_to_noise():
@@ -343,3 +371,221 @@ def test_a_psf_that_is_missing_in_the_middle_is_taken_from_elsewhere():
 
     coadd = Coadd(images=images, variance=1.0, psfs=field, bands=["band0", "band1"])
     np.testing.assert_array_equal(detect(coadd, CONFIG).peaks, detect(coadd_of(images), CONFIG).peaks)
+
+
+def varying_psf(y, x, band):
+    """A PSF that gets wider to the right: 3 to 5 pixels over 600."""
+    return MoffatPsf(fwhm_pix=3.0 + 2.0 * np.clip(x, 0, 600) / 600, beta=3.5).stamp()[8:-8, 8:-8]
+
+
+def field_coadd(shape=(300, 600), origin=(0, 0), psfs=varying_psf, seed=0):
+    images = stars(shape, [(y, x) for y in range(40, 280, 60) for x in range(40, 580, 60)], 12.0, seed=seed)
+    return Coadd(images=images, variance=1.0, psfs=psfs, bands=["band0", "band1"], origin=origin)
+
+
+@pytest.mark.parametrize("psfs", [np.stack([PSF, PSF]), varying_psf], ids=["one PSF", "field of PSFs"])
+def test_number_of_threads_does_not_matter(psfs):
+    coadd = field_coadd(psfs=psfs)
+    one, two = detect(coadd, CONFIG), detect(coadd, CONFIG, workers=2)
+    for name in ("peaks", "footprints", "band_snr", "alone"):
+        np.testing.assert_array_equal(getattr(two, name), getattr(one, name))
+    given = [footprints_of_peaks(coadd, one.peaks, CONFIG, workers=workers) for workers in (1, 2)]
+    np.testing.assert_array_equal(*given)
+
+
+def test_each_cell_is_filtered_with_its_own_psf():
+    coadd = field_coadd()
+    significance, _ = detection_images(coadd)
+    # Cells end at 256, 512 and 600; the middle of the image part of the second is at x = 383.5.
+    alone = coadd_of(coadd.images, psf=varying_psf(0, 383.5, "band0"))
+    expected, _ = detection_images(alone)
+    inside = np.s_[:256, 256:512]
+    # Transforms in float32, of blocks that are cut differently.
+    np.testing.assert_allclose(significance[inside], expected[inside], rtol=1e-4, atol=1e-3)
+    assert not np.allclose(significance[:256, 512:], expected[:256, 512:], rtol=1e-2, atol=1e-2)
+
+
+def test_cells_are_fixed_to_the_coordinates():
+    whole = field_coadd(origin=(100, 1000))
+    box = Box(100 + 12, 1000 + 24, 256, 512)  # whole cells: they begin at 112 - 112 % 256 and 1024
+    part = whole.cutout(Box(100, 1000 + 24, 300, 512))
+    here, there = (detection_images(coadd)[0] for coadd in (whole, part))
+    rows, columns = np.s_[: box.height], np.s_[24 + 30 : 24 + 512 - 30]
+    np.testing.assert_allclose(there[rows, 30 : 512 - 30], here[rows, columns], rtol=1e-4, atol=1e-3)
+
+
+def test_band_without_a_psf_in_a_cell_is_left_out_there():
+    def field(y, x, band):
+        if band == "band1" and x < 256:
+            raise LookupError("no PSF here")
+        return PSF
+
+    coadd = field_coadd(psfs=field)
+    significance, _ = detection_images(coadd)
+    one, _ = detection_images(coadd_of(coadd.images[:1]))
+    both, _ = detection_images(coadd_of(coadd.images))
+    np.testing.assert_allclose(significance[:, :256], one[:, :256], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(significance[:, 256:], both[:, 256:], rtol=1e-4, atol=1e-3)
+    detection = detect(coadd, CONFIG)
+    left = detection.peaks[:, 1] < 256
+    assert np.isnan(detection.band_snr[left, 1]).all()
+    assert not detection.alone[left, 1].any()
+    assert np.isfinite(detection.band_snr[~left]).all()
+
+
+def test_psf_field_that_is_constant_gives_what_the_constant_does():
+    coadd, constant = field_coadd(psfs=lambda y, x, band: PSF), field_coadd(psfs=np.stack([PSF, PSF]))
+    here, there = detect(coadd, CONFIG), detect(constant, CONFIG)
+    np.testing.assert_array_equal(here.peaks, there.peaks)
+    np.testing.assert_array_equal(here.footprints, there.footprints)
+    np.testing.assert_allclose(here.band_snr, there.band_snr, rtol=1e-12)
+
+
+def test_signal_to_noise_per_band_is_that_of_a_fit_of_the_psf():
+    rng = np.random.default_rng(6)
+    images, variance = rng.normal(size=(2, 50, 60)) + 3, rng.uniform(0.5, 2, size=(2, 50, 60))
+    images[1, 20:24, 30:33] = np.nan
+    peaks = np.array([(22, 31), (0, 59), (40, 10)])
+    coadd = coadd_of(images, variance)
+    half = len(PSF) // 2
+    for (y, x), row in zip(peaks, measure_band_snr(coadd, peaks), strict=True):
+        model = np.zeros((50 + 2 * half, 60 + 2 * half))
+        model[y : y + len(PSF), x : x + len(PSF)] = PSF
+        weight = np.where(coadd.valid, 1 / coadd.variance, 0.0) * model[half:-half, half:-half]
+        flux = np.nansum(weight * coadd.images, axis=(1, 2))
+        expected = flux / np.sqrt((weight * model[half:-half, half:-half]).sum(axis=(1, 2)))
+        # The faint wings of the PSF, a millionth of its power, are cut off; a constant sky under them counts.
+        np.testing.assert_allclose(row, expected, rtol=0.1)
+
+
+def test_source_of_six_sigma_in_one_band_of_six_is_found_and_the_band_named():
+    rng = np.random.default_rng(8)
+    found, n = 0, 25
+    for _ in range(n):
+        images = rng.normal(size=(6, 60, 60))
+        noise = measure_band_snr(coadd_of(images), np.array([(30, 30)]))[0, 3]
+        half = len(PSF) // 2
+        images[3, 30 - half : 31 + half, 30 - half : 31 + half] += (6.0 - noise) * PSF / np.sqrt((PSF**2).sum())
+        # Six sigma measured, by construction. One pixel is enough: this near to the threshold others are below it.
+        detection = detect(coadd_of(images), DetectionConfig(min_area=1))
+        near = np.hypot(*(detection.peaks - 30).T) < 3
+        found += near.any()
+        assert not near.any() or list(np.flatnonzero(detection.alone[near][0])) == [3]
+    assert found == n
+
+
+def bright_object(seed, profile, gain, shape=(240, 240), full=np.inf):
+    """A bright object in the middle with its photon noise, and 12 stars of about 30 sigma around; pixels that are too
+    bright are masked, each band for itself."""
+    rng = np.random.default_rng(seed)
+    y, x = np.indices(shape) - 120
+    angle, distance = rng.uniform(0, 2 * np.pi, 12), np.linspace(45, 110, 12)
+    positions = np.stack([120 + distance * np.sin(angle), 120 + distance * np.cos(angle)], axis=1)
+    sky = stars(shape, np.round(positions).astype(int), 30.0, n_bands=3, seed=seed)
+    images, variance = [], []
+    for band in sky:
+        light = profile(np.hypot(y, x))
+        photons = 1.0 + light / gain
+        images.append(light + band * np.sqrt(photons))  # the stars are stronger on the light, to be seen there
+        variance.append(photons)
+    images = np.array(images)
+    return coadd_of(images, np.array(variance), mask=images > full), np.round(positions)
+
+
+def moffat(flux):
+    return lambda r: flux * 1.8 / (np.pi * 16) * (1 + (r / 4) ** 2) ** -2.8
+
+
+@pytest.mark.parametrize("flux", [1e4, 1e5, 1e6])
+def test_bright_star_with_its_photon_noise_is_one_peak(flux):
+    coadd, positions = bright_object(1, moffat(flux), gain=5.0)
+    peaks = detect(coadd, CONFIG).peaks
+    assert sum(np.hypot(*(peaks - 120).T) < 25) == 1
+    assert len(peaks) == 1 + len(positions)
+
+
+@pytest.mark.parametrize("flux", [3e6, 1e8])
+def test_saturated_star_is_one_peak_in_the_middle_of_its_core(flux):
+    n_false = 0
+    for seed in range(4):
+        coadd, positions = bright_object(seed, moffat(flux), gain=5.0, full=3000.0)
+        assert 3 <= np.sqrt((~coadd.valid[0]).sum() / np.pi) <= 30
+        detection = detect(coadd, CONFIG)
+        distance, _ = cKDTree(np.concatenate([positions, [(120, 120)]])).query(detection.peaks)
+        n_false += (distance > 2).sum()
+        assert tuple(detection.peaks[0]) == (120, 120)
+        assert cKDTree(detection.peaks).query(positions)[0].max() < 2
+        labels = footprints_of_peaks(coadd, detection.peaks, CONFIG)
+        np.testing.assert_array_equal(labels, detection.footprints)
+    # Without a word on cores and photon noise, there are seven to fourteen on the rim of each.
+    assert n_false <= 2
+
+
+def test_hole_in_the_sky_is_no_star():
+    images = stars((120, 120), [(20, 20)], 30.0)
+    images[:, 50:70, 50:80] = np.nan
+    images[0, :, 100:108] = np.nan
+    np.testing.assert_array_equal(detect(coadd_of(images), CONFIG).peaks, [(20, 20)])
+
+
+def test_strip_across_a_galaxy_hides_no_star():
+    y, x = np.indices((150, 150)) - 75
+    image = 40 * np.exp(-np.hypot(y, x) / 12) + stars((150, 150), [(75, 100)], 40.0, n_bands=3)
+    image[:, :, 85:92] = np.nan  # off the middle, so that light falls through it from one side to the other
+    peaks = detect(coadd_of(image), CONFIG).peaks
+    for known in [(75, 75), (75, 100)]:
+        assert np.hypot(*(peaks - known).T).min() < 3
+    assert not ((peaks[:, 1] >= 85) & (peaks[:, 1] < 92)).any()
+    assert len(peaks) <= 4
+
+
+def test_large_bright_galaxy_is_one_peak_and_few_more():
+    def galaxy(r):
+        return 2e4 * np.exp(-7.67 * ((r / 25 + 1e-3) ** 0.25))
+
+    n_false = []
+    for seed in range(4):
+        coadd, positions = bright_object(seed, galaxy, gain=5.0)
+        peaks = detect(coadd, CONFIG).peaks
+        assert np.hypot(*(peaks - 120).T).min() < 2
+        distance, _ = cKDTree(np.concatenate([positions, [(120, 120)]])).query(peaks)
+        wrong = peaks[distance > 2]
+        n_false.append(len(wrong))
+        # Where the light is well above the threshold, nothing; where it fades, noise lifts islands above it.
+        assert (detection_images(coadd)[0][tuple(wrong.T)] > 2 * CONFIG.peak_threshold).sum() <= 1
+        assert (cKDTree(peaks).query(positions)[0] < 2).sum() >= 11
+    assert np.mean(n_false) <= 15  # on 50 000 pixels of light
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all valid", "with masks"])
+@pytest.mark.parametrize(("n_bands", "sigma"), [(1, 3.0), (1, 3.5), (6, 3.0), (6, 3.5)])
+def test_noise_makes_as_many_peaks_as_theory_says(n_bands, sigma, masked):
+    rng = np.random.default_rng(10 * n_bands + masked)
+    side = 1400
+    images = rng.normal(size=(n_bands, side, side)).astype(np.float32)
+    if masked:
+        images[rng.uniform(size=images.shape) < 0.02] = np.nan
+        images[:, 200:240] = np.nan
+        images[0, :, 700:720] = np.nan
+    coadd = coadd_of(images)
+    config = DetectionConfig(threshold=sigma, peak_threshold=sigma, min_area=1, min_separation=0.0, grow=0)
+    n_peaks = len(detect(coadd, config).peaks)
+    expected = false_peak_density([PSF] * n_bands, sigma) * coadd.valid.any(axis=0).sum()
+    assert expected > 100
+    # Four times the Poisson noise, and a tenth for what theory leaves out: peaks are not all islands, islands may have
+    # two.
+    assert abs(n_peaks - expected) < 4 * np.sqrt(expected) + 0.1 * expected
+
+
+def test_density_of_false_peaks_of_one_band_is_that_of_a_gaussian_field():
+    width = 3.0  # wide, so that little lies between pixels
+    r = np.arange(-20, 21)
+    psf = np.exp(-0.5 * (r[:, None] ** 2 + r**2) / width**2)
+    slope = 0.5 / width**2  # of the field along an axis: the PSF with itself is a Gaussian wider by sqrt(2)
+    expected = slope * 4.0 * np.exp(-8.0) / (2 * np.pi) ** 1.5
+    assert false_peak_density([psf], 4.0) == pytest.approx(expected, rel=0.1)
+
+
+def test_workers_must_be_positive():
+    with pytest.raises(InputError, match="workers must be at least 1, got 0"):
+        detect(field_coadd(), CONFIG, workers=0)

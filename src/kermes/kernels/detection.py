@@ -4,26 +4,52 @@ import numpy as np
 from rocket_fft import c2r, r2c
 
 from kermes.kernels.convolution import multiply_conjugate_into
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import inlined_kernel, kernel
+
+
+@inlined_kernel
+def quiet_variance(value, variance, unit):
+    """Variance without the photon noise of a bright pixel, as far as `unit` is that of the sky.
+
+    A filter that is weighted by the inverse of the photon noise all but leaves the core of a bright star out, and sees
+    a ring. A pixel noisier than `unit` that is five sigma bright is drawn towards `unit`, and the more the brighter.
+    """
+    result = variance
+    if variance > unit and value > 0:
+        excess = value / np.sqrt(variance) - np.float32(5.0)
+        if excess > 0:
+            share = excess * excess / (excess * excess + np.float32(25.0))
+            result = variance - share * (variance - unit)
+    return result
 
 
 @kernel
-def fill_block(weight, weighted, image, variance, valid, top, left, height, width, unit):
-    """Cut a block of unit / variance, and of that times image / sqrt(unit), out of a band.
+def fill_block(weight, noise, weighted, image, variance, valid, top, left, height, width, unit):
+    """Cut weights unit / variance, their noise, and weights times image / sqrt(unit) out of a band.
 
-    The block (height, width) begins at pixel (top, left), which may lie outside the image; both planes are zero there,
-    in pixels that are not valid and in the padding.
+    The variance of the weights is without photon noise; `noise` is weight^2 variance / unit, which is the weight but
+    for bright pixels. The block (height, width) begins at pixel (top, left), which may lie outside the image; all
+    planes are zero there, in pixels that are not valid and in the padding. Returns whether noise and weight differ.
     """
     h, w = image.shape
     weight[:] = 0.0
+    noise[:] = 0.0
     weighted[:] = 0.0
-    scale = np.float32(1.0 / np.sqrt(unit))
+    differ = False
+    unit = np.float32(unit)
+    scale = np.float32(1.0 / np.sqrt(np.float64(unit)))
     for y in range(max(top, 0), min(top + height, h)):
         for x in range(max(left, 0), min(left + width, w)):
             if valid[y, x]:
-                value = np.float32(unit) / variance[y, x]
+                quiet = quiet_variance(image[y, x], variance[y, x], unit)
+                value = unit / quiet
                 weight[y - top, x - left] = value
+                noise[y - top, x - left] = value
                 weighted[y - top, x - left] = value * (image[y, x] * scale)
+                if quiet != variance[y, x]:
+                    noise[y - top, x - left] = value * (variance[y, x] / quiet)
+                    differ = True
+    return differ
 
 
 @kernel
@@ -52,64 +78,175 @@ def add_contrast(contrast, planes, least):
 
 
 @kernel
-def filter_bands(images, variance, valid, filters, units, side, min_coverage):
-    """Correlate every band with its filters, weighted by the inverse variance, and add up the bands.
+def as_sigma(out, chi2, n_bands, root_step, tables):
+    """Turn sums over bands into the number of sigma of a single Gaussian; zero where no band is in the sum.
 
-    images, variance, valid (B, H, W); filters (B, K, P, Q), odd sides, K = 1 or 2; units (B,) a typical variance, 0
-    for a band that is left out. With w the inverse variance, zero where a pixel is not valid, and f a filter, the
-    signal-to-noise is sum(w f I) / sqrt(sum(w f^2)); from that of a second filter, which sums to zero, what it sees of
-    the local mean sum(w f_1 I) / sum(w f_1) is taken out. A pixel counts where sum(w f^2) is above `min_coverage` of
-    what it is with all pixels valid. `side` is that of the transforms, at least max(P, Q).
-
-    Returns the sums of the squares of the positive signal-to-noise (H, W) for either filter, the second zero when
-    there is none, and the number of bands in the first. Float32: errors are 1e-7 of the largest signal-to-noise in a
-    block. Cost O(K B H W log side).
+    tables (B + 1, N): that number for sqrt(chi2) at multiples of `root_step`, by the number of bands in the sum.
     """
-    b_total, h, w = images.shape
-    n_filters, p, q = filters.shape[1], filters.shape[2], filters.shape[3]
-    n = side - max(p, q) + 1
-    chi2 = np.zeros((h, w))
-    contrast = np.zeros((h, w))
-    n_bands = np.zeros((h, w), dtype=np.uint8)
-    weight = np.empty((side, side), dtype=np.float32)
-    weighted = np.empty((side, side), dtype=np.float32)
-    kernel_fft = np.empty((2 * n_filters, side, side // 2 + 1), dtype=np.complex64)
-    transformed = np.empty((2, side, side // 2 + 1), dtype=np.complex64)
-    product = np.empty((side, side // 2 + 1), dtype=np.complex64)
-    planes = np.empty((6 if n_filters == 2 else 2, side, side), dtype=np.float32)
-    least = np.empty(n_filters, dtype=np.float32)
+    last = tables.shape[1] - 1
+    end = last * root_step
+    for y in range(out.shape[0]):
+        for x in range(out.shape[1]):
+            n = n_bands[y, x]
+            if n == 0:
+                out[y, x] = 0.0
+                continue
+            root = np.sqrt(chi2[y, x])
+            if root > end:
+                # Beyond the table the difference between the two falls as 1 / sqrt(chi2).
+                out[y, x] = root - (end - tables[n, last]) * end / root
+            else:
+                place = min(root / root_step, last + 1 - 1.001)
+                index = int(place)
+                low = tables[n, index]
+                out[y, x] = low + (place - index) * (tables[n, index + 1] - low)
+
+
+@kernel
+def transform_filters(filters, side):
+    """Transform filters (B, K, P, Q) and their squares to squares of `side`, for filter_block.
+
+    Returns (B, 2 K, side, side // 2 + 1) complex64, each filter followed by its square, and the sum of the squares
+    (B, K).
+    """
+    b_total, n_filters, p, q = filters.shape
+    out = np.empty((b_total, 2 * n_filters, side, side // 2 + 1), dtype=np.complex64)
+    total = np.empty((b_total, n_filters))
+    plane = np.empty((side, side), dtype=np.float32)
     axes = np.arange(2)
     scale = 1.0 / (side * side)
     for b in range(b_total):
-        if not units[b] > 0:
-            continue
         for k in range(n_filters):
-            weight[:] = 0.0
-            for part in range(2):  # the filter, and its square
+            plane[:] = 0.0
+            for part in range(2):
                 power = 0.0
                 for y in range(p):
                     for x in range(q):
                         value = np.float32(filters[b, k, y, x])
-                        weight[y, x] = value if part == 0 else value * value
-                        power += weight[y, x]
-                r2c(weight, kernel_fft[2 * k + part], axes, True, scale, 1)
-            least[k] = min_coverage * power
-        for y0 in range(0, h, n):
-            for x0 in range(0, w, n):
-                top, left = y0 - p // 2, x0 - q // 2
-                fill_block(
-                    weight, weighted, images[b], variance[b], valid[b], top, left, n + p - 1, n + q - 1, units[b]
-                )
-                for part in range(2):
-                    r2c(weighted if part == 0 else weight, transformed[part], axes, True, 1.0, 1)
-                for k in range(n_filters):
-                    # The signal, its information, and the sum of the filter over the weights.
-                    for part in range(n_filters + 1):
-                        of_kernel = kernel_fft[2 * k + 1] if part == 1 else kernel_fft[2 * k]
-                        multiply_conjugate_into(product, transformed[min(part, 1)], of_kernel)
-                        c2r(product, planes[4 + k if part == 2 else 2 * k + part], axes, False, 1.0, 1)
-                rows, columns = slice(y0, min(y0 + n, h)), slice(x0, min(x0 + n, w))
-                add_significance(chi2[rows, columns], n_bands[rows, columns], planes[0], planes[1], least[0])
-                if n_filters == 2:
-                    add_contrast(contrast[rows, columns], planes, least)
-    return chi2, contrast, n_bands
+                        plane[y, x] = value if part == 0 else value * value
+                        power += plane[y, x]
+                r2c(plane, out[b, 2 * k + part], axes, True, scale, 1)
+            total[b, k] = power
+    return out, total
+
+
+@kernel
+def filter_block(
+    images, variance, valid, filters_fft, power, size, units, min_coverage, corner, shape, root_step, tables
+):
+    """Correlate a block of every band with its filters, weighted by the inverse variance, and add up the bands.
+
+    images, variance, valid (B, H, W); filters_fft, power from transform_filters, of filters with `size` (P, Q), odd
+    sides; units (B,) a typical variance, 0 for a band that is left out; corner, shape: the block, which lies in the
+    image and is at most side + 1 - max(P, Q) wide. With w the inverse variance without photon noise (fill_block), zero
+    where a pixel is not valid, and f a filter, the signal-to-noise is sum(w f I) / sqrt(sum(w^2 f^2 variance)); from
+    that of a second filter, which sums to zero, what it sees of the local mean sum(w f_1 I) / sum(w f_1) is taken
+    out. A pixel counts where the sum under the root is above `min_coverage` (K,) of what it is with all pixels valid.
+
+    Returns the significance (K, *shape) [sigma] for each filter: the sum over the bands of the squares of the positive
+    signal-to-noise, put through the `tables` of as_sigma. Transforms are in float32: errors are 1e-7 of the largest
+    signal-to-noise in a block. Cost O(K B side^2 log side).
+    """
+    p, q = size
+    y0, x0 = corner
+    h, w = shape
+    n_filters, side = power.shape[1], filters_fft.shape[2]
+    chi2 = np.zeros((h, w))
+    contrast = np.zeros((h, w))
+    n_bands = np.zeros((h, w), dtype=np.uint8)
+    weight = np.empty((side, side), dtype=np.float32)
+    noise = np.empty((side, side), dtype=np.float32)
+    weighted = np.empty((side, side), dtype=np.float32)
+    transformed = np.empty((3, side, side // 2 + 1), dtype=np.complex64)
+    product = np.empty((side, side // 2 + 1), dtype=np.complex64)
+    planes = np.empty((6 if n_filters == 2 else 2, side, side), dtype=np.float32)
+    least = np.empty(n_filters, dtype=np.float32)
+    out = np.empty((n_filters, h, w), dtype=np.float32)
+    axes = np.arange(2)
+    for b in range(len(units)):
+        if not units[b] > 0:
+            continue
+        for k in range(n_filters):
+            least[k] = min_coverage[k] * power[b, k]
+        differ = fill_block(
+            weight,
+            noise,
+            weighted,
+            images[b],
+            variance[b],
+            valid[b],
+            y0 - p // 2,
+            x0 - q // 2,
+            h + p - 1,
+            w + q - 1,
+            units[b],
+        )
+        r2c(weighted, transformed[0], axes, True, 1.0, 1)
+        r2c(noise, transformed[1], axes, True, 1.0, 1)
+        if differ and n_filters == 2:
+            r2c(weight, transformed[2], axes, True, 1.0, 1)
+        for k in range(n_filters):
+            # The signal, its information, and the sum of the filter over the weights.
+            for part in range(n_filters + 1):
+                of_kernel = filters_fft[b, 2 * k + 1] if part == 1 else filters_fft[b, 2 * k]
+                plane = part if part < 2 or differ else 1
+                multiply_conjugate_into(product, transformed[plane], of_kernel)
+                c2r(product, planes[4 + k if part == 2 else 2 * k + part], axes, False, 1.0, 1)
+        add_significance(chi2, n_bands, planes[0], planes[1], least[0])
+        if n_filters == 2:
+            add_contrast(contrast, planes, least)
+    as_sigma(out[0], chi2, n_bands, root_step, tables)
+    if n_filters == 2:
+        as_sigma(out[1], contrast, n_bands, root_step, tables)
+    return out
+
+
+@kernel
+def signal_to_noise(images, variance, valid, filters, units, peaks, min_coverage):
+    """Signal-to-noise of a filter per band at each peak, as in filter_block, pixel by pixel.
+
+    images, variance, valid (B, H, W); filters (B, P, Q), odd sides; units (B,) a typical variance, 0 for a band that is
+    left out; peaks (N, 2), (y, x) in the image. Returns (N, B), NaN in a band that does not count there.
+    Cost O(N B P Q).
+    """
+    b_total, h, w = images.shape
+    p, q = filters.shape[1], filters.shape[2]
+    out = np.full((len(peaks), b_total), np.nan)
+    for k in range(len(peaks)):
+        top, left = peaks[k, 0] - p // 2, peaks[k, 1] - q // 2
+        for b in range(b_total):
+            if not units[b] > 0:
+                continue
+            signal, noise, power = 0.0, 0.0, 0.0
+            unit = np.float32(units[b])
+            for i in range(p):
+                for j in range(q):
+                    y, x, f = top + i, left + j, filters[b, i, j]
+                    power += f * f
+                    if 0 <= y < h and 0 <= x < w and valid[b, y, x]:
+                        weight = units[b] / quiet_variance(images[b, y, x], variance[b, y, x], unit)
+                        signal += weight * f * images[b, y, x]
+                        noise += (weight * f) ** 2 * variance[b, y, x]
+            if noise > min_coverage * power * units[b]:
+                out[k, b] = signal / np.sqrt(noise)
+    return out
+
+
+@kernel
+def grow(region, half_widths):
+    """Add to a region (H, W) all pixels within a disc, whose rows reach half_widths (2 R + 1,) to either side."""
+    h, w = region.shape
+    radius = len(half_widths) // 2
+    out = region.copy()
+    for y in range(h):
+        for x in range(w):
+            if not region[y, x]:
+                continue
+            inside = 0 < y < h - 1 and 0 < x < w - 1
+            if inside and region[y - 1, x] and region[y + 1, x] and region[y, x - 1] and region[y, x + 1]:
+                continue  # what it reaches, its neighbours reach too
+            for i in range(max(y - radius, 0), min(y + radius + 1, h)):
+                reach = half_widths[i - y + radius]
+                for j in range(max(x - reach, 0), min(x + reach + 1, w)):
+                    out[i, j] = True
+    return out
