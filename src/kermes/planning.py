@@ -169,21 +169,38 @@ class TilePlan:
         return len(self.peaks)
 
 
+def number_of_workers(workers: int | None) -> int:
+    """Check a number of workers; None is one.
+
+    Raises
+    ------
+    InputError
+        If it is not a whole number of at least 1.
+    """
+    if workers is None:
+        return 1
+    if not isinstance(workers, int | np.integer) or workers < 1:
+        raise InputError(f"workers must be a whole number, at least 1, got {workers!r}")
+    return int(workers)
+
+
 def plan_tile(
     coadd: Coadd,
     peaks: Any = None,
     footprints: ArrayLike | None = None,
     config: Config | None = None,
+    workers: int | None = None,
 ) -> TilePlan:
     """Decide which peaks are fitted together on which pixels, and in which order.
 
-    Parameters and errors are those of `deblend`.
+    Parameters and errors are those of `deblend`; `workers` is the number of threads that look for peaks and footprints.
     """
     start = time.perf_counter()
+    workers = number_of_workers(workers)
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise InputError(f"config must be a kermes.Config, got {type(config).__name__}")
-    positions, labels, given = _peaks_and_footprints(coadd, peaks, footprints, config)
+    positions, labels, given = _peaks_and_footprints(coadd, peaks, footprints, config, workers)
     image_box = Box.of_shape(coadd.shape)
     profiles = config.model == "kermes"
     if profiles and not given:
@@ -299,7 +316,7 @@ def _box(parent: Parent, part: Part, peaks: LabelArray, margin: int) -> Box:
 
 
 def _peaks_and_footprints(
-    coadd: Coadd, peaks: Any, footprints: ArrayLike | None, config: Config
+    coadd: Coadd, peaks: Any, footprints: ArrayLike | None, config: Config, workers: int
 ) -> tuple[LabelArray, LabelArray, bool]:
     """Peaks (N, 2) as array index, footprint labels (H, W), and whether the footprints were given."""
     if isinstance(peaks, str):
@@ -313,9 +330,9 @@ def _peaks_and_footprints(
     if peaks is not None and not isinstance(peaks, str):
         positions = normalize_peaks(peaks, coadd)
         if labels is None:
-            return positions, footprints_of_peaks(coadd, positions, config.detection), False
+            return positions, footprints_of_peaks(coadd, positions, config.detection, workers), False
         return positions, labels, True
-    detection = detect(coadd, config.detection)
+    detection = detect(coadd, config.detection, workers)
     if labels is None:
         return detection.peaks, detection.footprints, False
     return detection.peaks[labels[detection.peaks[:, 0], detection.peaks[:, 1]] > 0], labels, True

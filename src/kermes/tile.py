@@ -21,12 +21,11 @@ from kermes.catalog import Flag, Reason
 from kermes.checkpoint import Checkpoint
 from kermes.coadd import Coadd
 from kermes.config import Config
-from kermes.errors import InputError
 from kermes.flux import add_positive, shared_fluxes
 from kermes.geometry import Box
 from kermes.modelling import BlendOutcome, fit_blend
 from kermes.partition import Parent
-from kermes.planning import BlendTask, TilePlan, plan_tile
+from kermes.planning import BlendTask, TilePlan, number_of_workers, plan_tile
 from kermes.rendering import SourceModels
 from kermes.result import Result
 from kermes.scene import Source
@@ -62,10 +61,7 @@ def fit_blends(
     InputError
         If workers is not a whole number of at least 1.
     """
-    n_workers = 1 if workers is None else workers
-    if not isinstance(n_workers, int | np.integer) or n_workers < 1:
-        raise InputError(f"workers must be a whole number, at least 1, got {workers!r}")
-    return _fit_levels(plan, int(n_workers), checkpoint)
+    return _fit_levels(plan, number_of_workers(workers), checkpoint)
 
 
 def _fit_levels(plan: TilePlan, n_workers: int, checkpoint: Checkpoint | None) -> Iterator[BlendOutcome]:
@@ -379,12 +375,12 @@ def deblend(
     >>> len(result.objects) == len(scene.peaks)
     True
     """
-    plan = plan_tile(coadd, peaks, footprints, config)
+    plan = plan_tile(coadd, peaks, footprints, config, workers)
     folder = None if checkpoint is None else Path(checkpoint)
     result = _run(plan, workers, folder, watch)
     if not plan.config.add_sources or len(result.candidates) == 0 or not result.is_complete:
         return result
-    plan = plan_tile(coadd, _with_candidates(plan, result), footprints, config)
+    plan = plan_tile(coadd, _with_candidates(plan, result), footprints, config, workers)
     return _run(plan, workers, None if folder is None else folder.with_name(f"{folder.name}-2"), watch)
 
 
