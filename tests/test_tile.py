@@ -18,6 +18,7 @@ from kermes.planning import plan_tile
 from kermes.psf import model_psf
 from kermes.rendering import SourceModels
 from kermes.scene import ProfileComponent
+from kermes.simulation import simulate_patch
 from results import light_of_candidates
 from tiles import MODELS, changed, configuration, group_scene, same_pixels, scene, shares, small_scene, values
 
@@ -679,3 +680,23 @@ def test_unknown_settings_are_refused():
         Config(model="foo")
     with pytest.raises(TypeError, match="unexpected keyword"):
         FitConfig(max_iters=3)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_saturated_star_in_a_crowd_is_fitted_by_its_wings(seed):
+    crowd = simulate_patch(
+        kind="stars",
+        shape=(130, 130),
+        bands=("g", "r", "i"),
+        seed=seed,
+        n_bright_stars=1,
+        magnitudes=(19, 25),
+        density_arcmin2=1200,
+    )
+    truth = crowd.truth[np.argmax(crowd.truth["snr"])]
+    assert not crowd.coadd.valid[:, round(truth["y"]), round(truth["x"])].all()
+    row = kermes.deblend(crowd.coadd, crowd.peaks).objects[truth["peak_index"]]
+    # Its errors are far smaller; how well the wings of a PSF stamp can be continued is known to a per cent.
+    for band in crowd.coadd.bands:
+        np.testing.assert_allclose(row[f"{band}_flux"], truth[f"{band}_flux"], rtol=0.01)
+    assert np.hypot(row["center_y"] - truth["y"], row["center_x"] - truth["x"]) < 0.02

@@ -19,7 +19,7 @@ from kermes.config import ProfileConfig
 from kermes.geometry import Box
 from kermes.kernels import profile_fitting as kernels
 from kermes.kernels.profile_fitting import DOUBLE, EXPONENTIAL, N_KINDS, N_SHAPE, POINT, SERSIC, Modes, Sources
-from kermes.point_fitting import fit_points
+from kermes.point_fitting import PointFit, PointSettings, fit_points
 from kermes.scene import ProfileComponent, Scene, Source, kernel_table
 
 DoubleArray = NDArray[np.float64]
@@ -46,6 +46,11 @@ CONTRAST = 6.0
 
 FEWEST_CROWDED, POOR_CHI2 = 5, 3.0
 """A dense blend of at least so many sources that is left with such a chi2 is tried as a crowd of points."""
+
+LEAST_SEEN = 0.7
+"""Share of the power of the PSF on valid pixels below which the core of a star counts as masked."""
+
+_ROUGH = PointSettings(rounds=0, max_iterations=4)
 
 LEAST_BROADENING = 0.3
 """Second moment beyond that of the PSF [pixels^2] below which a source in a crowded field stays a point."""
@@ -553,30 +558,89 @@ def _is_crowded(weights: FloatArray, bank: ModeBank, n_sources: int, fewest: flo
 def _fit_crowded(
     images: FloatArray, weights: FloatArray, bank: ModeBank, peaks: DoubleArray, config: ProfileConfig, most: int
 ) -> ProfileFit:
-    """Fit all sources as points, jointly; then those that look wider as galaxies."""
+    """Fit all sources as points, jointly; then those that look wider as galaxies.
+
+    Of stars whose cores are masked only the wings are seen, which the normal equations of points do not know: they are
+    fitted in turn with all others.
+    """
     usable = np.where(weights > 0, images, np.float32(0.0))
-    points = fit_points(usable, weights, bank.psfs, peaks)
-    wide = (points.broadening > 5 * points.broadening_err) & (points.broadening > LEAST_BROADENING)
-    engine = _Engine(images, weights, bank, np.concatenate([points.centers, points.added_centers]), config, most)
+    hidden = _is_hidden(weights, bank.psfs, peaks)
+    light = np.zeros_like(usable)
+    stars: Sources | None = None
+    masked = hidden
+    for settings in [None, _ROUGH, _ROUGH, PointSettings()] if hidden.any() else [PointSettings()]:
+        if settings is None:
+            # The stars first, as if they were alone: they outshine what is around them.
+            engine = _Engine(images, weights, bank, peaks, config, POINT)
+        else:
+            points = fit_points(usable - light, weights, bank.psfs, peaks[~hidden], settings)
+            engine = _engine_of_points(images, weights, bank, peaks, hidden, points, stars, config, most)
+        masked = np.append(hidden, np.zeros(len(engine.snr) - len(hidden), dtype=bool))
+        if hidden.any():
+            engine.sweep(config.steps, masked)
+            stars = engine.sources
+            light = np.zeros_like(usable)
+            kernels.draw_sources(light, engine.table, bank.modes, SIDES, stars, np.flatnonzero(masked), 1.0)
+    listed, n = np.flatnonzero(~hidden), len(peaks)
+    engine.flux_variance[listed] = np.square(points.flux_err)
+    engine.position_variance[listed] = np.square(points.center_err)
+    wide = np.zeros(len(engine.snr), dtype=bool)
+    wide[listed] = (points.broadening > 5 * points.broadening_err) & (points.broadening > LEAST_BROADENING)
+    wide &= engine.snr > config.sersic_snr
+    if wide.any() and most > POINT:
+        engine.sweep(config.steps, wide, engine.candidates(~wide))
+        engine.update()
+        engine.sweep(0, wide & (engine.sources.kinds != POINT), errors=True)
+    if hidden.any():
+        engine.sweep(0, masked, errors=True)
+    engine.steps += points.iterations * n
+    return _finish(engine, points.converged)
+
+
+def _is_hidden(weights: FloatArray, psfs: DoubleArray, peaks: DoubleArray) -> NDArray[np.bool_]:
+    """Whether in most bands less than `LEAST_SEEN` of what tells about a point at a peak is on valid pixels, (S,)."""
+    _, height, width = weights.shape
+    half = [min(4, n // 2) for n in psfs.shape[1:]]
+    dy, dx = (offset.ravel() for offset in np.mgrid[-half[0] : half[0] + 1, -half[1] : half[1] + 1])
+    power = np.square(psfs[:, dy + psfs.shape[1] // 2, dx + psfs.shape[2] // 2])
+    y, x = np.floor(peaks + 0.5).astype(np.int64).T[:, :, None] + np.stack([dy, dx])[:, None]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    seen = (weights[:, np.where(inside, y, 0), np.where(inside, x, 0)] > 0) | ~inside
+    used = (weights > 0).any(axis=(1, 2)) & (power > 0).any(axis=1)
+    dark = np.einsum("bsp,bp->bs", seen[used], power[used]) < LEAST_SEEN * power[used].sum(axis=1)[:, None]
+    return np.asarray(2 * dark.sum(axis=0) > used.sum())
+
+
+def _engine_of_points(
+    images: FloatArray,
+    weights: FloatArray,
+    bank: ModeBank,
+    peaks: DoubleArray,
+    hidden: NDArray[np.bool_],
+    points: PointFit,
+    stars: Sources | None,
+    config: ProfileConfig,
+    most: int,
+) -> _Engine:
+    """Take over fitted points, with hidden stars as they are in `stars`, without light if that is None."""
     n = len(peaks)
+    centers = peaks.copy()
+    centers[~hidden] = points.centers
+    engine = _Engine(images, weights, bank, np.concatenate([centers, points.added_centers]), config, most)
     engine.n_listed = n
     sources = engine.sources
     sources.kinds[:] = POINT
-    sources.fluxes[:, 0] = np.concatenate([points.flux, points.added_flux])
+    sources.fluxes[:n][~hidden, 0] = points.flux
+    sources.fluxes[n:, 0] = points.added_flux
+    if stars is not None:
+        sources.fluxes[:n][hidden] = stars.fluxes[:n][hidden]
+        sources.shapes[:n][hidden] = stars.shapes[:n][hidden]
     engine.significance = points.added_significance
     engine.update()
     engine.regroup(np.maximum(engine.snr, 5.0))
     engine.place()
     engine.draw(np.arange(len(engine.snr)), -1.0)
-    engine.flux_variance[:n] = np.square(points.flux_err)
-    engine.position_variance[:n] = np.square(points.center_err)
-    wide = np.concatenate([wide, np.zeros(len(engine.snr) - n, dtype=bool)]) & (engine.snr > config.sersic_snr)
-    if wide.any() and most > POINT:
-        engine.sweep(config.steps, wide, engine.candidates(~wide))
-        engine.update()
-        engine.sweep(0, wide & (sources.kinds != POINT), errors=True)
-    engine.steps += points.iterations * n
-    return _finish(engine, points.converged)
+    return engine
 
 
 def _inside_brighter(positions: DoubleArray, snr: DoubleArray, engine: _Engine) -> NDArray[np.bool_]:
