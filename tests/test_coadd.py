@@ -16,6 +16,7 @@ from astropy.wcs import WCS
 from kermes.coadd import Coadd, cut_blend, normalize_peaks, normalized_psf, odd_sided, parse_unit, stack_psfs
 from kermes.errors import DataWarning, InputError, ShapeError
 from kermes.geometry import Box
+from kermes.psf import CellPsf, model_psf
 
 BANDS = ("r", "g")
 SHAPE = (2, 6, 8)
@@ -487,3 +488,16 @@ def test_bad_input_gets_one_line_that_names_the_argument(changes, error, message
 def test_missing_psfs_get_our_message():
     with pytest.raises(InputError, match="psfs must be given"):
         Coadd(images=np.ones((6, 8)), variance=1.0, bands="g")
+
+
+def test_cells_are_evaluated_in_the_order_of_the_bands():
+    stamps = np.stack([model_psf(1.0), model_psf(1.4)])[None, None]
+    psf = CellPsf(stamps=stamps, bands=("g", "r"), cell_shape=(9, 9))
+    coadd = Coadd(images=np.ones((2, 9, 9)), variance=1.0, psfs=psf, bands=("r", "g"))
+    np.testing.assert_allclose(coadd.psf_at(y=4, x=4), stamps[0, 0, ::-1], rtol=1e-14)
+
+
+def test_cells_without_a_band_of_the_coadd_are_refused():
+    psf = CellPsf(stamps=model_psf(1.0)[None, None, None], bands=("g",), cell_shape=(9, 9))
+    with pytest.raises(InputError, match="psfs must have the bands"):
+        Coadd(images=np.ones((1, 9, 9)), variance=1.0, psfs=psf, bands=("r",))

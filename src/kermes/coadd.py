@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kermes.errors import DataWarning, InputError, ShapeError
 from kermes.geometry import Box
+from kermes.psf import CellPsf
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,8 @@ class Coadd:
     """Variance of `images` [unit^2], shape (B, H, W) or what broadcasts to it: (B,), (H, W), a number. Required."""
 
     psfs: NDArray[np.float64] | Sequence[NDArray[np.float64]] | PsfField = None  # type: ignore[assignment]
-    """PSF stamps (B, P, Q), made odd-sided with a sum of one, or a field psf(y, x, band) -> (P, Q). Required."""
+    """PSF stamps (B, P, Q), made odd-sided with a sum of one, or a field psf(y, x, band) -> (P, Q), such as a
+    `CellPsf`, which must know all bands. Required."""
 
     bands: tuple[str, ...]
     """Names along the first axis, in the order of the arrays."""
@@ -283,6 +285,8 @@ class Coadd:
         """
         if not callable(self.psfs):
             return np.asarray(self.psfs)
+        if isinstance(self.psfs, CellPsf):
+            return self.psfs.at(y=y, x=x, bands=self.bands)
         return stack_psfs([self._field_stamp(y, x, band) for band in self.bands])
 
     def _field_stamp(self, y: float, x: float, band: str) -> NDArray[np.float64]:
@@ -561,7 +565,7 @@ def _mask_bits(given: Any, bands: tuple[str, ...], shape: tuple[int, ...]) -> ND
             raise InputError(f"mask must be integers or booleans, got dtype {item.dtype}")
     mask = items[0] if getattr(given, "ndim", 3) == 2 else np.stack(items)
     if mask.dtype != bool:
-        mask = mask.astype(np.int32 if np.can_cast(mask.dtype, np.int32) else np.int64)
+        mask = mask.astype(np.int32 if np.can_cast(mask.dtype, np.int32) else np.int64, copy=items[0] is mask)
     return np.broadcast_to(mask, shape)
 
 
@@ -590,6 +594,8 @@ def _bad_bits(planes: Mapping[str, int], bad_planes: tuple[str, ...], name: str)
 def _checked_psfs(psfs: Any, bands: tuple[str, ...], name: str) -> Any:
     if psfs is None:
         raise InputError("psfs must be given: one stamp per band, or a callable psf(y, x, band); got None")
+    if isinstance(psfs, CellPsf) and not set(bands) <= set(psfs.bands):
+        raise InputError(f"psfs must have the bands {bands}, got cells of bands {psfs.bands}")
     if callable(psfs):
         return psfs
     if not hasattr(psfs, "__len__") or isinstance(psfs, str | Mapping):
