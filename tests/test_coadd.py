@@ -13,9 +13,10 @@ from astropy.table import QTable, Table
 from astropy.utils.masked import Masked
 from astropy.wcs import WCS
 
-from kermes.coadd import Coadd, cut_blend, normalize_peaks, normalized_psf, odd_sided, parse_unit, stack_psfs
+from kermes.coadd import Coadd, cut_blend, normalize_peaks, normalized_psf, odd_sided, parse_unit, planes_at, stack_psfs
 from kermes.errors import DataWarning, InputError, ShapeError
 from kermes.geometry import Box
+from kermes.psf import CellPsf, model_psf
 
 BANDS = ("r", "g")
 SHAPE = (2, 6, 8)
@@ -171,6 +172,56 @@ def test_high_bits_of_a_mask_are_kept():
     mask = np.zeros((6, 8), dtype=np.int64)
     mask[2, 2] = 1 << 40
     assert not make(mask=mask, mask_planes={"BAD": 40}).valid[:, 2, 2].any()
+
+
+def test_sign_bit_of_a_mask_is_a_plane_like_others():
+    mask = np.zeros((6, 8), dtype=np.int32)
+    mask[2, 2] = -(1 << 31)
+    coadd = make(mask=mask, mask_planes={"BAD": 31})
+    assert np.argwhere(~coadd.valid[0]).tolist() == [[2, 2]]
+
+
+@pytest.mark.parametrize("plane", ["BAD", "NO_DATA", "SAT", "SATURATED", "SUSPECT", "EDGE", "DETECTION_EDGE"])
+@pytest.mark.filterwarnings("ignore:.*no pixel of any band is valid:kermes.errors.DataWarning")
+def test_pixels_that_hold_no_light_of_the_sky_are_not_used(plane):
+    assert not make(mask=np.ones((6, 8), dtype=int), mask_planes={plane: 0}).valid.any()
+
+
+@pytest.mark.parametrize("plane", ["INTRP", "INTERPOLATED", "CR", "COSMIC_RAY", "STREAK", "CLIPPED", "REJECTED",
+                                   "INEXACT_PSF", "SENSOR_EDGE", "DETECTED", "NOT_DEBLENDED"])  # fmt: skip
+def test_pixels_whose_light_is_estimated_are_used(plane):
+    assert make(mask=np.ones((6, 8), dtype=int), mask_planes={plane: 0}).valid.all()
+
+
+def test_planes_near_a_position_are_named_whatever_the_band_and_the_spelling():
+    mask = np.zeros(SHAPE, dtype=np.int16)
+    mask[0, 0, 0], mask[1, 4, 5] = 1 << 2, 1 << 7 | 1 << 3
+    coadd = make(mask=mask, mask_planes={"SATURATED": 2, "INTRP": 7, "REJECTED": 3, "DETECTED": 4})
+    found = planes_at(coadd, y=[0, 1.4, 1.6, 5, 3, 2], x=[0, 1, 1, 6, 4, 5])
+    assert found["saturated"].tolist() == [True, True, False, False, False, False]
+    assert found["interpolated"].tolist() == [False, False, False, True, True, False]
+    np.testing.assert_array_equal(found["clipped"], found["interpolated"])
+    assert not any(found[name].any() for name in found if name not in ("saturated", "interpolated", "clipped"))
+
+
+def test_outside_the_image_only_its_edge_is_near():
+    coadd = make(mask=np.ones((6, 8), dtype=np.int8), mask_planes={"SAT": 0}, bad_planes=())
+    found = planes_at(coadd, y=[-1, -2, 6, 7, np.nan, 1e30], x=[3, 3, 8, 3, 3, 3])
+    assert found["saturated"].tolist() == [True, False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mask": np.ones((6, 8), dtype=bool)}, {"mask": np.ones((6, 8), dtype=int), "mask_planes": {}}]
+)
+@pytest.mark.filterwarnings("ignore:.*no pixel of any band is valid:kermes.errors.DataWarning")
+def test_without_named_planes_none_is_set(options):
+    found = planes_at(make(**options), y=[2, 3], x=[2, 3])
+    assert "saturated" in found
+    assert not np.any(list(found.values()))
+
+
+def test_planes_of_no_position_are_an_empty_array():
+    assert planes_at(make(), y=[], x=[])["suspect"].shape == (0,)
 
 
 def test_true_in_a_boolean_mask_is_a_pixel_not_to_use():
@@ -487,3 +538,16 @@ def test_bad_input_gets_one_line_that_names_the_argument(changes, error, message
 def test_missing_psfs_get_our_message():
     with pytest.raises(InputError, match="psfs must be given"):
         Coadd(images=np.ones((6, 8)), variance=1.0, bands="g")
+
+
+def test_cells_are_evaluated_in_the_order_of_the_bands():
+    stamps = np.stack([model_psf(1.0), model_psf(1.4)])[None, None]
+    psf = CellPsf(stamps=stamps, bands=("g", "r"), cell_shape=(9, 9))
+    coadd = Coadd(images=np.ones((2, 9, 9)), variance=1.0, psfs=psf, bands=("r", "g"))
+    np.testing.assert_allclose(coadd.psf_at(y=4, x=4), stamps[0, 0, ::-1], rtol=1e-14)
+
+
+def test_cells_without_a_band_of_the_coadd_are_refused():
+    psf = CellPsf(stamps=model_psf(1.0)[None, None, None], bands=("g",), cell_shape=(9, 9))
+    with pytest.raises(InputError, match="psfs must have the bands"):
+        Coadd(images=np.ones((1, 9, 9)), variance=1.0, psfs=psf, bands=("r",))

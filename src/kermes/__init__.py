@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from kermes.geometry import Box
     from kermes.io import read
+    from kermes.psf import CellPsf
     from kermes.result import Result, Stamp
     from kermes.store import open_result as open
     from kermes.tile import deblend
@@ -29,6 +30,7 @@ __version__ = importlib.metadata.version("kermes")
 __all__ = [
     "BlendError",
     "Box",
+    "CellPsf",
     "Coadd",
     "Config",
     "ConfigError",
@@ -47,6 +49,7 @@ __all__ = [
 
 _HOMES = {
     "Box": "geometry",
+    "CellPsf": "psf",
     "Coadd": "coadd",
     "Config": "config",
     "Result": "result",

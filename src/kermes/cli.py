@@ -243,7 +243,7 @@ def simulate(
         field: spread evenly; knots: irregular galaxies, a third of their light in knots; pair: two by two; crowded: a
         star cluster; bright: one source outshines the rest; patch: 3400 x 3400 pixels of a survey, 70 sources per
         square arcminute, with saturated stars, a large galaxy and a strip without data; stars: 20,000 stars on 1000 x
-        1000 pixels. A patch takes half a minute, 2.5 GB of memory and a file of 500 MB.
+        1000 pixels. A patch takes a minute, 2.5 GB of memory and a file of 350 MB.
     n_sources
         Number of sources; left out: what suits the kind. Of patch and stars, the shape says how many there are.
     shape

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kermes.errors import DataWarning, InputError, ShapeError
 from kermes.geometry import Box
+from kermes.psf import CellPsf
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,23 @@ BAD_PLANES = (
     "SUSPECT",
     "EDGE",
     "DETECTION_EDGE",
-    "SENSOR_EDGE",
     "UNMASKEDNAN",
 )
-"""Mask planes whose pixels are not used unless the caller chooses others (old and new LSST names)."""
+"""Mask planes whose pixels are not used unless the caller chooses others (old and new LSST names): their value is not
+the light of the sky. Not among them are those whose value is an estimate of it, from fewer exposures or from the pixels
+around; see `PLANE_MEANINGS`."""
+
+PLANE_MEANINGS: Mapping[str, tuple[str, ...]] = {
+    "saturated": ("SAT", "SATURATED"),
+    "suspect": ("SUSPECT",),
+    "edge": ("EDGE", "DETECTION_EDGE"),
+    "interpolated": ("INTRP", "INTERPOLATED"),
+    "cosmic_ray": ("CR", "COSMIC_RAY"),
+    "streak": ("STREAK",),
+    "clipped": ("CLIPPED", "REJECTED"),
+    "inexact_psf": ("INEXACT_PSF", "SENSOR_EDGE"),
+}
+"""What is worth knowing of an object's centre, and the mask planes that say it, under any of their names."""
 
 SMALLEST_VARIANCE = float(np.finfo(np.float32).tiny)
 LARGEST_VARIANCE = 1 / SMALLEST_VARIANCE
@@ -172,7 +186,8 @@ class Coadd:
     """Variance of `images` [unit^2], shape (B, H, W) or what broadcasts to it: (B,), (H, W), a number. Required."""
 
     psfs: NDArray[np.float64] | Sequence[NDArray[np.float64]] | PsfField = None  # type: ignore[assignment]
-    """PSF stamps (B, P, Q), made odd-sided with a sum of one, or a field psf(y, x, band) -> (P, Q). Required."""
+    """PSF stamps (B, P, Q), made odd-sided with a sum of one, or a field psf(y, x, band) -> (P, Q), such as a
+    `CellPsf`, which must know all bands. Required."""
 
     bands: tuple[str, ...]
     """Names along the first axis, in the order of the arrays."""
@@ -225,7 +240,9 @@ class Coadd:
             elif planes is None:
                 _warn(f"{self.name}: mask is not used, because mask_planes does not name its bits")
             else:
-                valid &= (mask & _bad_bits(planes, bad_planes, self.name)) == 0
+                # Cast, because the highest bit of the mask is its sign, and numpy would refuse the positive number.
+                bad = np.array(_bad_bits(planes, bad_planes, self.name)).astype(mask.dtype)
+                valid &= (mask & bad) == 0
         if not valid.any():
             _warn(f"{self.name}: no pixel of any band is valid")
 
@@ -283,6 +300,8 @@ class Coadd:
         """
         if not callable(self.psfs):
             return np.asarray(self.psfs)
+        if isinstance(self.psfs, CellPsf):
+            return self.psfs.at(y=y, x=x, bands=self.bands)
         return stack_psfs([self._field_stamp(y, x, band) for band in self.bands])
 
     def _field_stamp(self, y: float, x: float, band: str) -> NDArray[np.float64]:
@@ -341,6 +360,51 @@ class Coadd:
         for item in fields(self):
             object.__setattr__(coadd, item.name, changes.get(item.name, getattr(self, item.name)))
         return coadd
+
+
+def planes_at(coadd: Coadd, y: ArrayLike, x: ArrayLike) -> dict[str, NDArray[np.bool_]]:
+    """Say which mask planes are set near positions.
+
+    Parameters
+    ----------
+    coadd : Coadd
+        Without a mask, or without names of its planes, nothing is set.
+    y, x : array_like, shape (N,)
+        Positions as array index, rounded to the nearest pixel.
+
+    Returns
+    -------
+    planes : dict of str to ndarray of bool, shape (N,)
+        For each name in `PLANE_MEANINGS`: whether one of its planes is set, in any band, in the 3 x 3 pixels around the
+        position. Pixels outside the image have no plane set, and a position that is not finite has none near.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mask = np.zeros((5, 6), dtype=int)
+    >>> mask[1, 1] = 1 << 3
+    >>> coadd = Coadd(images=np.ones((5, 6)), variance=1.0, psfs=np.ones((3, 3)), bands="g", mask=mask,
+    ...               mask_planes={"CR": 3})
+    >>> planes_at(coadd, y=[2, 4], x=[2, 1])["cosmic_ray"]
+    array([ True, False])
+    """
+    rows, columns = np.broadcast_arrays(np.asarray(y, dtype=float), np.asarray(x, dtype=float))
+    height, width = coadd.shape
+    near = (rows > -1.5) & (rows < height + 0.5) & (columns > -1.5) & (columns < width + 0.5)
+    found = np.zeros(rows.shape, dtype=np.int64)
+    if coadd.mask is not None and coadd.mask_planes:
+        row, column = (np.floor(place[near] + 0.5).astype(np.int64) for place in (rows, columns))
+        bits = np.zeros(row.shape, dtype=np.int64)
+        for i, j in np.ndindex(3, 3):
+            r, c = row + i - 1, column + j - 1
+            inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
+            bits[inside] |= np.bitwise_or.reduce(coadd.mask[:, r[inside], c[inside]], axis=0)
+        found[near] = bits
+    planes = coadd.mask_planes or {}
+    return {
+        meaning: (found & sum({1 << planes[name] for name in names if name in planes})) != 0
+        for meaning, names in PLANE_MEANINGS.items()
+    }
 
 
 def normalize_peaks(peaks: Any, coadd: Coadd) -> NDArray[np.int64]:
@@ -561,7 +625,7 @@ def _mask_bits(given: Any, bands: tuple[str, ...], shape: tuple[int, ...]) -> ND
             raise InputError(f"mask must be integers or booleans, got dtype {item.dtype}")
     mask = items[0] if getattr(given, "ndim", 3) == 2 else np.stack(items)
     if mask.dtype != bool:
-        mask = mask.astype(np.int32 if np.can_cast(mask.dtype, np.int32) else np.int64)
+        mask = mask.astype(np.int32 if np.can_cast(mask.dtype, np.int32) else np.int64, copy=items[0] is mask)
     return np.broadcast_to(mask, shape)
 
 
@@ -590,6 +654,8 @@ def _bad_bits(planes: Mapping[str, int], bad_planes: tuple[str, ...], name: str)
 def _checked_psfs(psfs: Any, bands: tuple[str, ...], name: str) -> Any:
     if psfs is None:
         raise InputError("psfs must be given: one stamp per band, or a callable psf(y, x, band); got None")
+    if isinstance(psfs, CellPsf) and not set(bands) <= set(psfs.bands):
+        raise InputError(f"psfs must have the bands {bands}, got cells of bands {psfs.bands}")
     if callable(psfs):
         return psfs
     if not hasattr(psfs, "__len__") or isinstance(psfs, str | Mapping):

@@ -1,15 +1,19 @@
-"""Point-spread functions: the model frame's, and what leads from it to the observed ones."""
+"""Point-spread functions: the model frame's, what leads from it to the observed ones, and fields of cells."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.fft
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import erf
+
+from kermes.errors import InputError, ShapeError
+from kermes.geometry import Box
 
 DoubleArray = NDArray[np.float64]
 
@@ -317,3 +321,256 @@ def _outer_rings(height: int, width: int, reach: int) -> tuple[NDArray[Any], ...
     offset = np.arange(-reach, reach + 1)
     outside = (np.abs(offset)[:, None] > height // 2) | (np.abs(offset) > width // 2)
     return ring, ln_radius, outside, np.log(np.hypot(offset[:, None], offset)[outside])
+
+
+# ---------------------------------------------------------------- PSFs that vary over the sky
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CellPsf:
+    """PSFs of a grid of cells, some of which may be missing: what a coadd of cells has, a field for `Coadd.psfs`.
+
+    Raises
+    ------
+    ShapeError
+        If the stamps do not have the shape (n_y, n_x, B, P, Q) with the number of `bands`, or `present` does not fit.
+    InputError
+        If no cell has a PSF, or a number lies outside its range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> stamps = np.tile(model_psf(1.5), (2, 3, 1, 1, 1))
+    >>> stamps[0, 0] = np.nan
+    >>> psf = CellPsf(stamps=stamps, bands=["r"], cell_shape=(150, 150))
+    >>> psf
+    CellPsf(cells=(2, 3), bands=('r',), cell_shape=(150, 150), origin=(0, 0), missing=1)
+    >>> psf(75.0, 75.0, "r").shape  # from the nearest cell that has one
+    (15, 15)
+    """
+
+    stamps: DoubleArray
+    """PSF of each cell and band, shape (n_y, n_x, B, P, Q); made odd-sided, each with a sum of one. Missing where no
+    pixel is finite or the sum is not positive, and zero then; other pixels that are not finite count as zero."""
+
+    bands: tuple[str, ...]
+    """Names along the third axis."""
+
+    cell_shape: tuple[int, int]
+    """Height and width of a cell [pixels]."""
+
+    origin: tuple[int, int] = (0, 0)
+    """First pixel (y, x) of the first cell, in the coadd's coordinates; need not lie inside the coadd."""
+
+    present: NDArray[np.bool_] | None = None
+    """Which cells have a PSF, per band, shape (n_y, n_x, B) or (n_y, n_x); None: those whose stamp is not missing."""
+
+    max_distance: float = 1.5
+    """How far the centre of a cell that lends its PSF may lie from the centre of the cell that misses it, in cells.
+    1.5: the eight neighbours; 0: none lends. Outside the grid, how far from the centre of the nearest cell the position
+    may lie in y and in x, half a cell not counted."""
+
+    interpolation: Literal["nearest", "bilinear"] = "nearest"
+    """"nearest": the PSF of the cell. "bilinear": the stamps of the four cells whose centres surround the position,
+    weighted by how near they are; it follows a smooth PSF, but is no true PSF where exposures end at cells."""
+
+    lender: NDArray[np.int64] = field(init=False)
+    """Number n_x * row + column of the cell whose PSF serves each cell and band, shape (n_y, n_x, B); -1: none."""
+
+    def __post_init__(self) -> None:
+        bands = (self.bands,) if isinstance(self.bands, str) else tuple(str(band) for band in self.bands)
+        given = np.asarray(self.stamps, dtype=np.float64)
+        if given.ndim != 5 or given.shape[2] != len(bands) or 0 in given.shape:
+            raise ShapeError(
+                f"stamps must have shape (n_y, n_x, bands, height, width) with {len(bands)} for bands {bands}, "
+                f"got {given.shape}"
+            )
+        cell_shape, origin = _two_whole(self.cell_shape, "cell_shape"), _two_whole(self.origin, "origin")
+        if min(cell_shape) < 1:
+            raise InputError(f"cell_shape must have sides >= 1, got {cell_shape}")
+        if not self.max_distance >= 0:
+            raise InputError(f"max_distance must be >= 0, got {self.max_distance}")
+        if self.interpolation not in ("nearest", "bilinear"):
+            raise InputError(f"interpolation must be nearest or bilinear, got {self.interpolation!r}")
+        # The centre of an even side n is at n // 2, so that one row or column of zeros at the end makes it odd.
+        odd = [(0, 0)] * 3 + [(0, 1 - n % 2) for n in given.shape[-2:]]
+        stamps = np.pad(np.where(np.isfinite(given), given, 0.0), odd)
+        total = stamps.sum(axis=(-2, -1))
+        present = (total > 0) & np.isfinite(total)
+        if self.present is not None:
+            chosen = np.asarray(self.present, dtype=bool)
+            if chosen.shape not in (present.shape, present.shape[:2]):
+                raise ShapeError(f"present must have shape {present.shape} or {present.shape[:2]}, got {chosen.shape}")
+            present &= chosen.reshape(*chosen.shape[:2], -1)
+        if not present.any():
+            raise InputError("stamps must hold a PSF in some cell, got none that is finite and positive")
+        stamps /= np.where(present, total, 1.0)[..., None, None]
+        stamps[~present] = 0.0
+        for name, value in {
+            "stamps": stamps,
+            "bands": bands,
+            "cell_shape": cell_shape,
+            "origin": origin,
+            "present": present,
+            "lender": np.stack([_lenders(plane, self.max_distance) for plane in np.moveaxis(present, 2, 0)], axis=2),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        missing = int((self.lender != np.arange(self.lender[..., 0].size).reshape(*self.lender.shape[:2], 1)).sum())
+        return (
+            f"CellPsf(cells={self.stamps.shape[:2]}, bands={self.bands}, cell_shape={self.cell_shape}, "
+            f"origin={self.origin}, missing={missing})"
+        )
+
+    @classmethod
+    def sample(
+        cls,
+        psf: Callable[[float, float, str], ArrayLike],
+        *,
+        box: Box,
+        cell_shape: tuple[int, int],
+        bands: Sequence[str],
+        max_distance: float = 1.5,
+        interpolation: Literal["nearest", "bilinear"] = "nearest",
+    ) -> CellPsf:
+        """Evaluate any PSF field once at the centre of each cell of a grid, so that it is cheap afterwards.
+
+        Parameters
+        ----------
+        psf : callable
+            psf(y, x, band) -> (P, Q); the stamps of all cells and bands must have one shape. A cell is missing where
+            it raises an ArithmeticError, LookupError or ValueError.
+        box : Box
+            Pixels to cover; the first cell begins at its first pixel, the last may reach beyond it.
+        cell_shape : tuple of int
+            Height and width of a cell [pixels].
+        bands : sequence of str
+            Names of the bands.
+        max_distance, interpolation : optional
+            As for the class.
+
+        Returns
+        -------
+        cells : CellPsf
+
+        Raises
+        ------
+        ShapeError
+            If the stamps differ in shape.
+        InputError
+            If no cell has a PSF, or an argument lies outside its range.
+        """
+        height, width = _two_whole(cell_shape, "cell_shape")
+        if min(height, width) < 1 or box.is_empty:
+            raise InputError(f"cell_shape and box must have sides >= 1, got {cell_shape} and {box}")
+        n_y, n_x = -(-box.height // height), -(-box.width // width)
+        found: dict[tuple[int, int, int], DoubleArray] = {}
+        for row, column, b in np.ndindex(n_y, n_x, len(bands)):
+            y, x = box.y0 + (row + 0.5) * height - 0.5, box.x0 + (column + 0.5) * width - 0.5
+            try:
+                found[row, column, b] = np.asarray(psf(y, x, bands[b]), dtype=np.float64)
+            except (ArithmeticError, LookupError, ValueError):
+                continue
+        shapes = {stamp.shape for stamp in found.values()}
+        if len(shapes) > 1:
+            raise ShapeError(f"psf must give stamps of one shape, got {', '.join(map(str, sorted(shapes)))}")
+        stamps = np.zeros((n_y, n_x, len(bands), *(shapes.pop() if shapes else (1, 1))))
+        for place, stamp in found.items():
+            stamps[place] = stamp
+        return cls(
+            stamps=stamps,
+            bands=tuple(bands),
+            cell_shape=(height, width),
+            origin=box.origin,
+            max_distance=max_distance,
+            interpolation=interpolation,
+        )
+
+    def at(self, *, y: float, x: float, bands: Sequence[str] | None = None) -> DoubleArray:
+        """Evaluate the PSF of several bands at a position.
+
+        Parameters
+        ----------
+        y, x : float
+            Position in the coadd's coordinates.
+        bands : sequence of str, optional
+            Names of bands, in any order; None: all. One that there is not has no PSF.
+
+        Returns
+        -------
+        psfs : ndarray, shape (B, P, Q)
+            Each band sums to one; zero in one that has no PSF near enough.
+        """
+        wanted = self.bands if bands is None else bands
+        out = np.zeros((len(wanted), *self.stamps.shape[-2:]))
+        corners = self._corners(y, x)
+        flat = self.stamps.reshape(-1, *self.stamps.shape[2:])
+        for plane, band in zip(out, wanted, strict=True):
+            if band not in self.bands:
+                continue
+            b = self.bands.index(band)
+            lenders = [(int(self.lender[row, column, b]), weight) for row, column, weight in corners]
+            total = sum(weight for cell, weight in lenders if cell >= 0)
+            for cell, weight in lenders:
+                if cell >= 0:
+                    plane += flat[cell, b] * (weight / total)
+        return out
+
+    def __call__(self, y: float, x: float, band: str) -> DoubleArray:
+        """PSF stamp (P, Q) of a band at a position in the coadd's coordinates.
+
+        Raises
+        ------
+        LookupError
+            If there is no such band, or no cell near enough has a PSF in it.
+        """
+        if band not in self.bands:
+            raise LookupError(f"there is no band {band!r}; bands are {', '.join(self.bands)}")
+        (stamp,) = self.at(y=y, x=x, bands=(band,))
+        if not stamp.any():
+            raise LookupError(f"no cell within {self.max_distance:g} cells has a PSF")
+        return np.asarray(stamp)
+
+    def _corners(self, y: float, x: float) -> list[tuple[int, int, float]]:
+        """Cells (row, column, weight) that say what the PSF at a position is; the weights are positive."""
+        along = []
+        for value, first, side, n in zip((y, x), self.origin, self.cell_shape, self.stamps.shape[:2], strict=True):
+            # In cells, 0 at the centre of the first; pixel k reaches from k - 0.5 to k + 0.5.
+            place = (value - first + 0.5) / side - 0.5
+            if not -0.5 - self.max_distance <= place <= n - 0.5 + self.max_distance:
+                return []
+            place = min(max(place, 0.0), n - 1.0)
+            if self.interpolation == "nearest":
+                along.append([(int(min(np.floor(place + 0.5), n - 1)), 1.0)])
+            else:
+                low = min(int(place), n - 1)
+                share = place - low
+                along.append([(low, 1.0 - share)] + ([(low + 1, share)] if share > 0 else []))
+        return [(row, column, wy * wx) for row, wy in along[0] for column, wx in along[1]]
+
+
+def _two_whole(given: Any, name: str) -> tuple[int, int]:
+    try:
+        first, second = (float(value) for value in given)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must be two whole numbers (y, x), got {given!r}") from None
+    if not (first.is_integer() and second.is_integer()):
+        raise InputError(f"{name} must be two whole numbers (y, x), got {given!r}")
+    return int(first), int(second)
+
+
+def _lenders(present: NDArray[np.bool_], max_distance: float) -> NDArray[np.int64]:
+    """Number of the nearest present cell of each cell of a (n_y, n_x) grid, itself if present; -1: none near enough.
+
+    Of cells at the same distance the one with the smallest number.
+    """
+    out = np.full(present.shape, -1, dtype=np.int64)
+    cells = np.argwhere(present)
+    for place in np.ndindex(*present.shape):
+        if len(cells):
+            distance = np.hypot(*(cells - place).T)
+            nearest = int(np.argmin(distance))
+            if distance[nearest] <= max_distance:
+                out[place] = cells[nearest] @ (present.shape[1], 1)
+    return out
