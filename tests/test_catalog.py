@@ -5,7 +5,8 @@ import pytest
 from astropy import units
 
 from kermes import catalog
-from kermes.catalog import Flag, Outcome
+from kermes.catalog import PLANE_FLAGS, Flag, Outcome
+from kermes.coadd import PLANE_MEANINGS
 
 
 def zeros(definitions, n_rows=3):
@@ -91,3 +92,7 @@ def test_every_model_and_origin_fits_into_an_unfilled_column():
         for value in values:
             columns[name][0] = value
             assert columns[name][0] == value
+
+
+def test_every_meaning_of_a_mask_plane_has_a_flag():
+    assert set(PLANE_FLAGS) == set(PLANE_MEANINGS)

@@ -700,3 +700,15 @@ def test_a_saturated_star_in_a_crowd_is_fitted_by_its_wings(seed):
     for band in crowd.coadd.bands:
         np.testing.assert_allclose(row[f"{band}_flux"], truth[f"{band}_flux"], rtol=0.01)
     assert np.hypot(row["center_y"] - truth["y"], row["center_x"] - truth["x"]) < 0.02
+
+
+def test_mask_planes_under_a_peak_become_flags():
+    small = small_scene()
+    mask = np.zeros(small.coadd.shape, dtype=int)
+    (y, x), *_ = small.peaks
+    mask[y, x + 1], mask[y - 1, x] = 1 << 3, 1 << 5
+    coadd = changed(small.coadd, mask=mask, mask_planes={"INTRP": 3, "SAT": 5})
+    objects = kermes.deblend(coadd, small.peaks).objects
+    for flag in (Flag.INTERPOLATED, Flag.SATURATED):
+        assert np.flatnonzero(objects[flag]).tolist() == [0]
+    assert not objects[Flag.COSMIC_RAY].any()

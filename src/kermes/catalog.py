@@ -82,6 +82,14 @@ class Flag(StrEnum):
     NOT_CONVERGED = "flag_not_converged"
     NULL_MODEL = "flag_null_model"
     DIVIDED_PARENT = "flag_divided_parent"
+    SATURATED = "flag_saturated"
+    SUSPECT = "flag_suspect"
+    EDGE_PLANE = "flag_edge_plane"
+    INTERPOLATED = "flag_interpolated"
+    COSMIC_RAY = "flag_cosmic_ray"
+    STREAK = "flag_streak"
+    CLIPPED = "flag_clipped"
+    INEXACT_PSF = "flag_inexact_psf"
 
 
 FLAG_DESCRIPTIONS: Mapping[Flag, str] = {
@@ -94,8 +102,29 @@ FLAG_DESCRIPTIONS: Mapping[Flag, str] = {
     Flag.NOT_CONVERGED: "the fit stopped before it converged",
     Flag.NULL_MODEL: "the model has no light",
     Flag.DIVIDED_PARENT: "its parent was too large for one blend and was divided",
+    Flag.SATURATED: "a pixel near its peak is saturated, as the mask says",
+    Flag.SUSPECT: "a pixel near its peak is suspect, as the mask says",
+    Flag.EDGE_PLANE: "a pixel near its peak is at the edge of a detector or of the data, as the mask says",
+    Flag.INTERPOLATED: "a pixel near its peak is interpolated, as the mask says",
+    Flag.COSMIC_RAY: "a pixel near its peak is hit by a cosmic ray, as the mask says",
+    Flag.STREAK: "a pixel near its peak is in a streak, as the mask says",
+    Flag.CLIPPED: "a pixel near its peak is clipped from, or rejected by, the coadd in part, as the mask says",
+    Flag.INEXACT_PSF: "a pixel near its peak is where the PSF is not exact, as the mask says",
 }
 """What a flag says when it is True."""
+
+
+PLANE_FLAGS: Mapping[str, Flag] = {
+    "saturated": Flag.SATURATED,
+    "suspect": Flag.SUSPECT,
+    "edge": Flag.EDGE_PLANE,
+    "interpolated": Flag.INTERPOLATED,
+    "cosmic_ray": Flag.COSMIC_RAY,
+    "streak": Flag.STREAK,
+    "clipped": Flag.CLIPPED,
+    "inexact_psf": Flag.INEXACT_PSF,
+}
+"""The flag for each meaning of mask planes, see `kermes.coadd.PLANE_MEANINGS`."""
 
 
 @dataclass(frozen=True, slots=True)

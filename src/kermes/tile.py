@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from kermes import catalog
 from kermes.catalog import Flag, Reason
 from kermes.checkpoint import Checkpoint
-from kermes.coadd import Coadd
+from kermes.coadd import Coadd, planes_at
 from kermes.config import Config
 from kermes.flux import add_positive, shared_fluxes
 from kermes.geometry import Box
@@ -273,6 +273,9 @@ def _object_columns(plan: TilePlan) -> dict[str, NDArray[Any]]:
     columns[Flag.DUPLICATE_PEAK][:] = first[inverse.reshape(-1)] != np.arange(plan.n_peaks)
     columns[Flag.MASKED_PEAK][:] = ~coadd.valid[:, y, x].any(axis=0)
     columns[Flag.OUTSIDE_FOOTPRINT][:] = plan.labels[y, x] == 0
+    if coadd.mask is not None and coadd.mask_planes:
+        for meaning, found in planes_at(coadd, y, x).items():
+            columns[catalog.PLANE_FLAGS[meaning]][:] = found
     return columns
 
 
