@@ -206,7 +206,10 @@ def print_measured(figures: dict[str, Any]) -> None:
         "{objects} objects in {blends} blends of {parents} parents; wall {wall_s:.1f} s, core {core_s:.1f} s, "
         "slowest blend {slowest_blend_s:.2f} s, median chi2 {median_chi2:.3f}".format(**figures)
     )
-    print("ms per object: " + ", ".join(f"{name} {value:.2f}" for name, value in figures["ms_per_object"].items()))
+    print(
+        "ms per object, stages by the clock: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in figures["ms_per_object"].items())
+    )
     print(f"ledger: {figures['ledger']}")
     print_verdict(
         f"peak memory above the input ({figures['input_mb']:.0f} MB)", figures["peak_mb"], MEMORY_MB, unit=" MB"
