@@ -47,7 +47,7 @@ def evaluated(shape, side, lengths=None, *, extended=True, n_columns=N_COLUMNS, 
     cells = np.empty(table.exponential.shape, dtype=np.float32)
     interpolate_index(table.values, table.slopes, table.ln_index, shape.ln_n, cells)
     columns = np.full((N_COLUMNS, 2, lengths.sum()), fill, dtype=np.float32)
-    evaluate_profile(cells, lengths, side, np.array(shape[:5]), extended, columns, n_columns)
+    evaluate_profile(cells, lengths, side, np.array(shape[:5]), extended, columns[:n_columns])
     return columns[:, 0].astype(float) + 1j * columns[:, 1]
 
 

@@ -13,7 +13,7 @@ from kermes.catalog import Flag, Model, Outcome
 from kermes.config import BudgetConfig, Config, FitConfig, PartitionConfig
 from kermes.errors import BlendError, ConfigError, InputError, ShapeError
 from kermes.geometry import Box
-from kermes.kernels.profile_fitting import EXPONENTIAL, POINT
+from kermes.kernels.stamps import EXPONENTIAL, POINT
 from kermes.planning import plan_tile
 from kermes.psf import model_psf
 from kermes.rendering import SourceModels

@@ -21,7 +21,7 @@ from kermes.geometry import Box
 from kermes.initialization import fit_kernels, initialize
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import metrics as kernels_metrics
-from kermes.kernels.profile_fitting import DOUBLE, EXPONENTIAL, POINT, SERSIC
+from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, POINT, SERSIC
 from kermes.measurement import Fluxes, measure_fluxes
 from kermes.metrics import BlendMetrics, blend_metrics, model_metrics
 from kermes.planning import RUNGS, BlendTask, TilePlan, usable_pixels

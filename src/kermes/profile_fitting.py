@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from kermes.config import ProfileConfig
 from kermes.geometry import Box
 from kermes.kernels import profile_fitting as kernels
-from kermes.kernels.profile_fitting import DOUBLE, EXPONENTIAL, N_KINDS, N_SHAPE, POINT, SERSIC, Modes, Sources
+from kermes.kernels import residuals
+from kermes.kernels import stamps as stamp_kernels
+from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, N_KINDS, N_SHAPE, POINT, SERSIC, Modes, Sources
 from kermes.point_fitting import PointFit, PointSettings, fit_points
 from kermes.scene import ProfileComponent, Scene, Source, kernel_table
 
@@ -76,9 +78,15 @@ class ModeBank:
     """Shape (B, P, Q); zero in a band that cannot be used."""
 
     modes: Modes = field(init=False)
+    norms: DoubleArray = field(init=False)
+    """Root of the sum of squares of each PSF, shape (B,)."""
+
+    _single: FloatArray = field(init=False)
     _lock: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self) -> None:
+        self.norms = np.sqrt(np.square(self.psfs).sum(axis=(1, 2)))
+        self._single = self.psfs.astype(np.float32)
         self.modes = Modes(
             sets=np.full((len(SIDES), len(THRESHOLDS)), -1, dtype=np.int64),
             offsets=np.zeros(1, dtype=np.int64),
@@ -102,7 +110,7 @@ class ModeBank:
         side, n_bands = int(SIDES[k]), len(self.psfs)
         lengths = np.empty(side, dtype=np.int64)
         psf = np.empty((n_bands, 2, side * (side // 2 + 1)), dtype=np.float32)
-        n = kernels.transform_modes(self.psfs, side, THRESHOLDS[level], lengths, psf)
+        n = stamp_kernels.transform_modes(self._single, side, THRESHOLDS[level], lengths, psf)
         old = self.modes
         sets = old.sets.copy()
         sets[k, level] = len(old.offsets) - 1
@@ -209,6 +217,8 @@ def group_sources(
         Group g has members[offsets[g]:offsets[g + 1]]; groups in the order of their first members.
     """
     n = len(positions)
+    if n == 1:
+        return np.zeros(1, dtype=np.int64), np.arange(2)
     owner = list(range(n))
     size = [1] * n
 
@@ -239,7 +249,8 @@ def group_sources(
             size[a] += size[b]
     roots = np.array([find(i) for i in range(n)], dtype=np.int64)
     members = np.argsort(roots, kind="stable")
-    starts = np.flatnonzero(np.diff(roots[members], prepend=-1))
+    sorted_roots = roots[members]
+    starts = np.flatnonzero(sorted_roots != np.append(-1, sorted_roots[:-1]))
     return members.astype(np.int64), np.append(starts, n).astype(np.int64)
 
 
@@ -265,9 +276,10 @@ class _Engine:
         if most == POINT:
             self.sources.kinds[:] = POINT
         self.n_listed = len(peaks)
-        valid = [w[w > 0] for w in weights]
-        self.noise = np.array([1 / np.sqrt(np.median(w)) if len(w) else 0.0 for w in valid])
-        self.psf_norm = np.sqrt(np.square(bank.psfs).sum(axis=(1, 2)))
+        total = weights.sum(axis=(1, 2), dtype=np.float64)
+        n_valid = np.count_nonzero(weights, axis=(1, 2))
+        self.noise = np.sqrt(np.divide(n_valid, total, out=np.zeros(len(total)), where=total > 0))
+        self.psf_norm = bank.norms
         # The width of a Gaussian that has the same effective area.
         self.psf_sigmas = np.array([1 / (2 * np.sqrt(np.pi) * norm) if norm > 0 else 0.0 for norm in self.psf_norm])
         self.penalties = np.array([0.0, config.extended_penalty, config.sersic_penalty, config.double_penalty])
@@ -287,12 +299,12 @@ class _Engine:
 
     def update(self) -> None:
         """Estimate signal-to-noise, and from it how large sources may be; what is larger is drawn anew."""
-        kernels.signal_to_noise(self.sources, self.noise, self.psf_norm, self.snr)
+        residuals.signal_to_noise(self.sources, self.noise, self.psf_norm, self.snr)
         config = self.config
         if config.largest_radius > 0:
             cap = np.log(config.largest_radius * np.maximum(self.snr / 10, 0.8) ** 0.3)
             shapes = self.sources.shapes
-            too_large = np.flatnonzero((shapes[:, [2, 6]] > cap[:, None]).any(axis=1))
+            too_large = np.flatnonzero((shapes[:, 2] > cap) | (shapes[:, 6] > cap))
             self.draw(too_large, 1.0)
             for p in (2, 6):
                 self.sources.high[:, p] = cap
@@ -302,19 +314,18 @@ class _Engine:
     def distrust_wings(self) -> None:
         """Lower the signal-to-noise of what does not stand out: at first, sources on bright wings take their light."""
         contrast = np.empty(len(self.snr))
-        kernels.contrast(self.images, self.weights, self.sources.shapes, self.psf_sigmas, contrast)
+        residuals.contrast(self.images, self.weights, self.sources.shapes, self.psf_sigmas, contrast)
         np.minimum(self.snr, CONTRAST * contrast, out=self.snr)
 
     def soften(self) -> None:
         """Add the error of imperfect models of bright sources, as their neighbours see it."""
         bright = np.flatnonzero(self.snr > self.config.bright_snr)
         if len(bright) and self.config.model_error > 0:
-            image, soft = np.empty_like(self.residual), np.empty_like(self.weights)
-            modes = self.bank.modes
-            kernels.soften(
-                self.weights, self.table, modes, SIDES, self.sources, bright, self.config.model_error, image, soft
+            image = np.zeros_like(self.residual)
+            stamp_kernels.draw_sources(
+                image, self.table, self.bank.modes, SIDES, self.sources, bright, self.config.model_error
             )
-            self.soft_weights = soft
+            self.soft_weights = self.weights / (1 + self.weights * image * image)
 
     def admit_misfit(self) -> None:
         """Scale the variances by the chi2 of the core of each source where that is above one."""
@@ -323,19 +334,21 @@ class _Engine:
             extended, np.exp(self.sources.shapes[:, 2]), 0.0
         )
         chi2 = np.empty(len(radii))
-        kernels.core_chi2(self.residual, self.weights, self.sources, radii, chi2)
+        residuals.core_chi2(self.residual, self.weights, self.sources, radii, chi2)
         scale = np.maximum(chi2, 1.0)[:, None]
         self.flux_variance *= scale
         self.position_variance = self.position_variance * scale + CENTER_FLOOR**2
 
     def draw(self, rows: IndexArray, factor: float) -> None:
         """Add some sources, times a factor, to the residual, each on the stamp that it has."""
-        kernels.draw_sources(self.residual, self.table, self.bank.modes, SIDES, self.sources, rows, factor)
+        if len(rows) == 0:
+            return
+        stamp_kernels.draw_sources(self.residual, self.table, self.bank.modes, SIDES, self.sources, rows, factor)
 
     def place(self) -> None:
         """Give all sources the stamps of their groups."""
         stamps = np.empty((len(self.offsets) - 1, 4), dtype=np.int64)
-        kernels.plan_stamps(self.sources, self.members, self.offsets, self.snr, SIDES, LEVELS, stamps)
+        stamp_kernels.plan_stamps(self.sources, self.members, self.offsets, self.snr, SIDES, LEVELS, stamps)
         self.bank.require(stamps)
         self.sources.stamps[self.members] = np.repeat(stamps, np.diff(self.offsets), axis=0)
 
@@ -343,10 +356,12 @@ class _Engine:
         """Add point sources where much is left of the data; returns which groups' members to visit, shape (S,)."""
         config = self.config
         left, seen = (np.empty(self.residual.shape[1:], dtype=np.float32) for _ in range(2))
-        kernels.significance(self.images, self.residual, self.weights, self.psf_sigmas, left, seen)
+        residuals.significance(
+            self.images, self.residual, self.weights, self.psf_sigmas, config.residual_snr, left, seen
+        )
         limit = 4 * len(self.snr) + 10
         found, values = np.empty((limit, 2)), np.empty(limit)
-        n = kernels.find_maxima(
+        n = residuals.find_maxima(
             left,
             seen,
             self.weights,
@@ -380,7 +395,7 @@ class _Engine:
 
     def loss(self) -> float:
         """Half the chi2 of what is left."""
-        return 0.5 * float(np.einsum("bhw,bhw,bhw->", self.residual, self.residual, self.weights, dtype=np.float64))
+        return 0.5 * float(np.sum(self.residual * self.residual * self.weights, dtype=np.float64))
 
     def candidates(self, skip: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
         """Which kinds each source may become, shape (S, N_KINDS)."""
@@ -401,19 +416,24 @@ class _Engine:
         chosen: NDArray[np.bool_] | None = None,
         candidates: NDArray[np.bool_] | None = None,
         errors: bool = False,
-    ) -> None:
-        """Visit the groups that have a chosen member, the brightest first, but for those that would not change."""
+    ) -> bool:
+        """Visit the groups that have a chosen member, the brightest first, but for those that would not change.
+
+        Returns whether there are any.
+        """
         groups = len(self.offsets) - 1
         brightest = np.maximum.reduceat(self.snr[self.members], self.offsets[:-1])
         order = np.argsort(-brightest, kind="stable")
         if chosen is not None:
             order = order[np.logical_or.reduceat(chosen[self.members], self.offsets[:-1])[order]]
         stamps = np.empty((groups, 4), dtype=np.int64)
-        kernels.plan_stamps(self.sources, self.members, self.offsets, self.snr, SIDES, LEVELS, stamps)
+        stamp_kernels.plan_stamps(self.sources, self.members, self.offsets, self.snr, SIDES, LEVELS, stamps)
         lonely = np.empty(groups, dtype=bool)
-        kernels.find_lonely(stamps, SIDES, lonely)
+        stamp_kernels.find_lonely(stamps, SIDES, lonely)
         if candidates is None and not errors:
             order = order[~(self.settled & lonely)[order]]
+        if len(order) == 0:
+            return False
         modes = self.bank.require(stamps[order])
         closed = np.zeros(groups, dtype=bool)
         if candidates is None:
@@ -444,6 +464,7 @@ class _Engine:
         self.steps += int(done)
         if not errors:
             self.settled[order] = closed[order] & (steps > 0)
+        return True
 
 
 def fit_profiles(
@@ -519,8 +540,9 @@ def _fit_in_groups(
         engine.update()
     loss, converged = engine.loss(), False
     for _ in range(config.max_sweeps):
-        engine.sweep(2)
-        before, loss = loss, engine.loss()
+        before = loss
+        if engine.sweep(2):
+            loss = engine.loss()
         converged = abs(before - loss) < CONVERGED * len(engine.snr)
         if converged:
             break
@@ -547,7 +569,7 @@ def _is_crowded(weights: FloatArray, bank: ModeBank, n_sources: int, fewest: flo
     """Whether there are at least so many sources, and fewer pixels for each than so many areas of the PSF."""
     if n_sources < fewest:
         return False
-    norm = np.sqrt(np.square(bank.psfs).sum(axis=(1, 2)))
+    norm = bank.norms
     if not (norm > 0).any():
         return False
     # Effective area of the PSF, 4 pi sigma^2 for a Gaussian.
@@ -580,7 +602,7 @@ def _fit_crowded(
             engine.sweep(config.steps, masked)
             stars = engine.sources
             light = np.zeros_like(usable)
-            kernels.draw_sources(light, engine.table, bank.modes, SIDES, stars, np.flatnonzero(masked), 1.0)
+            stamp_kernels.draw_sources(light, engine.table, bank.modes, SIDES, stars, np.flatnonzero(masked), 1.0)
     listed, n = np.flatnonzero(~hidden), len(peaks)
     engine.flux_variance[listed] = np.square(points.flux_err)
     engine.position_variance[listed] = np.square(points.center_err)

@@ -1,67 +1,37 @@
 """Levenberg-Marquardt steps of a few neighbouring profile sources, in the Fourier modes of a stamp."""
 
-from typing import NamedTuple
-
 import numpy as np
-from rocket_fft import c2r, r2c
+from rocket_fft import r2c
 
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
 from kermes.kernels.profiles import N_COLUMNS, evaluate_profile, interpolate_index
+from kermes.kernels.stamps import (
+    DOUBLE,
+    EXPONENTIAL,
+    N_KINDS,
+    N_SHAPE,
+    POINT,
+    SERSIC,
+    add_model,
+    add_planes,
+    draw_source,
+    see_modes,
+    set_of_psfs,
+)
 
-POINT, EXPONENTIAL, SERSIC, DOUBLE = 0, 1, 2, 3
-N_KINDS = 4
-N_SHAPE = 10
-"""y, x, ln r, e1, e2, ln n; ln r, e1, e2 and ln n of the bulge."""
+TRIALS = (POINT, EXPONENTIAL, DOUBLE, SERSIC, DOUBLE)
+"""Order in which a source is taken for other kinds. A disc with a bulge is tried before a Sersic profile, and again
+from there if one of them had negative light."""
+
+HOPELESS = (4.0, 1.0)
+"""A simpler, and a more complex kind of a source is given up when the penalised loss with all other shapes held is more
+than this above that of the present kind. What a simpler one leaves may be taken up by neighbours yet."""
 
 MOST_PIXELS = 40000
 """Products are not formed from the pixels of more than so many stamps together, for the memory it takes."""
 
 RIDGE = 1e-5
 """Keeps the fluxes of coincident sources finite."""
-
-
-class Modes(NamedTuple):
-    """Fourier modes that are fitted, one set for each side of a stamp and each level of brightness."""
-
-    sets: np.ndarray
-    """Number of the set for a side and a level, shape (sides, levels); -1: not made yet."""
-
-    offsets: np.ndarray
-    """Set k has the modes offsets[k]:offsets[k + 1]."""
-
-    lengths: np.ndarray
-    """Row i of the half plane of a set has the modes 0 .. lengths - 1; sets one after the other."""
-
-    starts: np.ndarray
-    """Set k has the rows starts[k]:starts[k + 1]."""
-
-    psf: np.ndarray
-    """Transforms of the PSFs, (B, 2, modes) of one set after the other, flattened."""
-
-
-class Sources(NamedTuple):
-    """State of all sources of a blend; positions in pixels of the blend."""
-
-    kinds: np.ndarray
-    shapes: np.ndarray
-    """Shape (S, N_SHAPE)."""
-
-    fluxes: np.ndarray
-    """Total flux of both parts in each band, shape (S, 2, B)."""
-
-    mean: np.ndarray
-    weight: np.ndarray
-    """Prior mean and inverse variance of the shapes."""
-
-    low: np.ndarray
-    high: np.ndarray
-    """Limits of the shapes."""
-
-    stamps: np.ndarray
-    """Side index, y0, x0, level of the stamp that the source is drawn on now, shape (S, 4); side index -1: none."""
-
-    evidence: np.ndarray
-    """Fall of the penalised loss from each kind of model to the chosen one, shape (S, N_KINDS); NaN where not tried."""
 
 
 @fast_kernel
@@ -78,6 +48,55 @@ def dot(a, b):
     for m in range(len(a)):
         total += a[m] * b[m]
     return total
+
+
+@fast_kernel
+def dot_three(a, rows, first):
+    """Sums of products of a with three rows from `first` on, the last one again where there are no more.
+
+    Together, because reading costs more than multiplying.
+    """
+    last = len(rows) - 1
+    x, y, z = rows[first], rows[min(first + 1, last)], rows[min(first + 2, last)]
+    by_x, by_y, by_z = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for m in range(len(a)):
+        by_x += a[m] * x[m]
+        by_y += a[m] * y[m]
+        by_z += a[m] * z[m]
+    return by_x, by_y, by_z
+
+
+@kernel
+def dot_rows(a, rows, n, out):
+    """Sums of products of a with the first n rows."""
+    for first in range(0, n, 3):
+        by_x, by_y, by_z = dot_three(a, rows, first)
+        out[first] = by_x
+        if first + 1 < n:
+            out[first + 1] = by_y
+        if first + 2 < n:
+            out[first + 2] = by_z
+
+
+@fast_kernel
+def multiply(a, b, out):
+    """Products of the elements."""
+    for m in range(len(out)):
+        out[m] = a[m] * b[m]
+
+
+@fast_kernel
+def add_products(a, b, factor, out):
+    """Add products of the elements, times a factor."""
+    for m in range(len(out)):
+        out[m] += factor * (a[m] * b[m])
+
+
+@fast_kernel
+def add_to(out, row, factor):
+    """Add a row, times a factor."""
+    for m in range(len(out)):
+        out[m] += factor * row[m]
 
 
 @kernel
@@ -114,34 +133,28 @@ def substitute(a, n, v, backward):
 
 
 @kernel
-def list_components(members, kinds, owner, part, slots):
+def list_components(members, kinds, only, owner, part, slots):
     """List the components of a group and the place of each of their derivatives among its free shape parameters.
 
     owner, part (C,): place of the source in the group, and 0, or 1 for a bulge; slots (C, N_COLUMNS): -1 where a
-    parameter is held. Returns the number of components and of parameters,.
+    parameter is held. With `only` >= 0 the parameters of all other members are held. Returns the number of components
+    and of parameters.
     """
     n_components = n_free = 0
     for i in range(len(members)):
         kind = kinds[members[i]]
-        for j in range(N_COLUMNS):
-            slots[n_components, j] = -1
-        owner[n_components], part[n_components] = i, 0
-        n_columns = 3 if kind == POINT else 6
-        for j in range(1, n_columns):
-            slots[n_components, j] = n_free
-            n_free += 1
-        if kind == SERSIC:
-            slots[n_components, 6] = n_free
-            n_free += 1
-        n_components += 1
-        if kind == DOUBLE:
-            owner[n_components], part[n_components] = i, 1
-            slots[n_components, 0] = -1
-            for j in range(1, N_COLUMNS):
-                slots[n_components, j] = slots[n_components - 1, j]
-            for j in range(3, N_COLUMNS):
-                slots[n_components, j] = n_free
-                n_free += 1
+        for k in range(2 if kind == DOUBLE else 1):
+            owner[n_components], part[n_components] = i, k
+            n_columns = 3 if kind == POINT else 7 if kind == SERSIC or k == 1 else 6
+            for j in range(N_COLUMNS):
+                slots[n_components, j] = -1
+                if only >= 0 and i != only:
+                    continue
+                if k == 1 and 1 <= j < 3:
+                    slots[n_components, j] = slots[n_components - 1, j]
+                elif 1 <= j < n_columns:
+                    slots[n_components, j] = n_free
+                    n_free += 1
             n_components += 1
     return n_components, n_free
 
@@ -153,10 +166,48 @@ def shape_index(part, j):
 
 
 @kernel
-def evaluate_group(table, lengths, side, members, kinds, theta, owner, part, n_components, rows, columns):
-    """Evaluate all components of a group with their derivatives; theta (G, N_SHAPE)."""
+def see_column(column, lengths, psf, side, out):
+    """Turn a column (2, M) into images seen through the PSFs (B, 2, M); out (B, side * side)."""
+    n_bands, _, n_modes = psf.shape
+    model = np.empty((n_bands, 2, n_modes), np.float32)
+    for b in range(n_bands):
+        for k in range(2):
+            for m in range(n_modes):
+                model[b, k, m] = column[k, m]
+    planes = see_modes(lengths, psf, model, side).reshape(n_bands, side * side)
+    for b in range(n_bands):
+        for m in range(side * side):
+            out[b, m] = planes[b, m]
+
+
+@kernel
+def evaluate_group(
+    table,
+    lengths,
+    side,
+    exact,
+    psf,
+    members,
+    kinds,
+    theta,
+    owner,
+    part,
+    slots,
+    n_components,
+    everything,
+    rows,
+    columns,
+    pixels,
+):
+    """Evaluate the components of a group with their derivatives, and with `exact` the images of those of flux one.
+
+    theta (G, N_SHAPE); columns (C, N_COLUMNS, 2, M), pixels (C, N_COLUMNS, B, side * side). Unless `everything`, what
+    has no free parameter is left as it is.
+    """
     shape = np.empty(5)
     for c in range(n_components):
+        if not everything and slots[c, 1] < 0:
+            continue
         i = owner[c]
         kind = kinds[members[i]]
         for j in range(5):
@@ -166,11 +217,15 @@ def evaluate_group(table, lengths, side, members, kinds, theta, owner, part, n_c
             shape[2], shape[3], shape[4], ln_n = theta[i, 6], theta[i, 7], theta[i, 8], theta[i, 9]
         elif kind == SERSIC:
             ln_n = theta[i, 5]
-        cells = table.exponential
+        cells, n_columns = table.exponential, N_COLUMNS - 1
         if part[c] == 1 or kind == SERSIC:
             interpolate_index(table.values, table.slopes, table.ln_index, ln_n, rows)
-            cells = rows
-        evaluate_profile(cells, lengths, side, shape, kind != POINT, columns[c], N_COLUMNS)
+            cells, n_columns = rows, N_COLUMNS
+        if slots[c, 1] < 0:
+            n_columns = 1
+        evaluate_profile(cells, lengths, side, shape, kind != POINT, columns[c, :n_columns])
+        if exact:
+            see_column(columns[c, 0], lengths, psf, side, pixels[c, 0])
 
 
 @fast_kernel
@@ -183,29 +238,6 @@ def weighted_dot(a, b, weights):
 
 
 @kernel
-def see_columns(columns, slots, n_components, first, last, lengths, psf, side, pixels):
-    """Turn columns first to last - 1 of all components, if used, into images; pixels (C, N_COLUMNS, B, side * side)."""
-    transformed = np.empty((side, side // 2 + 1), np.complex64)
-    axes = np.arange(2)
-    for c in range(n_components):
-        for q in range(first, last):
-            if q > 0 and slots[c, q] < 0:
-                continue
-            for b in range(psf.shape[0]):
-                m = 0
-                for i in range(side):
-                    for j in range(side // 2 + 1):
-                        if j < lengths[i]:
-                            re, im = columns[c, q, 0, m], columns[c, q, 1, m]
-                            u, v = psf[b, 0, m], psf[b, 1, m]
-                            transformed[i, j] = np.complex64(complex(re * u - im * v, re * v + im * u))
-                            m += 1
-                        else:
-                            transformed[i, j] = 0.0
-                c2r(transformed, pixels[c, q, b].reshape(side, side), axes, False, 1.0 / (side * side), 1)
-
-
-@kernel
 def solve_fluxes(exact, columns, pixels, data, power, n_components, work, matrix, fluxes, factors):
     """Solve the fluxes of all components jointly in each band; returns the gain in loss.
 
@@ -214,7 +246,8 @@ def solve_fluxes(exact, columns, pixels, data, power, n_components, work, matrix
     factors, fluxes (C, B) the answer.
     """
     n_bands = len(power)
-    vectors = np.empty((n_bands, n_components))
+    vectors, by_band = np.empty((n_bands, n_components)), np.empty(n_bands)
+    flat = data.reshape(n_bands, data.shape[1] * data.shape[2])
     for c in range(n_components):
         for d in range(c + 1):
             if exact:
@@ -222,13 +255,16 @@ def solve_fluxes(exact, columns, pixels, data, power, n_components, work, matrix
                     matrix[b, c, d] = matrix[b, d, c] = weighted_dot(pixels[c, 0, b], pixels[d, 0, b], power[b])
             else:
                 products(columns[c, 0], columns[d, 0], work)
+                dot_rows(work, power, n_bands, by_band)
                 for b in range(n_bands):
-                    matrix[b, c, d] = matrix[b, d, c] = dot(work, power[b])
-        for b in range(n_bands):
-            if exact:
+                    matrix[b, c, d] = matrix[b, d, c] = by_band[b]
+        if exact:
+            for b in range(n_bands):
                 vectors[b, c] = weighted_dot(pixels[c, 0, b], data[b, 0], power[b])
-            else:
-                vectors[b, c] = dot(columns[c, 0, 0], data[b, 0]) + dot(columns[c, 0, 1], data[b, 1])
+        else:
+            dot_rows(columns[c, 0].reshape(flat.shape[1]), flat, n_bands, by_band)
+            for b in range(n_bands):
+                vectors[b, c] = by_band[b]
     gain = 0.0
     for b in range(n_bands):
         for c in range(n_components):
@@ -254,15 +290,15 @@ def solve_fluxes(exact, columns, pixels, data, power, n_components, work, matrix
 
 
 @kernel
-def prior_loss(theta, members, kinds, owner, part, slots, n_components, mean, weight):
-    """Half the sum of squares of the distances from the prior means, over the free parameters."""
+def prior_loss(theta, members, kinds, mean, weight):
+    """Half the sum of squares of the distances from the prior means, over the parameters that the kinds have."""
     total = 0.0
-    for c in range(n_components):
-        i = owner[c]
-        for j in range(1, N_COLUMNS):
-            if slots[c, j] >= 0 and (part[c] == 0 or j >= 3):
-                p = shape_index(part[c], j)
-                total += 0.5 * weight[members[i], p] * (theta[i, p] - mean[members[i], p]) ** 2
+    for i in range(len(members)):
+        s = members[i]
+        kind = kinds[s]
+        for p in range(N_SHAPE):
+            if p < 2 or (kind != POINT and p < 5) or (kind == SERSIC and p == 5) or (kind == DOUBLE and p > 5):
+                total += 0.5 * weight[s, p] * (theta[i, p] - mean[s, p]) ** 2
     return total
 
 
@@ -284,41 +320,51 @@ def fill_modes(columns, data, power, n_components, slots, fluxes, work, hessian,
     n_bands, n_modes = power.shape
     weight = np.empty(n_modes, np.float32)
     residual = np.empty((2, n_modes), np.float32)
+    weighted = np.empty((N_COLUMNS - 1, 2, n_modes), np.float32)
+    rows = weighted.reshape(N_COLUMNS - 1, 2 * n_modes)
+    sums = np.empty(max(n_bands, N_COLUMNS))
+    places = np.empty(N_COLUMNS, np.int64)
     for c in range(n_components):
         # What is left of the data, summed over the bands as this component sees them.
         for m in range(n_modes):
             residual[0, m] = residual[1, m] = 0.0
         for b in range(n_bands):
             f = np.float32(fluxes[c, b])
-            for m in range(n_modes):
-                residual[0, m] += f * data[b, 0, m]
-                residual[1, m] += f * data[b, 1, m]
+            add_to(residual[0], data[b, 0], f)
+            add_to(residual[1], data[b, 1], f)
         for d in range(n_components):
             for m in range(n_modes):
                 weight[m] = 0.0
             for b in range(n_bands):
-                f = np.float32(fluxes[c, b] * fluxes[d, b])
-                for m in range(n_modes):
-                    weight[m] += f * power[b, m]
-            for m in range(n_modes):
-                residual[0, m] -= weight[m] * columns[d, 0, 0, m]
-                residual[1, m] -= weight[m] * columns[d, 0, 1, m]
+                add_to(weight, power[b], np.float32(fluxes[c, b] * fluxes[d, b]))
+            for k in range(2):
+                add_products(weight, columns[d, 0, k], np.float32(-1.0), residual[k])
+            n = 0
             for q in range(1, N_COLUMNS):
                 if slots[d, q] < 0:
                     continue
                 products(columns[c, 0], columns[d, q], work)
+                dot_rows(work, power, n_bands, sums)
                 for b in range(n_bands):
-                    coupling[b, c, slots[d, q]] += fluxes[d, b] * dot(work, power[b])
-                if c > d:
+                    coupling[b, c, slots[d, q]] += fluxes[d, b] * sums[b]
+                if c <= d:
+                    for k in range(2):
+                        multiply(columns[d, q, k], weight, weighted[n, k])
+                    places[n] = slots[d, q]
+                    n += 1
+            if n == 0 or c > d:
+                continue
+            for p in range(1, N_COLUMNS):
+                i = slots[c, p]
+                if i < 0:
                     continue
-                for p in range(1, N_COLUMNS):
-                    if slots[c, p] < 0 or (c == d and p > q):
-                        continue
-                    products(columns[c, p], columns[d, q], work)
-                    value = dot(work, weight)
-                    hessian[slots[c, p], slots[d, q]] += value
-                    if not (c == d and p == q):
-                        hessian[slots[d, q], slots[c, p]] += value
+                dot_rows(columns[c, p].reshape(2 * n_modes), rows[:n], n, sums)
+                for q in range(n):
+                    j = places[q]
+                    if c != d or j <= i:
+                        hessian[i, j] += sums[q]
+                        if c != d or i != j:
+                            hessian[j, i] += sums[q]
         for p in range(1, N_COLUMNS):
             if slots[c, p] >= 0:
                 gradient[slots[c, p]] += dot(columns[c, p, 0], residual[0]) + dot(columns[c, p, 1], residual[1])
@@ -327,40 +373,52 @@ def fill_modes(columns, data, power, n_components, slots, fluxes, work, hessian,
 @kernel
 def fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradient, coupling):
     """The same from the pixels of the stamp with a weight each; data[:, 0], power (B, side * side)."""
-    n_bands = len(power)
-    residual = np.empty(power.shape[1], np.float32)
+    n_bands, n_pixels = power.shape
+    residual = np.empty(n_pixels, np.float32)
+    weighted = np.empty((N_COLUMNS, n_pixels), np.float32)
+    sums, places = np.empty(N_COLUMNS), np.empty(N_COLUMNS, np.int64)
     for b in range(n_bands):
-        for m in range(len(residual)):
+        for m in range(n_pixels):
             residual[m] = data[b, 0, m]
         for d in range(n_components):
-            f = np.float32(fluxes[d, b])
-            for m in range(len(residual)):
-                residual[m] -= f * pixels[d, 0, b, m]
-        for c in range(n_components):
-            for d in range(n_components):
-                for q in range(1, N_COLUMNS):
-                    if slots[d, q] < 0:
+            add_to(residual, pixels[d, 0, b], np.float32(-fluxes[d, b]))
+        multiply(residual, power[b], residual)
+        for d in range(n_components):
+            n = 0
+            for q in range(1, N_COLUMNS):
+                if slots[d, q] >= 0:
+                    multiply(pixels[d, q, b], power[b], weighted[n])
+                    places[n] = slots[d, q]
+                    n += 1
+                    gradient[slots[d, q]] += fluxes[d, b] * dot(pixels[d, q, b], residual)
+            if n == 0:
+                continue
+            for c in range(n_components):
+                dot_rows(pixels[c, 0, b], weighted[:n], n, sums)
+                for q in range(n):
+                    coupling[b, c, places[q]] += fluxes[d, b] * sums[q]
+                if c > d:
+                    continue
+                for p in range(1, N_COLUMNS):
+                    i = slots[c, p]
+                    if i < 0:
                         continue
-                    product = weighted_dot(pixels[c, 0, b], pixels[d, q, b], power[b])
-                    coupling[b, c, slots[d, q]] += fluxes[d, b] * product
-                    if c > d:
-                        continue
-                    for p in range(1, N_COLUMNS):
-                        if slots[c, p] < 0 or (c == d and p > q):
-                            continue
-                        value = weighted_dot(pixels[c, p, b], pixels[d, q, b], power[b])
-                        value *= fluxes[c, b] * fluxes[d, b]
-                        hessian[slots[c, p], slots[d, q]] += value
-                        if not (c == d and p == q):
-                            hessian[slots[d, q], slots[c, p]] += value
-            for p in range(1, N_COLUMNS):
-                if slots[c, p] >= 0:
-                    gradient[slots[c, p]] += fluxes[c, b] * weighted_dot(pixels[c, p, b], residual, power[b])
+                    dot_rows(pixels[c, p, b], weighted[:n], n, sums)
+                    for q in range(n):
+                        j = places[q]
+                        if c != d or j <= i:
+                            value = sums[q] * fluxes[c, b] * fluxes[d, b]
+                            hessian[i, j] += value
+                            if c != d or i != j:
+                                hessian[j, i] += value
 
 
 @kernel
 def normal_equations(
+    lengths,
+    side,
     exact,
+    psf,
     columns,
     pixels,
     data,
@@ -388,6 +446,10 @@ def normal_equations(
             for c in range(n_components):
                 coupling[b, c, p] = 0.0
     if exact:
+        for c in range(n_components):
+            for q in range(1, N_COLUMNS):
+                if slots[c, q] >= 0:
+                    see_column(columns[c, q], lengths, psf, side, pixels[c, q])
         fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradient, coupling)
     else:
         fill_modes(columns, data, power, n_components, slots, fluxes, work, hessian, gradient, coupling)
@@ -406,163 +468,29 @@ def normal_equations(
 
 
 @kernel
-def fit_group(table, lengths, side, exact, psf, data, power, members, sources, largest, n_steps, tolerance):
-    """Fit the sources of a group to the data of a stamp.
-
-    data (B, 2, M): conj(P) times the transform of the weighted data; power (B, M): |P|^2 times the weight; or, if
-    `exact`, the images (B, 1, side * side) and weights (B, side * side); psf (B, 2, M); largest (N_SHAPE,): longest
-    step. Shapes and fluxes of the members are replaced. Returns the loss relative to no model, with that of the priors,
-    and the number of steps.
-    """
-    n_bands, n_modes = len(power), psf.shape[2]
-    n = len(members)
-    kinds, mean, weight = sources.kinds, sources.mean, sources.weight
-    owner, part = np.empty(2 * n, np.int64), np.empty(2 * n, np.int64)
-    slots = np.empty((2 * n, N_COLUMNS), np.int64)
-    n_components, n_free = list_components(members, kinds, owner, part, slots)
-    rows = np.empty(table.exponential.shape, np.float32)
-    theta, trial = np.empty((n, N_SHAPE)), np.empty((n, N_SHAPE))
-    for i in range(n):
-        for p in range(N_SHAPE):
-            theta[i, p] = sources.shapes[members[i], p]
-    work = np.empty(n_modes, np.float32)
-    columns = np.empty((n_components, N_COLUMNS, 2, n_modes), np.float32)
-    pixels = np.empty((n_components if exact else 0, N_COLUMNS, n_bands, side * side), np.float32)
-    matrix = np.empty((n_bands, n_components, n_components))
-    factors = np.empty((n_bands, n_components, n_components))
-    fluxes, trial_fluxes = np.empty((n_components, n_bands)), np.empty((n_components, n_bands))
-    evaluate_group(table, lengths, side, members, kinds, theta, owner, part, n_components, rows, columns)
-    if exact:
-        see_columns(columns, slots, n_components, 0, 1, lengths, psf, side, pixels)
-    loss = -solve_fluxes(exact, columns, pixels, data, power, n_components, work, matrix, fluxes, factors)
-    loss += prior_loss(theta, members, kinds, owner, part, slots, n_components, mean, weight)
-    hessian, damped = np.empty((n_free, n_free)), np.empty((n_free, n_free))
-    gradient, step = np.empty(n_free), np.empty(n_free)
-    coupling = np.empty((n_bands, n_components, n_free))
-    damping, done = 1e-3, 0
-    for _ in range(n_steps):
-        if exact:
-            see_columns(columns, slots, n_components, 1, N_COLUMNS, lengths, psf, side, pixels)
-        normal_equations(
-            exact,
-            columns,
-            pixels,
-            data,
-            power,
-            n_components,
-            n_free,
-            slots,
-            factors,
-            fluxes,
-            work,
-            hessian,
-            gradient,
-            coupling,
-        )
-        add_priors(theta, members, owner, part, slots, n_components, mean, weight, hessian, gradient)
-        accepted = False
-        trial_loss = loss
-        for _attempt in range(4):
-            for p in range(n_free):
-                for q in range(n_free):
-                    damped[p, q] = hessian[p, q]
-                damped[p, p] += damping * abs(hessian[p, p]) + 1e-6
-                step[p] = gradient[p]
-            if not cholesky(damped, n_free):
-                damping = 10 * damping
-                continue
-            substitute(damped, n_free, step, True)
-            for i in range(n):
-                for p in range(N_SHAPE):
-                    trial[i, p] = theta[i, p]
-            for c in range(n_components):
-                i = owner[c]
-                for j in range(1, N_COLUMNS):
-                    if slots[c, j] >= 0 and (part[c] == 0 or j >= 3):
-                        p, s = shape_index(part[c], j), members[i]
-                        move = min(max(step[slots[c, j]], -largest[p]), largest[p])
-                        trial[i, p] = min(max(theta[i, p] + move, sources.low[s, p]), sources.high[s, p])
-            evaluate_group(table, lengths, side, members, kinds, trial, owner, part, n_components, rows, columns)
-            if exact:
-                see_columns(columns, slots, n_components, 0, 1, lengths, psf, side, pixels)
-            trial_loss = -solve_fluxes(
-                exact, columns, pixels, data, power, n_components, work, matrix, trial_fluxes, factors
-            )
-            trial_loss += prior_loss(trial, members, kinds, owner, part, slots, n_components, mean, weight)
-            if trial_loss <= loss:
-                accepted = True
-                break
-            damping = 10 * damping
-        if not accepted:
-            break
-        done += 1
-        fall = loss - trial_loss
-        loss = trial_loss
-        damping = max(0.1 * damping, 1e-6)
-        theta, trial = trial, theta
-        fluxes, trial_fluxes = trial_fluxes, fluxes
-        if fall < tolerance:
-            break
-    for c in range(n_components):
-        for b in range(n_bands):
-            sources.fluxes[members[owner[c]], part[c], b] = fluxes[c, b]
-    for i in range(n):
-        for p in range(N_SHAPE):
-            sources.shapes[members[i], p] = theta[i, p]
-    return loss, done
-
-
-@kernel
-def measure_errors(table, lengths, side, exact, psf, data, power, members, sources, flux_variance, position_variance):
+def fill_variances(
+    members,
+    owner,
+    part,
+    slots,
+    n_components,
+    n_free,
+    matrix,
+    factors,
+    hessian,
+    coupling,
+    flux_variance,
+    position_variance,
+):
     """Variances of the fluxes and positions of a group with everything else free, from the joint normal matrix.
 
     flux_variance (S, B) is that of the whole source, position_variance (S, 2); rows of the members are filled, NaN
-    where the matrix is singular or a band has no data.
+    where the matrix is singular or a band has no data. hessian is replaced by its Cholesky factor.
     """
-    n_bands, n_modes = len(power), psf.shape[2]
-    n = len(members)
-    owner, part = np.empty(2 * n, np.int64), np.empty(2 * n, np.int64)
-    slots = np.empty((2 * n, N_COLUMNS), np.int64)
-    n_components, n_free = list_components(members, sources.kinds, owner, part, slots)
-    rows = np.empty(table.exponential.shape, np.float32)
-    theta = np.empty((n, N_SHAPE))
-    for i in range(n):
-        for p in range(N_SHAPE):
-            theta[i, p] = sources.shapes[members[i], p]
-    work = np.empty(n_modes, np.float32)
-    columns = np.empty((n_components, N_COLUMNS, 2, n_modes), np.float32)
-    pixels = np.empty((n_components if exact else 0, N_COLUMNS, n_bands, side * side), np.float32)
-    matrix = np.empty((n_bands, n_components, n_components))
-    factors = np.empty((n_bands, n_components, n_components))
-    fluxes = np.empty((n_components, n_bands))
-    evaluate_group(table, lengths, side, members, sources.kinds, theta, owner, part, n_components, rows, columns)
-    if exact:
-        see_columns(columns, slots, n_components, 0, 1, lengths, psf, side, pixels)
-    solve_fluxes(exact, columns, pixels, data, power, n_components, work, matrix, fluxes, factors)
-    hessian, gradient = np.empty((n_free, n_free)), np.empty(n_free)
-    coupling = np.empty((n_bands, n_components, n_free))
-    if exact:
-        see_columns(columns, slots, n_components, 1, N_COLUMNS, lengths, psf, side, pixels)
-    normal_equations(
-        exact,
-        columns,
-        pixels,
-        data,
-        power,
-        n_components,
-        n_free,
-        slots,
-        factors,
-        fluxes,
-        work,
-        hessian,
-        gradient,
-        coupling,
-    )
-    add_priors(theta, members, owner, part, slots, n_components, sources.mean, sources.weight, hessian, gradient)
+    n_bands = len(matrix)
     regular = cholesky(hessian, n_free)
     response, share = np.empty(n_components), np.empty(n_free)
-    for i in range(n):
+    for i in range(len(members)):
         s = members[i]
         for j in range(2):
             position_variance[s, j] = np.nan
@@ -609,175 +537,247 @@ def measure_errors(table, lengths, side, exact, psf, data, power, members, sourc
 
 
 @kernel
-def choose_kinds(
+def fit_group(
     table,
     lengths,
     side,
     exact,
     psf,
-    strength,
     data,
     power,
     members,
     sources,
+    only,
     largest,
     n_steps,
     tolerance,
-    loss,
-    steps,
-    candidates,
-    penalties,
+    limit,
+    errors,
+    flux_variance,
+    position_variance,
 ):
-    """Try other kinds for each source of a group in turn and keep what lowers the penalised loss.
+    """Fit the sources of a group to the data of a stamp.
 
-    Returns the loss and the number of steps of the last fit that was kept, `steps` if none was.
-
-    candidates (G, N_KINDS) says which kinds a member may become, penalties (N_KINDS,) what each adds to the loss.
+    data (B, 2, M): conj(P) times the transform of the weighted data; power (B, M): |P|^2 times the weight; or, if
+    `exact`, the images (B, 1, side * side) and weights (B, side * side); psf (B, 2, M); largest (N_SHAPE,): longest
+    step. Shapes and fluxes of the members are replaced; with `only` >= 0 the shapes of that member alone. The fit is
+    given up when even three times of what a step promises would not bring the loss below a limit; the loss is then what
+    that step promises. With `errors` nothing is fitted, and data need not be there: the variances are filled, see
+    `fill_variances`. Returns the loss relative to no model, with that of the priors, and the number of steps.
     """
-    n, n_bands = len(members), len(power)
-    kinds, shapes, fluxes = sources.kinds, sources.shapes, sources.fluxes
-    kept_shapes, kept_fluxes = np.empty((n, N_SHAPE)), np.empty((n, 2, n_bands))
-    losses = np.empty(N_KINDS)
-    for i in range(n):
-        s = members[i]
-        for kind in range(N_KINDS):
-            losses[kind] = np.nan
-        losses[kinds[s]] = loss + penalties[kinds[s]]
-        # A disc with a bulge is tried before a Sersic profile, and again from there if one of them had negative light.
-        negative = False
-        for kind in (POINT, EXPONENTIAL, DOUBLE, SERSIC, DOUBLE):
-            before = kinds[s]
-            if not candidates[i, kind] or kind == before:
-                continue
-            if kind == DOUBLE and not np.isnan(losses[DOUBLE]) and not (before == SERSIC and negative):
-                continue
-            for k in range(n):
-                for p in range(N_SHAPE):
-                    kept_shapes[k, p] = shapes[members[k], p]
-                for part in range(2):
-                    for b in range(n_bands):
-                        kept_fluxes[k, part, b] = fluxes[members[k], part, b]
-            kinds[s] = kind
-            if kind == DOUBLE:
-                # The bulge starts, and is expected, at half the radius of the whole; that of a Sersic profile is most
-                # of it, in a larger disc.
-                smaller = 0.2 if before == SERSIC else 0.7
-                shapes[s, 6] = sources.mean[s, 6] = min(
-                    max(shapes[s, 2] - smaller, sources.low[s, 6]), sources.high[s, 6]
-                )
-                shapes[s, 7], shapes[s, 8] = shapes[s, 3], shapes[s, 4]
-                if before == SERSIC:
-                    shapes[s, 9] = shapes[s, 5]
-                    shapes[s, 2] = min(shapes[s, 2] + 0.3, sources.high[s, 2])
-            elif kind == SERSIC:
-                shapes[s, 5] = 0.0
-            trial, done = fit_group(
-                table, lengths, side, exact, psf, data, power, members, sources, largest, n_steps, tolerance
-            )
-            worse = not trial + penalties[kind] < loss + penalties[before]
-            if kind == DOUBLE:
-                negative = False
-                for part in range(2):
-                    total = 0.0
-                    for b in range(n_bands):
-                        total += fluxes[s, part, b] * strength[b]
-                    negative = negative or total < 0.0
-                worse = worse or negative
-            if np.isnan(losses[kind]) or not worse:
-                losses[kind] = trial + penalties[kind]
-            if worse:
-                kinds[s] = before
-                for k in range(n):
-                    for p in range(N_SHAPE):
-                        shapes[members[k], p] = kept_shapes[k, p]
-                    for part in range(2):
-                        for b in range(n_bands):
-                            fluxes[members[k], part, b] = kept_fluxes[k, part, b]
-            else:
-                loss, steps = trial, done
-                if kind != DOUBLE:
-                    for b in range(n_bands):
-                        fluxes[s, 1, b] = 0.0
-        for kind in range(N_KINDS):
-            sources.evidence[s, kind] = losses[kind] - losses[kinds[s]]
-    return loss, steps
-
-
-@kernel
-def add_model(table, lengths, side, sources, s, y0, x0, model):
-    """Add one source before the PSF at the modes of a stamp with the corner y0, x0; model (B, 2, M)."""
-    n_bands, _, n_modes = model.shape
+    n_bands, n_modes = len(power), psf.shape[2]
+    n = len(members)
+    kinds, mean, weight = sources.kinds, sources.mean, sources.weight
+    owner, part = np.empty(2 * n, np.int64), np.empty(2 * n, np.int64)
+    slots = np.empty((2 * n, N_COLUMNS), np.int64)
+    n_components, n_free = list_components(members, kinds, only, owner, part, slots)
     rows = np.empty(table.exponential.shape, np.float32)
-    columns = np.empty((1, 2, n_modes), np.float32)
-    shape = np.empty(5)
-    kind = sources.kinds[s]
-    for part in range(2 if kind == DOUBLE else 1):
-        for j in range(5):
-            shape[j] = sources.shapes[s, j]
-        ln_n = 0.0
-        if part == 1:
-            shape[2], shape[3] = sources.shapes[s, 6], sources.shapes[s, 7]
-            shape[4], ln_n = sources.shapes[s, 8], sources.shapes[s, 9]
-        elif kind == SERSIC:
-            ln_n = sources.shapes[s, 5]
-        shape[0] -= y0
-        shape[1] -= x0
-        cells = table.exponential
-        if part == 1 or kind == SERSIC:
-            interpolate_index(table.values, table.slopes, table.ln_index, ln_n, rows)
-            cells = rows
-        evaluate_profile(cells, lengths, side, shape, kind != POINT, columns, 1)
+    theta, trial = np.empty((n, N_SHAPE)), np.empty((n, N_SHAPE))
+    damping, done = 1e-3, -1
+    for i in range(n):
+        for p in range(N_SHAPE):
+            theta[i, p] = sources.shapes[members[i], p]
+    work = np.empty(n_modes, np.float32)
+    columns = np.empty((n_components, N_COLUMNS, 2, n_modes), np.float32)
+    pixels = np.empty((n_components if exact else 0, N_COLUMNS, n_bands, side * side), np.float32)
+    matrix = np.empty((n_bands, n_components, n_components))
+    factors = np.empty((n_bands, n_components, n_components))
+    fluxes, trial_fluxes = np.empty((n_components, n_bands)), np.empty((n_components, n_bands))
+    evaluate_group(
+        table,
+        lengths,
+        side,
+        exact,
+        psf,
+        members,
+        kinds,
+        theta,
+        owner,
+        part,
+        slots,
+        n_components,
+        done < 0,
+        rows,
+        columns,
+        pixels,
+    )
+    loss = -solve_fluxes(exact, columns, pixels, data, power, n_components, work, matrix, fluxes, factors)
+    loss += prior_loss(theta, members, kinds, mean, weight)
+    hessian, damped = np.empty((n_free, n_free)), np.empty((n_free, n_free))
+    gradient, step = np.empty(n_free), np.empty(n_free)
+    coupling = np.empty((n_bands, n_components, n_free))
+    done = 0
+    if errors:
+        # Of what was fitted already.
+        for c in range(n_components):
+            for b in range(n_bands):
+                fluxes[c, b] = sources.fluxes[members[owner[c]], part[c], b]
+    for _ in range(1 if errors else n_steps):
+        normal_equations(
+            lengths,
+            side,
+            exact,
+            psf,
+            columns,
+            pixels,
+            data,
+            power,
+            n_components,
+            n_free,
+            slots,
+            factors,
+            fluxes,
+            work,
+            hessian,
+            gradient,
+            coupling,
+        )
+        add_priors(theta, members, owner, part, slots, n_components, mean, weight, hessian, gradient)
+        if errors:
+            fill_variances(
+                members,
+                owner,
+                part,
+                slots,
+                n_components,
+                n_free,
+                matrix,
+                factors,
+                hessian,
+                coupling,
+                flux_variance,
+                position_variance,
+            )
+            return loss, done
+        accepted, hopeless = False, False
+        trial_loss = loss
+        for _attempt in range(4):
+            for p in range(n_free):
+                for q in range(n_free):
+                    damped[p, q] = hessian[p, q]
+                damped[p, p] += damping * abs(hessian[p, p]) + 1e-6
+                step[p] = gradient[p]
+            if not cholesky(damped, n_free):
+                damping = 10 * damping
+                continue
+            substitute(damped, n_free, step, True)
+            promised = 0.0
+            for p in range(n_free):
+                promised += 0.5 * step[p] * gradient[p]
+            if loss - 3.0 * promised > limit:
+                loss -= promised
+                hopeless = True
+                break
+            for i in range(n):
+                for p in range(N_SHAPE):
+                    trial[i, p] = theta[i, p]
+            for c in range(n_components):
+                i = owner[c]
+                for j in range(1, N_COLUMNS):
+                    if slots[c, j] >= 0 and (part[c] == 0 or j >= 3):
+                        p, s = shape_index(part[c], j), members[i]
+                        move = min(max(step[slots[c, j]], -largest[p]), largest[p])
+                        trial[i, p] = min(max(theta[i, p] + move, sources.low[s, p]), sources.high[s, p])
+            evaluate_group(
+                table,
+                lengths,
+                side,
+                exact,
+                psf,
+                members,
+                kinds,
+                trial,
+                owner,
+                part,
+                slots,
+                n_components,
+                done < 0,
+                rows,
+                columns,
+                pixels,
+            )
+            trial_loss = -solve_fluxes(
+                exact, columns, pixels, data, power, n_components, work, matrix, trial_fluxes, factors
+            )
+            trial_loss += prior_loss(trial, members, kinds, mean, weight)
+            if trial_loss <= loss:
+                accepted = True
+                break
+            damping = 10 * damping
+        if hopeless or not accepted:
+            break
+        done += 1
+        fall = loss - trial_loss
+        loss = trial_loss
+        damping = max(0.1 * damping, 1e-6)
+        theta, trial = trial, theta
+        fluxes, trial_fluxes = trial_fluxes, fluxes
+        if fall < tolerance:
+            break
+    for c in range(n_components):
         for b in range(n_bands):
-            f = np.float32(sources.fluxes[s, part, b])
-            for m in range(n_modes):
-                model[b, 0, m] += f * columns[0, 0, m]
-                model[b, 1, m] += f * columns[0, 1, m]
+            sources.fluxes[members[owner[c]], part[c], b] = fluxes[c, b]
+    for i in range(n):
+        for p in range(N_SHAPE):
+            sources.shapes[members[i], p] = theta[i, p]
+    return loss, done
 
 
 @kernel
-def draw(lengths, psf, model, side, y0, x0, factor, image, plane, transformed):
-    """Add a model at the modes of a stamp (B, 2, M), times `factor` and seen through the PSF, to an image (B, H, W)."""
-    n_bands, height, width = image.shape
-    axes = np.arange(2)
-    for b in range(n_bands):
-        m = 0
-        for i in range(side):
-            for j in range(side // 2 + 1):
-                if j < lengths[i]:
-                    re, im = model[b, 0, m], model[b, 1, m]
-                    p, q = psf[b, 0, m], psf[b, 1, m]
-                    transformed[i, j] = np.complex64(complex(re * p - im * q, re * q + im * p))
-                    m += 1
-                else:
-                    transformed[i, j] = 0.0
-        c2r(transformed, plane, axes, False, factor / (side * side), 1)
-        for i in range(max(0, -y0), min(side, height - y0)):
-            for j in range(max(0, -x0), min(side, width - x0)):
-                image[b, y0 + i, x0 + j] += plane[i, j]
+def propose_kind(sources, members, i, kind, may, kept_shapes, kept_fluxes):
+    """Take member i of a group for another kind, if it may become that.
+
+    may (N_KINDS,): which kinds it may become. kept_shapes (G, N_SHAPE), kept_fluxes
+    (G, 2, B) take the state of the members before. Returns whether it is another kind now.
+    """
+    s = members[i]
+    kinds, shapes = sources.kinds, sources.shapes
+    before = kinds[s]
+    if not may[kind] or kind == before:
+        return False
+    for k in range(len(members)):
+        for p in range(N_SHAPE):
+            kept_shapes[k, p] = shapes[members[k], p]
+        for part in range(2):
+            for b in range(sources.fluxes.shape[2]):
+                kept_fluxes[k, part, b] = sources.fluxes[members[k], part, b]
+    kinds[s] = kind
+    if kind == DOUBLE:
+        # The bulge starts, and is expected, at half the radius of the whole; that of a Sersic profile is most
+        # of it, in a larger disc.
+        smaller = 0.2 if before == SERSIC else 0.7
+        shapes[s, 6] = sources.mean[s, 6] = min(max(shapes[s, 2] - smaller, sources.low[s, 6]), sources.high[s, 6])
+        shapes[s, 7], shapes[s, 8] = shapes[s, 3], shapes[s, 4]
+        if before == SERSIC:
+            shapes[s, 9] = shapes[s, 5]
+            shapes[s, 2] = min(shapes[s, 2] + 0.3, sources.high[s, 2])
+    elif kind == SERSIC:
+        shapes[s, 5] = 0.0
+    return True
 
 
 @kernel
-def set_of_psfs(modes, k):
-    """Transforms of the PSFs of one set, shape (B, 2, modes)."""
-    first, last = modes.offsets[k], modes.offsets[k + 1]
-    n_bands = len(modes.psf) // (2 * modes.offsets[-1])
-    return modes.psf[2 * n_bands * first : 2 * n_bands * last].reshape(n_bands, 2, last - first)
+def take_back(sources, members, i, kind, kept_shapes, kept_fluxes):
+    """Make member i of a group what it was, and all members what `propose_kind` has kept."""
+    sources.kinds[members[i]] = kind
+    for k in range(len(members)):
+        for p in range(N_SHAPE):
+            sources.shapes[members[k], p] = kept_shapes[k, p]
+        for part in range(2):
+            for b in range(sources.fluxes.shape[2]):
+                sources.fluxes[members[k], part, b] = kept_fluxes[k, part, b]
 
 
 @kernel
-def draw_source(table, modes, sides, sources, s, factor, image):
-    """Add one source, times `factor`, to an image (B, H, W) on the stamp that it has now."""
-    stamp = sources.stamps[s]
-    if stamp[0] < 0:
-        return
-    side = sides[stamp[0]]
-    k = modes.sets[stamp[0], stamp[3]]
-    lengths = modes.lengths[modes.starts[k] : modes.starts[k + 1]]
-    model = np.zeros((len(image), 2, modes.offsets[k + 1] - modes.offsets[k]), np.float32)
-    add_model(table, lengths, side, sources, s, stamp[1], stamp[2], model)
-    plane = np.empty((side, side), np.float32)
-    transformed = np.empty((side, side // 2 + 1), np.complex64)
-    draw(lengths, set_of_psfs(modes, k), model, side, stamp[1], stamp[2], factor, image, plane, transformed)
+def has_dark_part(fluxes, strength):
+    """Whether one of the two parts of a source, fluxes (2, B), has negative light in all, weighted by strength (B,)."""
+    for part in range(2):
+        total = 0.0
+        for b in range(len(strength)):
+            total += fluxes[part, b] * strength[b]
+        if total < 0.0:
+            return True
+    return False
 
 
 @kernel
@@ -787,231 +787,6 @@ def shift_group(sources, members, y, x):
         for array in (sources.shapes, sources.mean, sources.low, sources.high):
             array[s, 0] -= y
             array[s, 1] -= x
-
-
-@kernel
-def visit_group(
-    residual,
-    weights,
-    table,
-    modes,
-    sides,
-    sources,
-    members,
-    stamp,
-    mean_weights,
-    uneven,
-    largest,
-    n_steps,
-    tolerance,
-    candidates,
-    penalties,
-    flux_variance,
-    position_variance,
-    errors,
-):
-    """Fit one group to what the others leave, and leave its new residual.
-
-    residual, weights (B, H, W). What the data say enters exactly, pixel by pixel, through the transform of the weighted
-    residual; the curvature is that of uniform weights, `mean_weights` (B,), so that visits converge on the same answer
-    whatever the weights are, in one visit if they are uniform. Where they are `uneven` near the sources all products
-    are formed from the pixels instead. With `errors` nothing is fitted but the variances. Returns the loss, the number
-    of steps, and whether one visit suffices.
-    """
-    n_bands, height, width = residual.shape
-    side, y0, x0 = sides[stamp[0]], stamp[1], stamp[2]
-    k = modes.sets[stamp[0], stamp[3]]
-    n_modes = modes.offsets[k + 1] - modes.offsets[k]
-    lengths, psf = modes.lengths[modes.starts[k] : modes.starts[k + 1]], set_of_psfs(modes, k)
-    for s in members:
-        if (
-            sources.stamps[s, 0] != stamp[0]
-            or sources.stamps[s, 1] != stamp[1]
-            or sources.stamps[s, 2] != stamp[2]
-            or sources.stamps[s, 3] != stamp[3]
-        ):
-            draw_source(table, modes, sides, sources, s, 1.0, residual)
-            for j in range(4):
-                sources.stamps[s, j] = stamp[j]
-            draw_source(table, modes, sides, sources, s, -1.0, residual)
-    axes = np.arange(2)
-    plane = np.empty((side, side), np.float32)
-    transformed = np.empty((side, side // 2 + 1), np.complex64)
-    model = np.zeros((n_bands, 2, n_modes), np.float32)
-    exact = uneven and len(members) * side * side <= MOST_PIXELS
-    data = np.empty((n_bands, 1, side * side) if exact else (n_bands, 2, n_modes), np.float32)
-    power = np.empty((n_bands, side * side if exact else n_modes), np.float32)
-    strength = np.empty(n_bands)
-    shift_group(sources, members, y0, x0)
-    for s in members:
-        add_model(table, lengths, side, sources, s, 0.0, 0.0, model)
-    scale = np.float32(1.0 / (side * side))
-    uniform = True
-    if exact:
-        own = np.zeros((n_bands, side, side), np.float32)
-        draw(lengths, psf, model, side, 0, 0, 1.0, own, plane, transformed)
-    for b in range(n_bands):
-        strength[b] = np.sqrt(mean_weights[b])
-        for i in range(side):
-            y = y0 + i
-            for j in range(side):
-                x = x0 + j
-                value, weight = np.float32(0.0), np.float32(0.0)
-                if 0 <= y < height and 0 <= x < width:
-                    value, weight = residual[b, y, x], weights[b, y, x]
-                uniform = uniform and abs(weight - mean_weights[b]) <= 0.05 * mean_weights[b]
-                if exact:
-                    data[b, 0, i * side + j] = value + own[b, i, j]
-                    power[b, i * side + j] = weight
-                else:
-                    plane[i, j] = value * weight
-        if exact:
-            continue
-        r2c(plane, transformed, axes, True, 1.0, 1)
-        m = 0
-        for i in range(side):
-            for j in range(lengths[i]):
-                value = transformed[i, j]
-                share = scale if j == 0 else 2 * scale
-                re, im = psf[b, 0, m], psf[b, 1, m]
-                power[b, m] = np.float32(mean_weights[b]) * share * (re * re + im * im)
-                data[b, 0, m] = share * (re * value.real + im * value.imag) + power[b, m] * model[b, 0, m]
-                data[b, 1, m] = share * (re * value.imag - im * value.real) + power[b, m] * model[b, 1, m]
-                m += 1
-    loss, steps = 0.0, 0
-    if errors:
-        measure_errors(
-            table, lengths, side, exact, psf, data, power, members, sources, flux_variance, position_variance
-        )
-        shift_group(sources, members, -y0, -x0)
-        return loss, steps, False
-    loss, steps = fit_group(
-        table, lengths, side, exact, psf, data, power, members, sources, largest, n_steps, tolerance
-    )
-    if candidates.any():
-        loss, steps = choose_kinds(
-            table,
-            lengths,
-            side,
-            exact,
-            psf,
-            strength,
-            data,
-            power,
-            members,
-            sources,
-            largest,
-            n_steps,
-            tolerance,
-            loss,
-            steps,
-            candidates,
-            penalties,
-        )
-    for b in range(n_bands):
-        for m in range(n_modes):
-            model[b, 0, m] = -model[b, 0, m]
-            model[b, 1, m] = -model[b, 1, m]
-    for s in members:
-        add_model(table, lengths, side, sources, s, 0.0, 0.0, model)
-    draw(lengths, psf, model, side, y0, x0, -1.0, residual, plane, transformed)
-    shift_group(sources, members, -y0, -x0)
-    return loss, steps, uniform or exact
-
-
-@kernel
-def signal_to_noise(sources, noise, psf_norm, out):
-    """Roughly estimate the signal-to-noise of every source in all bands together; noise, psf_norm (B,)."""
-    for s in range(len(out)):
-        radius = 0.0 if sources.kinds[s] == POINT else np.exp(sources.shapes[s, 2])
-        total = 0.0
-        for b in range(len(noise)):
-            flux = sources.fluxes[s, 0, b] + sources.fluxes[s, 1, b]
-            if flux > 0.0 and noise[b] > 0.0:
-                area = 1.0 / (psf_norm[b] * psf_norm[b]) + 6 * np.pi * radius * radius
-                total += flux * flux / (noise[b] * noise[b] * area)
-        out[s] = np.sqrt(total)
-
-
-@kernel
-def contrast(images, weights, shapes, sigmas, out):
-    """Signal-to-noise of a Gaussian like the PSF on a constant background at the centre of each source; out (S,)."""
-    n_bands, height, width = images.shape
-    for s in range(len(out)):
-        y, x = shapes[s, 0], shapes[s, 1]
-        total = 0.0
-        for b in range(n_bands):
-            reach = 3.0 * sigmas[b]
-            sum_w, sum_g, sum_gg, sum_d, sum_gd = 0.0, 0.0, 0.0, 0.0, 0.0
-            for i in range(max(int(np.ceil(y - reach)), 0), min(int(y + reach) + 1, height)):
-                for j in range(max(int(np.ceil(x - reach)), 0), min(int(x + reach) + 1, width)):
-                    square = (i - y) * (i - y) + (j - x) * (j - x)
-                    w = weights[b, i, j]
-                    if w > 0.0 and square <= reach * reach:
-                        g = np.exp(-0.5 * square / (sigmas[b] * sigmas[b]))
-                        sum_w += w
-                        sum_g += w * g
-                        sum_gg += w * g * g
-                        sum_d += w * images[b, i, j]
-                        sum_gd += w * g * images[b, i, j]
-            if sum_w > 0.0:
-                norm = sum_gg - sum_g * sum_g / sum_w
-                signal = sum_gd - sum_g * sum_d / sum_w
-                if norm > 1e-6 * sum_gg and signal > 0.0:
-                    total += signal * signal / norm
-        out[s] = np.sqrt(total)
-
-
-@kernel
-def plan_stamp(sources, members, snr, sides, levels, stamp):
-    """Choose side, corner and level of the stamp of a group: it holds the light of each member down to the noise."""
-    top, left, bottom, right, brightest = np.inf, np.inf, -np.inf, -np.inf, 0.0
-    for s in members:
-        reach = 7.0 if snr[s] < 20.0 else 9.0 if snr[s] < 100.0 else 12.0 if snr[s] < 1000.0 else 22.0
-        if sources.kinds[s] != POINT:
-            shape = sources.shapes[s]
-            radius = np.exp(shape[2] + 0.5 * np.hypot(shape[3], shape[4]))
-            index = 1.0
-            if sources.kinds[s] == SERSIC:
-                index = min(max(np.exp(shape[5]), 1.0), 6.0)
-            # An exponential profile falls below the noise about here.
-            extent = min(max((1.5 + np.log(max(snr[s], 1.0))) / 1.678, 2.0), 8.0)
-            reach += 0.8 * extent * radius * np.sqrt(index)
-        top, bottom = min(top, sources.shapes[s, 0] - reach), max(bottom, sources.shapes[s, 0] + reach)
-        left, right = min(left, sources.shapes[s, 1] - reach), max(right, sources.shapes[s, 1] + reach)
-        brightest = max(brightest, snr[s])
-    need = max(bottom - top, right - left)
-    k = 0
-    while k < len(sides) - 1 and sides[k] < need:
-        k += 1
-    stamp[0] = k
-    stamp[1] = int(np.floor(0.5 * (top + bottom - sides[k]) + 0.5))
-    stamp[2] = int(np.floor(0.5 * (left + right - sides[k]) + 0.5))
-    level = 0
-    while level < len(levels) and brightest > levels[level]:
-        level += 1
-    stamp[3] = level
-
-
-@kernel
-def plan_stamps(sources, groups, offsets, snr, sides, levels, stamps):
-    """Plan the stamps (G, 4) of all groups."""
-    for g in range(len(offsets) - 1):
-        plan_stamp(sources, groups[offsets[g] : offsets[g + 1]], snr, sides, levels, stamps[g])
-
-
-@kernel
-def find_lonely(stamps, sides, out):
-    """Which groups have a stamp (G, 4) that touches no other; out (G,)."""
-    n = len(stamps)
-    for g in range(n):
-        out[g] = True
-        side, y, x = sides[stamps[g, 0]], stamps[g, 1], stamps[g, 2]
-        for h in range(n):
-            other = sides[stamps[h, 0]]
-            if h != g and -other < stamps[h, 1] - y < side and -other < stamps[h, 2] - x < side:
-                out[g] = False
-                break
 
 
 @kernel
@@ -1044,6 +819,235 @@ def mean_weight(weights, sources, members, out):
                 uneven = True
         out[b] = total / max(n, 1)
     return uneven
+
+
+@fast_kernel
+def weigh_row(values, weights, mean, out):
+    """Multiply values and weights; returns in how many pixels the weight is not the mean, up to a twentieth."""
+    n = 0
+    for x in range(len(values)):
+        out[x] = values[x] * weights[x]
+        n += abs(weights[x] - mean) > np.float32(0.05) * mean
+    return n
+
+
+@fast_kernel
+def power_row(psf_re, psf_im, factor, out):
+    """Power of a row of modes, times a factor."""
+    for j in range(len(out)):
+        out[j] = factor * (psf_re[j] * psf_re[j] + psf_im[j] * psf_im[j])
+
+
+@fast_kernel
+def adjoint_row(row, psf_re, psf_im, factor, re, im):
+    """Multiply a row of complex modes with the conjugate transform of a PSF, and a factor."""
+    for j in range(len(re)):
+        re[j] = factor * (psf_re[j] * row[j].real + psf_im[j] * row[j].imag)
+        im[j] = factor * (psf_re[j] * row[j].imag - psf_im[j] * row[j].real)
+
+
+@kernel
+def gather_modes(transformed, lengths, psf, scale, mean, data, power):
+    """Data and power (2, M), (M,) of one band from the transform (side, side // 2 + 1) of its weighted pixels."""
+    start = 0
+    for i in range(len(lengths)):
+        if lengths[i] == 0:
+            continue
+        end = start + lengths[i]
+        re, im = psf[0, start:end], psf[1, start:end]
+        power_row(re, im, mean * scale, power[start:end])
+        adjoint_row(transformed[i], re, im, scale, data[0, start:end], data[1, start:end])
+        # Modes of the first column stand for themselves, all others for two.
+        power[start] *= np.float32(0.5)
+        data[0, start] *= np.float32(0.5)
+        data[1, start] *= np.float32(0.5)
+        start = end
+
+
+@kernel
+def collect_data(residual, weights, mean_weights, lengths, psf, model, side, y0, x0, exact, errors, data, power):
+    """Fill data and power of a stamp, see `fit_group`; returns whether its weights are uniform.
+
+    model (B, 2, M) is that of the members, which the residual (B, H, W) lacks. With `errors` data are left alone.
+    """
+    n_bands, height, width = residual.shape
+    planes = np.zeros((n_bands, side, side), np.float32)
+    transformed = np.zeros((n_bands, side, side // 2 + 1), np.complex64)
+    left, right = max(0, -x0), min(side, width - x0)
+    top, bottom = max(0, -y0), min(side, height - y0)
+    inside = left <= 0 and top <= 0 and right >= side and bottom >= side
+    uniform = True
+    if exact:
+        own = see_modes(lengths, psf, model, side)
+    for b in range(n_bands):
+        uniform = uniform and (inside or not mean_weights[b] > 0.0)
+        if exact:
+            for i in range(side):
+                for j in range(side):
+                    here = left <= j < right and top <= i < bottom
+                    data[b, 0, i * side + j] = own[b, i, j] + (residual[b, y0 + i, x0 + j] if here else 0.0)
+                    power[b, i * side + j] = weights[b, y0 + i, x0 + j] if here else 0.0
+        elif left < right and not errors:
+            for i in range(top, bottom):
+                n_off = weigh_row(
+                    residual[b, y0 + i, x0 + left : x0 + right],
+                    weights[b, y0 + i, x0 + left : x0 + right],
+                    np.float32(mean_weights[b]),
+                    planes[b, i, left:right],
+                )
+                uniform = uniform and n_off == 0
+    if exact:
+        return uniform
+    if not errors:
+        axes = np.empty(2, np.int64)
+        axes[0], axes[1] = 1, 2
+        r2c(planes, transformed, axes, True, 1.0, 1)
+    scale = np.float32(2.0 / (side * side))
+    for b in range(n_bands):
+        gather_modes(transformed[b], lengths, psf[b], scale, np.float32(mean_weights[b]), data[b], power[b])
+        for k in range(2):
+            add_products(power[b], model[b, k], np.float32(1.0), data[b, k])
+    return uniform
+
+
+@inlined_kernel
+def visit_group(
+    residual,
+    weights,
+    table,
+    modes,
+    sides,
+    sources,
+    members,
+    stamp,
+    mean_weights,
+    uneven,
+    largest,
+    n_steps,
+    tolerance,
+    candidates,
+    penalties,
+    flux_variance,
+    position_variance,
+    errors,
+):
+    """Fit one group to what the others leave, and leave its new residual.
+
+    residual, weights (B, H, W). What the data say enters exactly, pixel by pixel, through the transform of the weighted
+    residual; the curvature is that of uniform weights, `mean_weights` (B,), so that visits converge on the same answer
+    whatever the weights are, in one visit if they are uniform. Where they are `uneven` near the sources all products
+    are formed from the pixels instead. Then each member in turn is taken for other kinds, and what lowers the penalised
+    loss is kept: candidates (S, N_KINDS) says which kinds a source may become, penalties (N_KINDS,) what each adds to
+    the loss. With `errors` nothing is fitted but the variances. Returns the loss, the number of steps, and whether one
+    visit suffices.
+    """
+    n_bands = len(residual)
+    side, y0, x0 = sides[stamp[0]], stamp[1], stamp[2]
+    k = modes.sets[stamp[0], stamp[3]]
+    lengths, psf = modes.lengths[modes.starts[k] : modes.starts[k + 1]], set_of_psfs(modes, k)
+    choosing = False
+    for s in members:
+        moved = False
+        for j in range(4):
+            moved = moved or sources.stamps[s, j] != stamp[j]
+        if moved:
+            draw_source(table, modes, sides, sources, s, 1.0, residual)
+            for j in range(4):
+                sources.stamps[s, j] = stamp[j]
+            draw_source(table, modes, sides, sources, s, -1.0, residual)
+        for j in range(N_KINDS):
+            choosing = choosing or (candidates[s, j] and not errors)
+    model = np.zeros(psf.shape, np.float32)
+    for s in members:
+        add_model(table, lengths, side, sources, s, y0, x0, 1.0, model)
+    shift_group(sources, members, y0, x0)
+    exact = uneven and len(members) * side * side <= MOST_PIXELS
+    n_values = side * side if exact else psf.shape[2]
+    data = np.empty((n_bands, 1 if exact else 2, n_values), np.float32)
+    power = np.empty((n_bands, n_values), np.float32)
+    uniform = collect_data(
+        residual, weights, mean_weights, lengths, psf, model, side, y0, x0, exact, errors, data, power
+    )
+    strength = np.empty(n_bands)
+    for b in range(n_bands):
+        strength[b] = np.sqrt(mean_weights[b])
+    kept_shapes, kept_fluxes = np.empty((len(members), N_SHAPE)), np.empty((len(members), 2, n_bands))
+    losses = np.empty(N_KINDS)
+    negative = False
+    loss, steps = 0.0, 0
+    # First all members as they are, then one after the other as something else.
+    for turn in range(-1, len(TRIALS) * len(members) if choosing else 0):
+        i, kind, before = max(turn, 0) // len(TRIALS), POINT, POINT
+        s = members[i]
+        if turn >= 0:
+            kind, before = TRIALS[turn % len(TRIALS)], sources.kinds[s]
+            if turn % len(TRIALS) == 0:
+                negative = False
+                for j in range(N_KINDS):
+                    losses[j] = np.nan
+                losses[before] = loss + penalties[before]
+            again = kind != DOUBLE or np.isnan(losses[DOUBLE]) or (before == SERSIC and negative)
+            if again and propose_kind(sources, members, i, kind, candidates[s], kept_shapes, kept_fluxes):
+                pass
+            else:
+                kind = -1
+        # Before all members are fitted with it, a kind has to show with the other shapes held that it may be better.
+        n_fits = 0 if kind < 0 else 1 if turn < 0 or len(members) == 1 else 2
+        trial, done = 0.0, 0
+        for left in range(n_fits, 0, -1):
+            limit = np.inf if turn < 0 else loss + penalties[before] - penalties[kind]
+            if left == 2:
+                limit += HOPELESS[int(kind > before)]
+            trial, done = fit_group(
+                table,
+                lengths,
+                side,
+                exact,
+                psf,
+                data,
+                power,
+                members,
+                sources,
+                i if left == 2 else -1,
+                largest,
+                n_steps,
+                tolerance,
+                limit,
+                errors,
+                flux_variance,
+                position_variance,
+            )
+            if trial > limit:
+                break
+        if turn < 0:
+            loss, steps = trial, done
+        elif n_fits > 0:
+            worse = not trial + penalties[kind] < loss + penalties[before]
+            if kind == DOUBLE:
+                negative = has_dark_part(sources.fluxes[s], strength)
+                worse = worse or negative
+            if np.isnan(losses[kind]) or not worse:
+                losses[kind] = trial + penalties[kind]
+            if worse:
+                take_back(sources, members, i, before, kept_shapes, kept_fluxes)
+            else:
+                loss, steps = trial, done
+                if kind != DOUBLE:
+                    for b in range(n_bands):
+                        sources.fluxes[s, 1, b] = 0.0
+        if turn % len(TRIALS) == len(TRIALS) - 1 and turn >= 0:
+            for j in range(N_KINDS):
+                sources.evidence[s, j] = losses[j] - losses[sources.kinds[s]]
+    shift_group(sources, members, -y0, -x0)
+    if not errors:
+        for b in range(n_bands):
+            for m in range(psf.shape[2]):
+                model[b, 0, m] = -model[b, 0, m]
+                model[b, 1, m] = -model[b, 1, m]
+        for s in members:
+            add_model(table, lengths, side, sources, s, y0, x0, 1.0, model)
+        add_planes(residual, see_modes(lengths, psf, model, side), y0, x0, -1.0)
+    return loss, steps, (uniform or exact) and not errors
 
 
 @kernel
@@ -1082,10 +1086,6 @@ def sweep(
         members = groups[offsets[g] : offsets[g + 1]]
         seen = soft_weights if soft[g] else weights
         uneven = mean_weight(seen, sources, members, mean_weights)
-        own = np.empty((len(members), N_KINDS), np.bool_)
-        for i in range(len(members)):
-            for kind in range(N_KINDS):
-                own[i, kind] = candidates[members[i], kind]
         _, n, uniform = visit_group(
             residual,
             seen,
@@ -1100,7 +1100,7 @@ def sweep(
             largest,
             n_steps[g],
             tolerance,
-            own,
+            candidates,
             penalties,
             flux_variance,
             position_variance,
@@ -1109,193 +1109,3 @@ def sweep(
         closed[g] = uniform and n < n_steps[g]
         steps += n * len(members)
     return steps
-
-
-@kernel
-def core_chi2(residual, weights, sources, radii, out):
-    """Mean of the squared residuals [sigma] within a radius of each source, all bands together; 1 without pixels."""
-    n_bands, height, width = residual.shape
-    for s in range(len(out)):
-        y, x, reach = sources.shapes[s, 0], sources.shapes[s, 1], radii[s]
-        total, n = 0.0, 0
-        for i in range(max(int(np.ceil(y - reach)), 0), min(int(y + reach) + 1, height)):
-            for j in range(max(int(np.ceil(x - reach)), 0), min(int(x + reach) + 1, width)):
-                if (i - y) * (i - y) + (j - x) * (j - x) > reach * reach:
-                    continue
-                for b in range(n_bands):
-                    if weights[b, i, j] > 0.0:
-                        total += weights[b, i, j] * residual[b, i, j] * residual[b, i, j]
-                        n += 1
-        out[s] = total / n if n > 0 else 1.0
-
-
-@kernel
-def draw_sources(residual, table, modes, sides, sources, rows, factor):
-    """Add some sources, times `factor`, to the residual, each on its stamp."""
-    for s in rows:
-        draw_source(table, modes, sides, sources, s, factor, residual)
-
-
-@kernel
-def soften(weights, table, modes, sides, sources, rows, share, image, out):
-    """Weights with an error added, a share of the summed model of some sources; image (B, H, W) is work space."""
-    n_bands, height, width = weights.shape
-    for b in range(n_bands):
-        for y in range(height):
-            for x in range(width):
-                image[b, y, x] = 0.0
-    for s in rows:
-        draw_source(table, modes, sides, sources, s, share, image)
-    for b in range(n_bands):
-        for y in range(height):
-            for x in range(width):
-                out[b, y, x] = weights[b, y, x] / (1.0 + weights[b, y, x] * image[b, y, x] * image[b, y, x])
-
-
-@kernel
-def transform_modes(psfs, side, threshold, lengths, psf):
-    """List the modes of a stamp up to the last one in each row where some PSF is stronger than a threshold.
-
-    psfs (B, P, Q), odd sides; lengths (side,) takes the number of modes of each row, psf (B, 2, side * (side // 2 + 1))
-    their transforms, from the front. The modes at the Nyquist frequency, whose phase is not defined, are left out.
-    Returns the number of modes.
-    """
-    n_bands, p, q = psfs.shape
-    half = side // 2 + 1
-    plane = np.empty((side, side), np.float32)
-    transformed = np.empty((n_bands, side, half), np.complex64)
-    axes = np.arange(2)
-    for b in range(n_bands):
-        for i in range(side):
-            for j in range(side):
-                plane[i, j] = 0.0
-        for i in range(p):
-            for j in range(q):
-                # Added, not set: a PSF larger than the stamp wraps onto itself.
-                plane[(i - p // 2) % side, (j - q // 2) % side] += psfs[b, i, j]
-        r2c(plane, transformed[b], axes, True, 1.0, 1)
-    n = 0
-    for i in range(side):
-        lengths[i] = 0
-        if 2 * i == side:
-            continue
-        for j in range(half - 1):
-            for b in range(n_bands):
-                value = transformed[b, i, j]
-                if value.real * value.real + value.imag * value.imag > threshold * threshold:
-                    lengths[i] = j + 1
-        for j in range(lengths[i]):
-            for b in range(n_bands):
-                psf[b, 0, n] = transformed[b, i, j].real
-                psf[b, 1, n] = transformed[b, i, j].imag
-            n += 1
-    return n
-
-
-@fast_kernel
-def add_row(out, row, factor):
-    """Add a row, times a factor, to the first pixels of another that is as long or longer."""
-    for x in range(len(row)):
-        out[x] += factor * row[x]
-
-
-@kernel
-def blur(plane, taps, work, out):
-    """Correlate a plane (H, W) with a symmetric separable filter, taps (K,) from the middle outwards; zero outside."""
-    height, width = plane.shape
-    for y in range(height):
-        for x in range(width):
-            work[y, x] = out[y, x] = np.float32(0.0)
-        add_row(work[y], plane[y], taps[0])
-        for k in range(1, min(len(taps), width)):
-            add_row(work[y], plane[y, k:], taps[k])
-            add_row(work[y, k:], plane[y, : width - k], taps[k])
-    for y in range(height):
-        add_row(out[y], work[y], taps[0])
-        for k in range(1, len(taps)):
-            if y >= k:
-                add_row(out[y], work[y - k], taps[k])
-            if y + k < height:
-                add_row(out[y], work[y + k], taps[k])
-
-
-@kernel
-def significance(images, residual, weights, sigmas, left, seen):
-    """Signal-to-noise of a point at each pixel, of what is left and of the model, over the bands where it is positive.
-
-    images, residual, weights (B, H, W); sigmas (B,): width of a Gaussian like the PSF, 0 in a band without one. left,
-    seen (H, W) take the square root of the sum over the bands of the squares of the positive ones.
-    """
-    n_bands, height, width = residual.shape
-    plane, work = np.empty((height, width), np.float32), np.empty((height, width), np.float32)
-    signal, model, norm = np.empty_like(plane), np.empty_like(plane), np.empty_like(plane)
-    for y in range(height):
-        for x in range(width):
-            left[y, x] = seen[y, x] = 0.0
-    for b in range(n_bands):
-        if not sigmas[b] > 0.0:
-            continue
-        n = int(np.ceil(2.5 * sigmas[b])) + 1
-        taps, squares = np.empty(n, np.float32), np.empty(n, np.float32)
-        for k in range(n):
-            taps[k] = np.exp(-0.5 * (k / sigmas[b]) ** 2)
-            squares[k] = taps[k] * taps[k]
-        for y in range(height):
-            for x in range(width):
-                plane[y, x] = weights[b, y, x] * residual[b, y, x]
-        blur(plane, taps, work, signal)
-        for y in range(height):
-            for x in range(width):
-                plane[y, x] = weights[b, y, x] * (images[b, y, x] - residual[b, y, x])
-        blur(plane, taps, work, model)
-        for y in range(height):
-            for x in range(width):
-                plane[y, x] = weights[b, y, x]
-        blur(plane, squares, work, norm)
-        for y in range(height):
-            for x in range(width):
-                if norm[y, x] > 0.0:
-                    if signal[y, x] > 0.0:
-                        left[y, x] += signal[y, x] * signal[y, x] / norm[y, x]
-                    if model[y, x] > 0.0:
-                        seen[y, x] += model[y, x] * model[y, x] / norm[y, x]
-    for y in range(height):
-        for x in range(width):
-            left[y, x] = np.sqrt(left[y, x])
-            seen[y, x] = np.sqrt(seen[y, x])
-
-
-@kernel
-def find_maxima(left, seen, weights, threshold, share, positions, distance, found, values):
-    """Find local maxima of `left` above threshold + share * seen, farther than a distance from all positions (S, 2).
-
-    A maximum is not exceeded by any of the 24 pixels around it; of equal ones the first in raster order counts. found
-    (N, 2), values (N,) are filled from the front, the rest of the maxima is dropped when they are full. Returns their
-    number.
-    """
-    height, width = left.shape
-    n = 0
-    for y in range(1, height - 1):
-        for x in range(1, width - 1):
-            value = left[y, x]
-            if not value > threshold + share * seen[y, x] or n == len(found):
-                continue
-            highest, valid = True, False
-            for i in range(-2, 3):
-                for j in range(-2, 3):
-                    if 0 <= y + i < height and 0 <= x + j < width and (i != 0 or j != 0):
-                        other = left[y + i, x + j]
-                        if other > value or (other == value and (i < 0 or (i == 0 and j < 0))):
-                            highest = False
-            for b in range(len(weights)):
-                valid = valid or weights[b, y, x] > 0.0
-            if not highest or not valid:
-                continue
-            for s in range(len(positions)):
-                dy, dx = positions[s, 0] - y, positions[s, 1] - x
-                if dy * dy + dx * dx < distance * distance:
-                    highest = False
-            if highest:
-                found[n, 0], found[n, 1], values[n] = y, x, value
-                n += 1
-    return n

@@ -10,11 +10,11 @@ from kermes.kernels.profiles import evaluate_profile, interpolate_index
 
 
 @kernel
-def evaluate_component(table, lengths, shape, cells, columns, n_columns):
+def evaluate_component(table, lengths, shape, cells, columns):
     """Evaluate one component of flux one at the modes of pixels of half the side, which reach twice as far.
 
     shape (6,) is y, x, ln r, e1, e2, ln n in whole pixels, and ln r is -inf for a point source; cells is work space.
-    Otherwise as evaluate_profile, of which this fills the first n_columns columns, with derivatives in half pixels.
+    Otherwise as evaluate_profile, with derivatives in half pixels.
     """
     finer = np.empty(5)
     finer[0], finer[1], finer[2] = 2 * shape[0], 2 * shape[1], shape[2] + np.log(2.0)
@@ -24,7 +24,7 @@ def evaluate_component(table, lengths, shape, cells, columns, n_columns):
     if extended and shape[5] != 0.0:
         interpolate_index(table.values, table.slopes, table.ln_index, shape[5], cells)
         chosen = cells
-    evaluate_profile(chosen, lengths, len(lengths), finer, extended, columns, n_columns)
+    evaluate_profile(chosen, lengths, len(lengths), finer, extended, columns)
 
 
 @fast_kernel
@@ -110,7 +110,7 @@ def add_profiles(table, modes, psf_fft, boxes, shapes, spectra, sources, members
             for b in range(n_bands):
                 for j in range(2 * side * half):
                     model[b, j] = 0.0
-        evaluate_component(table, modes.lengths, shapes[k], cells, columns, 1)
+        evaluate_component(table, modes.lengths, shapes[k], cells, columns)
         fold_modes(columns[0], modes.numbers, modes.places, modes.weights, profile)
         for b in range(n_bands):
             add_scaled(model[b], profile, spectra[k, b])
@@ -139,7 +139,7 @@ def profile_images(table, modes, shape, side, n_columns):
     profile = np.empty(2 * side * half, dtype=np.float32)
     out = np.empty((n_columns, side, side), dtype=np.float32)
     axes = np.arange(2)
-    evaluate_component(table, modes.lengths, shape, cells, columns, n_columns)
+    evaluate_component(table, modes.lengths, shape, cells, columns)
     for j in range(n_columns):
         fold_modes(columns[j], modes.numbers, modes.places, modes.weights, profile)
         make_complex(profile, transformed)

@@ -67,8 +67,41 @@ def interpolate_index(values, slopes, ln_index, ln_n, cells):
         v0, s0, n0 = v1, s1, n1
 
 
+# Loops over all modes are kernels of their own: as such their arrays are known to start at zero, and few enough to be
+# told apart, without which they would not vectorise.
+
+
 @fast_kernel
-def evaluate_profile(cells, lengths, side, shape, extended, columns, n_columns):
+def look_up(cells, squares, bits, values, by_radius, by_index):
+    """Interpolate a profile and its derivatives by ln r and by ln n at q^2; bits are those of the squares."""
+    last = len(cells) - 1
+    for m in range(len(squares)):
+        cell = min(max((bits[m] >> CELL_BITS) - FIRST_CELL, 0), last)
+        t = np.float32(bits[m] & ((1 << CELL_BITS) - 1)) * np.float32(1.0 / (1 << CELL_BITS))
+        values[m] = cells[cell, 0] + t * (cells[cell, 1] + t * (cells[cell, 2] + t * cells[cell, 3]))
+        slope = cells[cell, 1] + t * (2 * cells[cell, 2] + 3 * t * cells[cell, 3])
+        by_radius[m] = 2 * slope * (np.float32(8 + (cell & 7)) + t)
+        by_index[m] = cells[cell, 4] + t * cells[cell, 5]
+
+
+@fast_kernel
+def scale_modes(factors, re, im, sign, out_re, out_im):
+    """Multiply modes with real factors; the second part with a sign too."""
+    for m in range(len(factors)):
+        out_re[m] = factors[m] * re[m]
+        out_im[m] = sign * factors[m] * im[m]
+
+
+@fast_kernel
+def bend_modes(by_radius, squares, fy, fx, yy, yx, xx, out):
+    """Derivative of a profile by what changes q^2 by yy fy^2 + yx fy fx + xx fx^2."""
+    for m in range(len(out)):
+        change = yy * fy[m] * fy[m] + (yx * fy[m] + xx * fx[m]) * fx[m]
+        out[m] = np.float32(0.5) * by_radius[m] / squares[m] * change
+
+
+@kernel
+def evaluate_profile(cells, lengths, side, shape, extended, columns):
     """Evaluate one component of flux one at the modes of a stamp.
 
     Parameters
@@ -81,11 +114,10 @@ def evaluate_profile(cells, lengths, side, shape, extended, columns, n_columns):
         y, x [pixels from the corner], ln r, e1, e2.
     extended : bool
         False: a point source, of which the last four derivatives are left alone.
-    columns : (N_COLUMNS, 2, M) float32
-        Takes real and imaginary parts of the transform and its derivatives.
-    n_columns : int
-        How many of them are needed.
+    columns : (N, 2, M) float32
+        Takes real and imaginary parts of the transform and its derivatives, the first N of N_COLUMNS: 1, 3, 6 or all.
     """
+    n_columns = len(columns)
     y, x, ln_r, e1, e2 = shape[0], shape[1], shape[2], shape[3], shape[4]
     half = side // 2 + 1
     unit = 2 * np.pi / side
@@ -102,57 +134,44 @@ def evaluate_profile(cells, lengths, side, shape, extended, columns, n_columns):
     a_yx, a_xx = square * 2 * bend * e1 * e2, square * (ratio * e1 + bend * e1 * e1 + ratio)
     b_yy, b_xx = square * (ratio * e2 - bend * e1 * e2), square * (ratio * e2 + bend * e1 * e2)
     b_yx = square * 2 * (bend * e2 * e2 + ratio)
-    last = len(cells) - 1
     phase = np.empty((2, half), np.float32)
     wave = np.empty(half, np.float32)
-    squares = np.empty(half, np.float32)
-    values = np.ones((3, half), np.float32)
-    bits = squares.view(np.int32)
     for j in range(half):
         wave[j] = unit * j
         phase[0, j], phase[1, j] = np.cos(unit * j * x), -np.sin(unit * j * x)
-    start = 0
+    work = np.empty((9, columns.shape[2]), np.float32)
+    re, im, fy, fx, squares = work[0], work[1], work[2], work[3], work[4]
+    m = 0
     for i in range(side):
-        n = lengths[i]
-        if n == 0:
-            continue
-        fy64 = unit * (i if 2 * i < side else i - side)
-        fy = np.float32(fy64)
-        re_y, im_y = np.float32(np.cos(fy64 * y)), np.float32(-np.sin(fy64 * y))
-        if extended:
-            c0, c1, c2 = np.float32(q_yy * fy64 * fy64), np.float32(q_yx * fy64), np.float32(q_xx)
-            for j in range(n):
-                squares[j] = c0 + wave[j] * (c1 + wave[j] * c2) + np.float32(1e-30)
-            for j in range(n):
-                cell = min(max((bits[j] >> CELL_BITS) - FIRST_CELL, 0), last)
-                t = np.float32(bits[j] & ((1 << CELL_BITS) - 1)) * np.float32(1.0 / (1 << CELL_BITS))
-                values[0, j] = cells[cell, 0] + t * (cells[cell, 1] + t * (cells[cell, 2] + t * cells[cell, 3]))
-                slope = cells[cell, 1] + t * (2 * cells[cell, 2] + 3 * t * cells[cell, 3])
-                values[1, j] = slope * (np.float32(8 + (cell & 7)) + t)
-                values[2, j] = cells[cell, 4] + t * cells[cell, 5]
-        for j in range(n):
-            m = start + j
-            re, im = re_y * phase[0, j] - im_y * phase[1, j], re_y * phase[1, j] + im_y * phase[0, j]
-            value = values[0, j]
-            columns[0, 0, m], columns[0, 1, m] = value * re, value * im
-        if n_columns > 1:
-            for j in range(n):
-                m = start + j
-                re, im = columns[0, 0, m], columns[0, 1, m]
-                columns[1, 0, m], columns[1, 1, m] = fy * im, -fy * re
-                columns[2, 0, m], columns[2, 1, m] = wave[j] * im, -wave[j] * re
-        if n_columns > 3 and extended:
-            a0, a1, a2 = np.float32(a_yy * fy64 * fy64), np.float32(a_yx * fy64), np.float32(a_xx)
-            b0, b1, b2 = np.float32(b_yy * fy64 * fy64), np.float32(b_yx * fy64), np.float32(b_xx)
-            for j in range(n):
-                m = start + j
-                re, im = re_y * phase[0, j] - im_y * phase[1, j], re_y * phase[1, j] + im_y * phase[0, j]
-                slope = values[1, j]
-                share = slope / squares[j]
-                by_e1 = share * (a0 + wave[j] * (a1 + wave[j] * a2))
-                by_e2 = share * (b0 + wave[j] * (b1 + wave[j] * b2))
-                columns[3, 0, m], columns[3, 1, m] = 2 * slope * re, 2 * slope * im
-                columns[4, 0, m], columns[4, 1, m] = by_e1 * re, by_e1 * im
-                columns[5, 0, m], columns[5, 1, m] = by_e2 * re, by_e2 * im
-                columns[6, 0, m], columns[6, 1, m] = values[2, j] * re, values[2, j] * im
-        start += n
+        frequency = unit * (i if 2 * i < side else i - side)
+        re_y, im_y = np.float32(np.cos(frequency * y)), np.float32(-np.sin(frequency * y))
+        c0, c1 = np.float32(q_yy * frequency * frequency), np.float32(q_yx * frequency)
+        c2 = np.float32(q_xx)
+        for j in range(lengths[i]):
+            re[m] = re_y * phase[0, j] - im_y * phase[1, j]
+            im[m] = re_y * phase[1, j] + im_y * phase[0, j]
+            fy[m] = frequency
+            fx[m] = wave[j]
+            squares[m] = c0 + wave[j] * (c1 + wave[j] * c2) + np.float32(1e-30)
+            m += 1
+    values, by_radius, by_index, factors = work[5], work[6], work[7], work[8]
+    plus, minus = np.float32(1.0), np.float32(-1.0)
+    if extended:
+        look_up(cells, squares, squares.view(np.int32), values, by_radius, by_index)
+    else:
+        for k in range(len(values)):
+            values[k] = plus
+    scale_modes(values, re, im, plus, columns[0, 0], columns[0, 1])
+    if n_columns > 1:
+        scale_modes(fy, columns[0, 1], columns[0, 0], minus, columns[1, 0], columns[1, 1])
+        scale_modes(fx, columns[0, 1], columns[0, 0], minus, columns[2, 0], columns[2, 1])
+    if n_columns > 3 and extended:
+        scale_modes(by_radius, re, im, plus, columns[3, 0], columns[3, 1])
+        yy, yx, xx = np.float32(a_yy), np.float32(a_yx), np.float32(a_xx)
+        bend_modes(by_radius, squares, fy, fx, yy, yx, xx, factors)
+        scale_modes(factors, re, im, plus, columns[4, 0], columns[4, 1])
+        yy, yx, xx = np.float32(b_yy), np.float32(b_yx), np.float32(b_xx)
+        bend_modes(by_radius, squares, fy, fx, yy, yx, xx, factors)
+        scale_modes(factors, re, im, plus, columns[5, 0], columns[5, 1])
+        if n_columns > 6:
+            scale_modes(by_index, re, im, plus, columns[6, 0], columns[6, 1])

@@ -1,0 +1,194 @@
+"""What fits of profiles leave, and how far sources stand out: estimates from images and residuals."""
+
+import numpy as np
+
+from kermes.kernels.decorator import kernel
+from kermes.kernels.stamps import POINT, add_row
+
+
+@kernel
+def signal_to_noise(sources, noise, psf_norm, out):
+    """Roughly estimate the signal-to-noise of every source in all bands together; noise, psf_norm (B,)."""
+    for s in range(len(out)):
+        radius = 0.0 if sources.kinds[s] == POINT else np.exp(sources.shapes[s, 2])
+        total = 0.0
+        for b in range(len(noise)):
+            flux = sources.fluxes[s, 0, b] + sources.fluxes[s, 1, b]
+            if flux > 0.0 and noise[b] > 0.0:
+                area = 1.0 / (psf_norm[b] * psf_norm[b]) + 6 * np.pi * radius * radius
+                total += flux * flux / (noise[b] * noise[b] * area)
+        out[s] = np.sqrt(total)
+
+
+@kernel
+def contrast(images, weights, shapes, sigmas, out):
+    """Signal-to-noise of a Gaussian like the PSF on a constant background at the centre of each source; out (S,)."""
+    n_bands, height, width = images.shape
+    for s in range(len(out)):
+        y, x = shapes[s, 0], shapes[s, 1]
+        total = 0.0
+        for b in range(n_bands):
+            reach = 3.0 * sigmas[b]
+            sum_w, sum_g, sum_gg, sum_d, sum_gd = 0.0, 0.0, 0.0, 0.0, 0.0
+            for i in range(max(int(np.ceil(y - reach)), 0), min(int(y + reach) + 1, height)):
+                for j in range(max(int(np.ceil(x - reach)), 0), min(int(x + reach) + 1, width)):
+                    square = (i - y) * (i - y) + (j - x) * (j - x)
+                    w = weights[b, i, j]
+                    if w > 0.0 and square <= reach * reach:
+                        g = np.exp(-0.5 * square / (sigmas[b] * sigmas[b]))
+                        sum_w += w
+                        sum_g += w * g
+                        sum_gg += w * g * g
+                        sum_d += w * images[b, i, j]
+                        sum_gd += w * g * images[b, i, j]
+            if sum_w > 0.0:
+                norm = sum_gg - sum_g * sum_g / sum_w
+                signal = sum_gd - sum_g * sum_d / sum_w
+                if norm > 1e-6 * sum_gg and signal > 0.0:
+                    total += signal * signal / norm
+        out[s] = np.sqrt(total)
+
+
+@kernel
+def core_chi2(residual, weights, sources, radii, out):
+    """Mean of the squared residuals [sigma] within a radius of each source, all bands together; 1 without pixels."""
+    n_bands, height, width = residual.shape
+    for s in range(len(out)):
+        y, x, reach = sources.shapes[s, 0], sources.shapes[s, 1], radii[s]
+        total, n = 0.0, 0
+        for i in range(max(int(np.ceil(y - reach)), 0), min(int(y + reach) + 1, height)):
+            for j in range(max(int(np.ceil(x - reach)), 0), min(int(x + reach) + 1, width)):
+                if (i - y) * (i - y) + (j - x) * (j - x) > reach * reach:
+                    continue
+                for b in range(n_bands):
+                    if weights[b, i, j] > 0.0:
+                        total += weights[b, i, j] * residual[b, i, j] * residual[b, i, j]
+                        n += 1
+        out[s] = total / n if n > 0 else 1.0
+
+
+@kernel
+def blur(plane, taps, work, out):
+    """Correlate a plane (H, W) with a symmetric separable filter, taps (K,) from the middle outwards; zero outside."""
+    height, width = plane.shape
+    for y in range(height):
+        for x in range(width):
+            work[y, x] = out[y, x] = np.float32(0.0)
+        add_row(work[y], plane[y], taps[0])
+        for k in range(1, min(len(taps), width)):
+            add_row(work[y], plane[y, k:], taps[k])
+            add_row(work[y, k:], plane[y, : width - k], taps[k])
+    for y in range(height):
+        add_row(out[y], work[y], taps[0])
+        for k in range(1, len(taps)):
+            if y >= k:
+                add_row(out[y], work[y - k], taps[k])
+            if y + k < height:
+                add_row(out[y], work[y + k], taps[k])
+
+
+@kernel
+def filter_taps(sigmas, out):
+    """Profiles, from the middle outwards, of Gaussians of given widths (B,), 0 beyond 2.5 of them; out (B, K)."""
+    for b in range(len(sigmas)):
+        reach = int(np.ceil(2.5 * sigmas[b]))
+        for k in range(out.shape[1]):
+            out[b, k] = np.exp(-0.5 * (k / sigmas[b]) ** 2) if k <= reach and sigmas[b] > 0.0 else 0.0
+
+
+@kernel
+def matched_filter(images, residual, weights, taps, y, x):
+    """Signal-to-noise of a point at one pixel in the model, images - residual (B, H, W), over the bands where positive.
+
+    taps (B, K): see `filter_taps`.
+    """
+    n_bands, height, width = images.shape
+    reach = taps.shape[1] - 1
+    total = 0.0
+    for b in range(n_bands):
+        signal, norm = 0.0, 0.0
+        for i in range(max(y - reach, 0), min(y + reach + 1, height)):
+            for j in range(max(x - reach, 0), min(x + reach + 1, width)):
+                tap = taps[b, abs(i - y)] * taps[b, abs(j - x)]
+                signal += tap * weights[b, i, j] * (images[b, i, j] - residual[b, i, j])
+                norm += tap * tap * weights[b, i, j]
+        if norm > 0.0 and signal > 0.0:
+            total += signal * signal / norm
+    return np.sqrt(total)
+
+
+@kernel
+def significance(images, residual, weights, sigmas, threshold, left, seen):
+    """Signal-to-noise of a point at each pixel, of what is left and of the model, over the bands where it is positive.
+
+    images, residual, weights (B, H, W); sigmas (B,): width of a Gaussian like the PSF, 0 in a band without one. left,
+    seen (H, W) take the square root of the sum over the bands of the squares of the positive ones; seen only where left
+    exceeds the threshold, and 0 elsewhere.
+    """
+    n_bands, height, width = residual.shape
+    plane, work = np.empty((height, width), np.float32), np.empty((height, width), np.float32)
+    signal, norm = np.empty((height, width), np.float32), np.empty((height, width), np.float32)
+    taps = np.empty((n_bands, int(np.ceil(2.5 * sigmas.max())) + 1), np.float32)
+    squares = np.empty(taps.shape[1], np.float32)
+    filter_taps(sigmas, taps)
+    for y in range(height):
+        for x in range(width):
+            left[y, x] = seen[y, x] = 0.0
+    for b in range(n_bands):
+        if not sigmas[b] > 0.0:
+            continue
+        for k in range(len(squares)):
+            squares[k] = taps[b, k] * taps[b, k]
+        for y in range(height):
+            for x in range(width):
+                plane[y, x] = weights[b, y, x] * residual[b, y, x]
+        blur(plane, taps[b], work, signal)
+        for y in range(height):
+            for x in range(width):
+                plane[y, x] = weights[b, y, x]
+        blur(plane, squares, work, norm)
+        for y in range(height):
+            for x in range(width):
+                if norm[y, x] > 0.0 and signal[y, x] > 0.0:
+                    left[y, x] += signal[y, x] * signal[y, x] / norm[y, x]
+    for y in range(height):
+        for x in range(width):
+            left[y, x] = np.sqrt(left[y, x])
+            if left[y, x] > threshold:
+                seen[y, x] = matched_filter(images, residual, weights, taps, y, x)
+
+
+@kernel
+def find_maxima(left, seen, weights, threshold, share, positions, distance, found, values):
+    """Find local maxima of `left` above threshold + share * seen, farther than a distance from all positions (S, 2).
+
+    A maximum is not exceeded by any of the 24 pixels around it; of equal ones the first in raster order counts. found
+    (N, 2), values (N,) are filled from the front, the rest of the maxima is dropped when they are full. Returns their
+    number.
+    """
+    height, width = left.shape
+    n = 0
+    for y in range(1, height - 1):
+        for x in range(1, width - 1):
+            value = left[y, x]
+            if not value > threshold + share * seen[y, x] or n == len(found):
+                continue
+            highest, valid = True, False
+            for i in range(-2, 3):
+                for j in range(-2, 3):
+                    if 0 <= y + i < height and 0 <= x + j < width and (i != 0 or j != 0):
+                        other = left[y + i, x + j]
+                        if other > value or (other == value and (i < 0 or (i == 0 and j < 0))):
+                            highest = False
+            for b in range(len(weights)):
+                valid = valid or weights[b, y, x] > 0.0
+            if not highest or not valid:
+                continue
+            for s in range(len(positions)):
+                dy, dx = positions[s, 0] - y, positions[s, 1] - x
+                if dy * dy + dx * dx < distance * distance:
+                    highest = False
+            if highest:
+                found[n, 0], found[n, 1], values[n] = y, x, value
+                n += 1
+    return n

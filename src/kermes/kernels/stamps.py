@@ -1,0 +1,296 @@
+"""Profile sources on the stamps that they are fitted on: which stamp, which Fourier modes, and how they are drawn."""
+
+from typing import NamedTuple
+
+import numpy as np
+from rocket_fft import c2r, r2c
+
+from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.profiles import evaluate_profile, interpolate_index
+
+POINT, EXPONENTIAL, SERSIC, DOUBLE = 0, 1, 2, 3
+N_KINDS = 4
+N_SHAPE = 10
+"""y, x, ln r, e1, e2, ln n; ln r, e1, e2 and ln n of the bulge."""
+
+
+class Modes(NamedTuple):
+    """Fourier modes that are fitted, one set for each side of a stamp and each level of brightness."""
+
+    sets: np.ndarray
+    """Number of the set for a side and a level, shape (sides, levels); -1: not made yet."""
+
+    offsets: np.ndarray
+    """Set k has the modes offsets[k]:offsets[k + 1]."""
+
+    lengths: np.ndarray
+    """Row i of the half plane of a set has the modes 0 .. lengths - 1; sets one after the other."""
+
+    starts: np.ndarray
+    """Set k has the rows starts[k]:starts[k + 1]."""
+
+    psf: np.ndarray
+    """Transforms of the PSFs, (B, 2, modes) of one set after the other, flattened."""
+
+
+class Sources(NamedTuple):
+    """State of all sources of a blend; positions in pixels of the blend."""
+
+    kinds: np.ndarray
+    shapes: np.ndarray
+    """Shape (S, N_SHAPE)."""
+
+    fluxes: np.ndarray
+    """Total flux of both parts in each band, shape (S, 2, B)."""
+
+    mean: np.ndarray
+    weight: np.ndarray
+    """Prior mean and inverse variance of the shapes."""
+
+    low: np.ndarray
+    high: np.ndarray
+    """Limits of the shapes."""
+
+    stamps: np.ndarray
+    """Side index, y0, x0, level of the stamp that the source is drawn on now, shape (S, 4); side index -1: none."""
+
+    evidence: np.ndarray
+    """Fall of the penalised loss from each kind of model to the chosen one, shape (S, N_KINDS); NaN where not tried."""
+
+
+@fast_kernel
+def add_row(out, row, factor):
+    """Add a row, times a factor, to the first pixels of another that is as long or longer."""
+    for x in range(len(row)):
+        out[x] += factor * row[x]
+
+
+@kernel
+def add_model(table, lengths, side, sources, s, y0, x0, factor, model):
+    """Add one source, times `factor`, to a model before the PSF at the modes of a stamp with the corner y0, x0.
+
+    model (B, 2, M).
+    """
+    n_bands, _, n_modes = model.shape
+    rows = np.empty(table.exponential.shape, np.float32)
+    columns = np.empty((1, 2, n_modes), np.float32)
+    shape = np.empty(5)
+    kind = sources.kinds[s]
+    for part in range(2 if kind == DOUBLE else 1):
+        for j in range(5):
+            shape[j] = sources.shapes[s, j]
+        ln_n = 0.0
+        if part == 1:
+            shape[2], shape[3] = sources.shapes[s, 6], sources.shapes[s, 7]
+            shape[4], ln_n = sources.shapes[s, 8], sources.shapes[s, 9]
+        elif kind == SERSIC:
+            ln_n = sources.shapes[s, 5]
+        shape[0] -= y0
+        shape[1] -= x0
+        cells = table.exponential
+        if part == 1 or kind == SERSIC:
+            interpolate_index(table.values, table.slopes, table.ln_index, ln_n, rows)
+            cells = rows
+        evaluate_profile(cells, lengths, side, shape, kind != POINT, columns)
+        for b in range(n_bands):
+            f = np.float32(factor * sources.fluxes[s, part, b])
+            add_row(model[b, 0], columns[0, 0], f)
+            add_row(model[b, 1], columns[0, 1], f)
+
+
+@fast_kernel
+def see_row(re, im, psf_re, psf_im, out):
+    """Multiply a row of modes with the transform of a PSF; out complex, 0 beyond."""
+    for j in range(len(re)):
+        out[j] = complex(re[j] * psf_re[j] - im[j] * psf_im[j], re[j] * psf_im[j] + im[j] * psf_re[j])
+    for j in range(len(re), len(out)):
+        out[j] = 0.0
+
+
+@kernel
+def see_modes(lengths, psf, model, side):
+    """Images (B, side, side) of a model at the modes of a stamp, seen through the PSFs; model, psf (B, 2, M)."""
+    n_bands = len(psf)
+    transformed = np.empty((n_bands, side, side // 2 + 1), np.complex64)
+    planes = np.empty((n_bands, side, side), np.float32)
+    for b in range(n_bands):
+        start = 0
+        for i in range(side):
+            end = start + lengths[i]
+            see_row(
+                model[b, 0, start:end],
+                model[b, 1, start:end],
+                psf[b, 0, start:end],
+                psf[b, 1, start:end],
+                transformed[b, i],
+            )
+            start = end
+    # All bands in one call, which costs as much as the transform of a small stamp.
+    axes = np.empty(2, np.int64)
+    axes[0], axes[1] = 1, 2
+    c2r(transformed, planes, axes, False, 1.0 / (side * side), 1)
+    return planes
+
+
+@kernel
+def add_planes(image, planes, y0, x0, factor):
+    """Add the planes (B, side, side) of a stamp, times `factor`, to an image (B, H, W)."""
+    n_bands, height, width = image.shape
+    side = planes.shape[1]
+    left, right = max(0, -x0), min(side, width - x0)
+    if left >= right:
+        return
+    for b in range(n_bands):
+        for i in range(max(0, -y0), min(side, height - y0)):
+            add_row(image[b, y0 + i, x0 + left : x0 + right], planes[b, i, left:right], np.float32(factor))
+
+
+@kernel
+def set_of_psfs(modes, k):
+    """Transforms of the PSFs of one set, shape (B, 2, modes)."""
+    first, last = modes.offsets[k], modes.offsets[k + 1]
+    n_bands = len(modes.psf) // (2 * modes.offsets[-1])
+    return modes.psf[2 * n_bands * first : 2 * n_bands * last].reshape(n_bands, 2, last - first)
+
+
+@kernel
+def is_dark(sources, s):
+    """Whether a source has no light in any band."""
+    for part in range(2):
+        for b in range(sources.fluxes.shape[2]):
+            if sources.fluxes[s, part, b] != 0.0:
+                return False
+    return True
+
+
+@kernel
+def draw_source(table, modes, sides, sources, s, factor, image):
+    """Add one source, times `factor`, to an image (B, H, W) on the stamp that it has now."""
+    stamp = sources.stamps[s]
+    if stamp[0] < 0 or is_dark(sources, s):
+        return
+    side = sides[stamp[0]]
+    k = modes.sets[stamp[0], stamp[3]]
+    lengths = modes.lengths[modes.starts[k] : modes.starts[k + 1]]
+    psf = set_of_psfs(modes, k)
+    model = np.zeros(psf.shape, np.float32)
+    add_model(table, lengths, side, sources, s, stamp[1], stamp[2], factor, model)
+    add_planes(image, see_modes(lengths, psf, model, side), stamp[1], stamp[2], 1.0)
+
+
+@kernel
+def draw_sources(residual, table, modes, sides, sources, rows, factor):
+    """Add some sources, times `factor`, to the residual, each on its stamp."""
+    for s in rows:
+        draw_source(table, modes, sides, sources, s, factor, residual)
+
+
+@kernel
+def plan_stamp(sources, members, snr, sides, levels, stamp):
+    """Choose side, corner and level of the stamp of a group: it holds the light of each member down to the noise.
+
+    The stamp that all members have already is kept if it does, and is not much too large: drawing a source on another
+    one costs as much as a visit.
+    """
+    top, left, bottom, right, brightest = np.inf, np.inf, -np.inf, -np.inf, 0.0
+    for s in members:
+        reach = 7.0 if snr[s] < 20.0 else 9.0 if snr[s] < 100.0 else 12.0 if snr[s] < 1000.0 else 22.0
+        if sources.kinds[s] != POINT:
+            shape = sources.shapes[s]
+            radius = np.exp(shape[2] + 0.5 * np.hypot(shape[3], shape[4]))
+            index = 1.0
+            if sources.kinds[s] == SERSIC:
+                index = min(max(np.exp(shape[5]), 1.0), 6.0)
+            # An exponential profile falls below the noise about here.
+            extent = min(max((1.5 + np.log(max(snr[s], 1.0))) / 1.678, 2.0), 8.0)
+            reach += 0.8 * extent * radius * np.sqrt(index)
+        top, bottom = min(top, sources.shapes[s, 0] - reach), max(bottom, sources.shapes[s, 0] + reach)
+        left, right = min(left, sources.shapes[s, 1] - reach), max(right, sources.shapes[s, 1] + reach)
+        brightest = max(brightest, snr[s])
+    need = max(bottom - top, right - left)
+    k = 0
+    while k < len(sides) - 1 and sides[k] < need:
+        k += 1
+    level = 0
+    while level < len(levels) and brightest > levels[level]:
+        level += 1
+    now = sources.stamps[members[0]]
+    keep = k <= now[0] <= k + 1 and now[3] == level
+    if keep:
+        y, x, side = now[1], now[2], sides[now[0]]
+        keep = y <= top and bottom <= y + side and x <= left and right <= x + side
+        for s in members:
+            for j in range(4):
+                keep = keep and sources.stamps[s, j] == now[j]
+    if keep:
+        for j in range(4):
+            stamp[j] = now[j]
+        return
+    stamp[0] = k
+    stamp[1] = int(np.floor(0.5 * (top + bottom - sides[k]) + 0.5))
+    stamp[2] = int(np.floor(0.5 * (left + right - sides[k]) + 0.5))
+    stamp[3] = level
+
+
+@kernel
+def plan_stamps(sources, groups, offsets, snr, sides, levels, stamps):
+    """Plan the stamps (G, 4) of all groups."""
+    for g in range(len(offsets) - 1):
+        plan_stamp(sources, groups[offsets[g] : offsets[g + 1]], snr, sides, levels, stamps[g])
+
+
+@kernel
+def find_lonely(stamps, sides, out):
+    """Which groups have a stamp (G, 4) that touches no other; out (G,)."""
+    n = len(stamps)
+    for g in range(n):
+        out[g] = True
+        side, y, x = sides[stamps[g, 0]], stamps[g, 1], stamps[g, 2]
+        for h in range(n):
+            other = sides[stamps[h, 0]]
+            if h != g and -other < stamps[h, 1] - y < side and -other < stamps[h, 2] - x < side:
+                out[g] = False
+                break
+
+
+@kernel
+def transform_modes(psfs, side, threshold, lengths, psf):
+    """List the modes of a stamp up to the last one in each row where some PSF is stronger than a threshold.
+
+    psfs (B, P, Q), odd sides; lengths (side,) takes the number of modes of each row, psf (B, 2, side * (side // 2 + 1))
+    their transforms, from the front. The modes at the Nyquist frequency, whose phase is not defined, are left out.
+    Returns the number of modes.
+    """
+    n_bands, p, q = psfs.shape
+    half = side // 2 + 1
+    planes = np.zeros((n_bands, side, side), np.float32)
+    transformed = np.empty((n_bands, side, half), np.complex64)
+    for b in range(n_bands):
+        for i in range(p):
+            row = planes[b, (i - p // 2) % side]
+            # Added, not set: a PSF larger than the stamp wraps onto itself.
+            first = 0
+            while first < q:
+                x = (first - q // 2) % side
+                last = min(first + side - x, q)
+                add_row(row[x:], psfs[b, i, first:last], 1.0)
+                first = last
+    axes = np.empty(2, np.int64)
+    axes[0], axes[1] = 1, 2
+    r2c(planes, transformed, axes, True, 1.0, 1)
+    n = 0
+    for i in range(side):
+        lengths[i] = 0
+        if 2 * i == side:
+            continue
+        for b in range(n_bands):
+            for j in range(lengths[i], half - 1):
+                value = transformed[b, i, j]
+                if value.real * value.real + value.imag * value.imag > threshold * threshold:
+                    lengths[i] = j + 1
+        for b in range(n_bands):
+            for j in range(lengths[i]):
+                psf[b, 0, n + j] = transformed[b, i, j].real
+                psf[b, 1, n + j] = transformed[b, i, j].imag
+        n += lengths[i]
+    return n
