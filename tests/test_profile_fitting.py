@@ -1252,3 +1252,18 @@ def test_negative_wings_are_only_padded():
     middle = result.shape[0] // 2
     np.testing.assert_array_equal(result[middle - 10 : middle + 11, middle - 10 : middle + 11], stamp)
     assert result.sum() == pytest.approx(stamp.sum())
+
+
+def test_what_becomes_smaller_is_not_brighter_in_the_middle():
+    image = np.zeros((2, 48, 48), dtype=np.float32)
+    engine = engine_of(image, np.array([[24.0, 24.0]]), DEFAULT)
+    sources = engine.sources
+    # Much flux in a source that is far larger than its signal-to-noise permits, as one that fed on a neighbour.
+    sources.shapes[0, 2] = np.log(60.0)
+    sources.fluxes[0, 0] = 3e3
+    engine.place()
+    engine.draw(np.arange(1), -1.0)
+    before = abs(engine.residual[:, 24, 24])
+    engine.update()
+    assert np.exp(sources.shapes[0, 2]) < 20
+    assert (abs(engine.residual[:, 24, 24]) <= before).all()

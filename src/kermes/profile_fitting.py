@@ -31,7 +31,7 @@ IndexArray = NDArray[np.int64]
 KINDS = ("point", "exponential", "sersic", "double")
 """Names of the kinds of sources, in the order of the numbers that kernels use."""
 
-SIDES = np.array([24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256], dtype=np.int64)
+SIDES = np.array([24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384], dtype=np.int64)
 """Sides of the stamps that groups are fitted on [pixels]."""
 
 LEVELS = np.array([300.0, 3000.0])
@@ -306,8 +306,10 @@ class _Engine:
             shapes = self.sources.shapes
             too_large = np.flatnonzero((shapes[:, 2] > cap) | (shapes[:, 6] > cap))
             self.draw(too_large, 1.0)
-            for p in (2, 6):
+            for part, p in enumerate((2, 6)):
                 self.sources.high[:, p] = cap
+                # As bright as before in the middle: light that was far out is not to be heaped up there.
+                self.sources.fluxes[:, part] *= np.exp(2 * np.minimum(cap - shapes[:, p], 0.0))[:, None]
                 np.minimum(shapes[:, p], cap, out=shapes[:, p])
             self.draw(too_large, -1.0)
 

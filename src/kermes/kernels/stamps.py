@@ -195,6 +195,9 @@ def plan_stamp(sources, members, snr, sides, levels, stamp):
     top, left, bottom, right, brightest = np.inf, np.inf, -np.inf, -np.inf, 0.0
     for s in members:
         reach = 7.0 if snr[s] < 20.0 else 9.0 if snr[s] < 100.0 else 12.0 if snr[s] < 1000.0 else 22.0
+        if snr[s] > 1e4:
+            # Wings of the PSF: as far as they are continued beyond its stamp.
+            reach = 45.0 if snr[s] < 1e5 else 60.0
         if sources.kinds[s] != POINT:
             shape = sources.shapes[s]
             radius = np.exp(shape[2] + 0.5 * np.hypot(shape[3], shape[4]))
