@@ -712,3 +712,21 @@ def test_mask_planes_under_a_peak_become_flags():
     for flag in (Flag.INTERPOLATED, Flag.SATURATED):
         assert np.flatnonzero(objects[flag]).tolist() == [0]
     assert not objects[Flag.COSMIC_RAY].any()
+
+
+def test_a_blend_that_is_fitted_badly_gets_the_simpler_model_that_fits_better(monkeypatch):
+    fit_profiles = modelling.fit_profiles
+
+    def astray(*given):
+        fit = fit_profiles(*given)
+        if beyond_points(*given):
+            fit.sources.fluxes[:] *= -100
+        return fit
+
+    monkeypatch.setattr(modelling, "fit_profiles", astray)
+    result = kermes.deblend(small_scene().coadd, small_scene().peaks)
+    poor = result.objects["outcome"] != Outcome.FULL
+    assert poor.any()
+    assert (result.objects["outcome"][poor] == Outcome.POINT).all()
+    assert (result.objects["reason"][poor] == "poor_fit").all()
+    assert (result.blends["chi2"] < modelling.POOR_CHI2).all()

@@ -44,6 +44,9 @@ class Reason(StrEnum):
     NOT_FINITE = "not_finite"
     """The fit with the better model ended with values that are not finite."""
 
+    POOR_FIT = "poor_fit"
+    """The fit of its blend with the better model left more of the image than that with the simpler one."""
+
     NO_DATA = "no_data"
     """No band has a valid pixel and a PSF there."""
 

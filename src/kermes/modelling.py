@@ -44,6 +44,9 @@ DoubleArray = NDArray[np.float64]
 FloatArray = NDArray[np.float32]
 LabelArray = NDArray[np.int64]
 
+POOR_CHI2 = 10.0
+"""Blends that are left with a larger mean of residual^2 / variance are tried with simpler models, too."""
+
 PEAK_HALF = 12
 """Half the side of the box of a source that is modelled as a PSF at its peak [pixels]."""
 
@@ -172,17 +175,33 @@ def fit_blend(plan: TilePlan, task: BlendTask, earlier: Iterable[BlendOutcome] =
     if missing.all():
         outcome = _without_model(task, cut)
     else:
-        reason = Reason.NONE if task.rung is RUNGS[0] else Reason.BUDGET
         unit = float(np.median(cut.noise_rms[~missing]))
-        for rung in RUNGS[RUNGS.index(task.rung) :]:
-            try:
-                outcome = _on_rung(plan, task, cut, unit, rung, reason)
-            except BlendError as error:
-                logger.warning("blend %d is not modelled as %s: %s", task.index + 1, rung, error)
-                reason = Reason.NOT_FINITE
-            else:
-                break
+        outcome = _climb_down(plan, task, cut, unit)
     return replace(outcome, seconds=time.perf_counter() - start)
+
+
+def _climb_down(plan: TilePlan, task: BlendTask, cut: Blend, unit: float) -> BlendOutcome:
+    """Model a blend on the first rung that works; where that fits badly, on the next one that fits better."""
+    reason = Reason.NONE if task.rung is RUNGS[0] else Reason.BUDGET
+    best: BlendOutcome | None = None
+    for rung in RUNGS[RUNGS.index(task.rung) :]:
+        try:
+            outcome = _on_rung(plan, task, cut, unit, rung, reason)
+        except BlendError as error:
+            logger.warning("blend %d is not modelled as %s: %s", task.index + 1, rung, error)
+            reason = Reason.NOT_FINITE if best is None else reason
+            continue
+        if best is None or _chi2(outcome) < _chi2(best):
+            best = outcome
+        if _chi2(best) <= POOR_CHI2 or rung is Outcome.POINT:
+            break
+        reason = Reason.POOR_FIT
+    assert best is not None, "the last rung always works"
+    return best
+
+
+def _chi2(outcome: BlendOutcome) -> float:
+    return float(np.asarray(outcome.blend_columns["chi2"]))
 
 
 def _on_rung(plan: TilePlan, task: BlendTask, cut: Blend, unit: float, rung: Outcome, reason: Reason) -> BlendOutcome:
