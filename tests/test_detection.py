@@ -1,6 +1,8 @@
 """Detection: five sigma means five sigma, sources are found where they are, no position or direction is preferred."""
 
+import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from kermes.detection import (
     false_peak_density,
     footprints_of_peaks,
     measure_band_snr,
+    subtract_background,
 )
 from kermes.errors import DataWarning, InputError
 from kermes.geometry import Box
@@ -589,3 +592,50 @@ def test_density_of_false_peaks_of_one_band_is_that_of_a_gaussian_field():
 def test_workers_must_be_positive():
     with pytest.raises(InputError, match="workers must be at least 1, got 0"):
         detect(field_coadd(), CONFIG, workers=0)
+
+
+# ---------------------------------------------------------------- background
+
+
+def with_sky(scene, level):
+    """Add a sky that rises across the image, in units of the noise of a pixel, to every band."""
+    coadd = scene.coadd
+    slope = np.linspace(0.5, 1.5, coadd.shape[1], dtype=np.float32)
+    return replace(coadd, images=coadd.images + level * np.sqrt(coadd.variance) * slope)
+
+
+def test_a_sky_is_taken_off():
+    scene = simulate_scene(n_sources=12, shape=(200, 200), bands=("g", "r"), seed=3)
+    raised = with_sky(scene, 2.0)
+    cleaned = subtract_background(raised, 32)
+    difference = (cleaned.images - scene.coadd.images) / np.sqrt(scene.coadd.variance)
+    # A mesh of 32 pixels has a median that is known to 1.25 / 32 = 0.04 sigma, and some light of faint sources.
+    assert np.median(np.abs(difference)) < 0.1
+    assert np.median(raised.images - scene.coadd.images) > 0
+
+
+def test_peaks_on_a_sky_are_those_without_it():
+    scene = simulate_scene(n_sources=12, shape=(200, 200), bands=("g", "r"), seed=3, magnitudes=(19, 24))
+    raised = with_sky(scene, 2.0)
+    plain, config = DetectionConfig(), DetectionConfig(background=32)
+    expected = detect(scene.coadd, plain).peaks
+    assert len(detect(raised, plain).peaks) != len(expected)
+    found = detect(raised, config).peaks
+    distance = np.hypot(*(found[:, None] - expected).transpose(2, 0, 1))
+    assert len(found) == len(expected)
+    assert (distance.min(axis=1) <= 1).all()
+
+
+def test_a_band_without_pixels_has_no_background():
+    scene = simulate_scene(n_sources=4, shape=(80, 80), bands=("g", "r"), seed=3)
+    images = scene.coadd.images.copy()
+    images[1] = np.nan
+    dark = replace(scene.coadd, images=images)
+    assert np.isnan(subtract_background(dark, 16).images[1]).all()
+
+
+def test_without_photutils_the_message_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "photutils.background", None)
+    scene = simulate_scene(n_sources=1, shape=(40, 40), bands=("g",), seed=3)
+    with pytest.raises(InputError, match=r"pip install 'kermes\[photometry\]'"):
+        detect(scene.coadd, DetectionConfig(background=16))

@@ -39,6 +39,10 @@ class DetectionConfig:
     grow: int = 3
     """Footprints are grown by this many pixels, to hold the wings."""
 
+    background: int = 0
+    """Mesh [pixels] of a local background that is taken off the images in which footprints and peaks are looked for,
+    but not off those that are fitted; 0: none. Needs photutils."""
+
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -47,6 +51,10 @@ class DetectionConfig:
         _check(self.min_separation >= 0, f"detection.min_separation must be >= 0, got {self.min_separation}")
         _check(self.min_area >= 1, f"detection.min_area must be >= 1, got {self.min_area}")
         _check(self.grow >= 0, f"detection.grow must be >= 0, got {self.grow}")
+        _check(
+            self.background == 0 or self.background >= 8,
+            f"detection.background must be 0 or at least 8, got {self.background}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

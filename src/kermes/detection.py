@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock
 
@@ -545,6 +546,67 @@ def _number(labels: LabelArray, peaks: LabelArray) -> LabelArray:
     return np.asarray(np.where(used, np.cumsum(used), 0)[labels], dtype=np.int64)
 
 
+def subtract_background(coadd: Coadd, mesh: int, config: DetectionConfig | None = None) -> Coadd:
+    """Take a smooth local background off every band.
+
+    For images whose sky is not zero, or that are full of light too wide to be deblended. It takes the outskirts of
+    objects wider than the mesh off, too.
+
+    Parameters
+    ----------
+    coadd : Coadd
+    mesh : int
+        Side of the squares in which the background is measured [pixels]; several times wider than objects.
+    config : DetectionConfig, optional
+        How footprints are found, whose pixels are left out; None: the defaults.
+
+    Returns
+    -------
+    coadd : Coadd
+        The same with other images; a band without a valid pixel is as it was.
+
+    Raises
+    ------
+    InputError
+        If photutils is not installed.
+
+    Notes
+    -----
+    The median of what lies within three sigma, in each square, made smooth by a median filter of three squares and
+    splines: `photutils.background.Background2D`, the method of SExtractor (Bertin & Arnouts 1996). First without
+    footprints, then once more without the pixels of those that are found on the difference.
+    """
+    try:
+        from photutils.background import Background2D, MedianBackground
+    except ImportError:
+        raise InputError(
+            "background needs photutils, which is not installed: pip install 'kermes[photometry]'"
+        ) from None
+
+    def without(covered: NDArray[np.bool_]) -> Coadd:
+        images = coadd.images.copy()
+        for plane, valid in zip(images, coadd.valid, strict=True):
+            hidden = ~valid | covered
+            if hidden.all():
+                continue
+            background = Background2D(
+                np.where(valid, plane, 0.0),
+                min(mesh, *coadd.shape),
+                mask=hidden,
+                bkg_estimator=MedianBackground(),
+                exclude_percentile=80.0,
+            )
+            plane -= background.background.astype(np.float32)
+        return replace(coadd, images=images)
+
+    with warnings.catch_warnings():
+        # Squares without a pixel are filled from their neighbours; the coadd has said before what is odd about it.
+        warnings.simplefilter("ignore")
+        first = without(np.zeros(coadd.shape, dtype=bool))
+        significance, _ = detection_images(first)
+        return without(_regions(significance, config or DetectionConfig()) > 0)
+
+
 def detect(coadd: Coadd, config: DetectionConfig, workers: int = 1) -> Detection:
     """Find footprints and peaks.
 
@@ -565,6 +627,8 @@ def detect(coadd: Coadd, config: DetectionConfig, workers: int = 1) -> Detection
     Shifting the image by whole pixels shifts the answer. Flipping it flips the answer, but for a source that is exactly
     symmetric about a line between two pixels: the first of the two in raster order is its peak.
     """
+    if config.background:
+        coadd = subtract_background(coadd, config.background, config)
     significance, contrast = detection_images(coadd, workers)
     fwhm_pix = _mean_fwhm(coadd)
     cores = _star_cores(coadd, significance, fwhm_pix, config)
@@ -627,6 +691,8 @@ def footprints_of_peaks(coadd: Coadd, peaks: LabelArray, config: DetectionConfig
         one and a half PSF widths on each side; squares and regions that touch, also at a corner, are one. Labels count
         from 1 in raster order, 0 outside; every peak lies in a footprint and every footprint holds a peak.
     """
+    if config.background:
+        coadd = subtract_background(coadd, config.background, config)
     (significance,) = _filtered(coadd, with_contrast=False, workers=_checked_workers(workers))
     if not coadd.valid.all():
         fwhm_pix = _mean_fwhm(coadd)
