@@ -57,7 +57,9 @@ def test_kernels_import_only_what_can_be_compiled(file):
 
 def test_the_source_imports_only_the_standard_library_and_declared_dependencies():
     providers = importlib.metadata.packages_distributions()
-    declared = distributions(PROJECT["dependencies"])
+    # What an extra declares may be imported inside the functions that need it, see below.
+    extras = PROJECT["optional-dependencies"]
+    declared = distributions([*PROJECT["dependencies"], *extras["photometry"]])
     undeclared = {
         f"{file.relative_to(SOURCE)}: {name}"
         for file in SOURCE.rglob("*.py")
@@ -113,3 +115,12 @@ def test_public_classes_document_themselves_and_their_members(name):
 def test_readme_has_exactly_the_two_set_up_commands():
     commands = re.findall(r"^\s*(.*pip install.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert commands == ["pip install . && kermes demo", "pip install '.[test]' && pytest"]
+
+
+def test_extras_are_imported_only_inside_functions():
+    extras = {"photutils"}
+    for file in SOURCE.rglob("*.py"):
+        top = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
+        assert not {name.partition(".")[0] for name in names} & extras, file.name
