@@ -223,8 +223,8 @@ def normal(p, fluxes):
     coupling = np.empty((2, p.n_components, p.n_free))
     work = np.empty(p.n_modes, dtype=np.float32)
     normal_equations(
-        p.lengths, p.side, p.exact, p.psf, p.columns, p.pixels, p.data, p.power, p.n_components, p.n_free, p.slots,
-        factors, fluxes, work, hessian, gradient, coupling,
+        p.exact, p.columns, p.pixels, p.data, p.power, p.n_components, p.n_free, p.slots, factors, fluxes, work,
+        hessian, gradient, coupling,
     )  # fmt: skip
     return hessian, gradient, coupling
 

@@ -415,10 +415,7 @@ def fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradi
 
 @kernel
 def normal_equations(
-    lengths,
-    side,
     exact,
-    psf,
     columns,
     pixels,
     data,
@@ -446,10 +443,6 @@ def normal_equations(
             for c in range(n_components):
                 coupling[b, c, p] = 0.0
     if exact:
-        for c in range(n_components):
-            for q in range(1, N_COLUMNS):
-                if slots[c, q] >= 0:
-                    see_column(columns[c, q], lengths, psf, side, pixels[c, q])
         fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradient, coupling)
     else:
         fill_modes(columns, data, power, n_components, slots, fluxes, work, hessian, gradient, coupling)
@@ -613,11 +606,13 @@ def fit_group(
             for b in range(n_bands):
                 fluxes[c, b] = sources.fluxes[members[owner[c]], part[c], b]
     for _ in range(1 if errors else n_steps):
+        if exact:
+            for c in range(n_components):
+                for q in range(1, N_COLUMNS):
+                    if slots[c, q] >= 0:
+                        see_column(columns[c, q], lengths, psf, side, pixels[c, q])
         normal_equations(
-            lengths,
-            side,
             exact,
-            psf,
             columns,
             pixels,
             data,
