@@ -639,3 +639,10 @@ def test_without_photutils_the_message_names_what_to_install(monkeypatch):
     scene = simulate_scene(n_sources=1, shape=(40, 40), bands=("g",), seed=3)
     with pytest.raises(InputError, match=r"pip install 'kermes\[photometry\]'"):
         detect(scene.coadd, DetectionConfig(background=16))
+
+
+@pytest.mark.parametrize("mesh", [0, -3, 7, 32.5, "wide"])
+def test_a_mesh_that_is_none_is_refused(mesh):
+    scene = simulate_scene(n_sources=1, shape=(40, 40), bands=("g",), seed=3)
+    with pytest.raises(InputError, match="mesh must be a whole number of pixels, at least 8, got"):
+        subtract_background(scene.coadd, mesh)

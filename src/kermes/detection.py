@@ -568,7 +568,7 @@ def subtract_background(coadd: Coadd, mesh: int, config: DetectionConfig | None 
     Raises
     ------
     InputError
-        If photutils is not installed.
+        If `mesh` is not a whole number of at least 8, or photutils is not installed.
 
     Notes
     -----
@@ -576,6 +576,8 @@ def subtract_background(coadd: Coadd, mesh: int, config: DetectionConfig | None 
     splines: `photutils.background.Background2D`, the method of SExtractor (Bertin & Arnouts 1996). First without
     footprints, then once more without the pixels of those that are found on the difference.
     """
+    if not isinstance(mesh, int | np.integer) or mesh < 8:
+        raise InputError(f"mesh must be a whole number of pixels, at least 8, got {mesh!r}")
     try:
         from photutils.background import Background2D, MedianBackground
     except ImportError:
