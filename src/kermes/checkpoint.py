@@ -78,11 +78,6 @@ class Checkpoint:
         if self.folder.exists():
             self._read(self._run())
 
-    @property
-    def n_restored(self) -> int:
-        """Number of blends that were there when it was opened."""
-        return len(self._stored)
-
     def _run(self) -> dict[str, str]:
         return {"format": "kermes checkpoint", "fingerprint": fingerprint(self._plan)}
 

@@ -546,7 +546,7 @@ def _number(labels: LabelArray, peaks: LabelArray) -> LabelArray:
     return np.asarray(np.where(used, np.cumsum(used), 0)[labels], dtype=np.int64)
 
 
-def subtract_background(coadd: Coadd, mesh: int, config: DetectionConfig | None = None) -> Coadd:
+def subtract_background(coadd: Coadd, mesh: int, config: DetectionConfig | None = None, workers: int = 1) -> Coadd:
     """Take a smooth local background off every band.
 
     For images whose sky is not zero, or that are full of light too wide to be deblended. It takes the outskirts of
@@ -559,6 +559,8 @@ def subtract_background(coadd: Coadd, mesh: int, config: DetectionConfig | None 
         Side of the squares in which the background is measured [pixels]; several times wider than objects.
     config : DetectionConfig, optional
         How footprints are found, whose pixels are left out; None: the defaults.
+    workers : int, optional
+        Number of threads that look for them; the answer is the same for any.
 
     Returns
     -------
@@ -605,7 +607,7 @@ def subtract_background(coadd: Coadd, mesh: int, config: DetectionConfig | None 
         # Squares without a pixel are filled from their neighbours; the coadd has said before what is odd about it.
         warnings.simplefilter("ignore")
         first = without(np.zeros(coadd.shape, dtype=bool))
-        significance, _ = detection_images(first)
+        significance, _ = detection_images(first, workers)
         return without(_regions(significance, config or DetectionConfig()) > 0)
 
 
@@ -630,7 +632,7 @@ def detect(coadd: Coadd, config: DetectionConfig, workers: int = 1) -> Detection
     symmetric about a line between two pixels: the first of the two in raster order is its peak.
     """
     if config.background:
-        coadd = subtract_background(coadd, config.background, config)
+        coadd = subtract_background(coadd, config.background, config, workers)
     significance, contrast = detection_images(coadd, workers)
     fwhm_pix = _mean_fwhm(coadd)
     cores = _star_cores(coadd, significance, fwhm_pix, config)
@@ -694,7 +696,7 @@ def footprints_of_peaks(coadd: Coadd, peaks: LabelArray, config: DetectionConfig
         from 1 in raster order, 0 outside; every peak lies in a footprint and every footprint holds a peak.
     """
     if config.background:
-        coadd = subtract_background(coadd, config.background, config)
+        coadd = subtract_background(coadd, config.background, config, workers)
     (significance,) = _filtered(coadd, with_contrast=False, workers=_checked_workers(workers))
     if not coadd.valid.all():
         fwhm_pix = _mean_fwhm(coadd)

@@ -167,6 +167,11 @@ def fit_blend(plan: TilePlan, task: BlendTask, earlier: Iterable[BlendOutcome] =
     task : BlendTask
     earlier : iterable of BlendOutcome, optional
         Blends of lower levels, whose light is taken off before.
+
+    Returns
+    -------
+    outcome : BlendOutcome
+        Of its members alone. Without a single valid pixel they have no light, and NaN for fluxes.
     """
     start = time.perf_counter()
     cut = cut_blend(plan.coadd, task.outer, plan.peaks[task.rows], usable_pixels(plan, task), task.psfs)

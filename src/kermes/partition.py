@@ -337,9 +337,14 @@ class Lights:
     def at(self, sources: LabelArray, distance: DoubleArray) -> DoubleArray:
         """Light of some sources, each at a distance [pixels]."""
         light = self.snr[sources] * _response(self.correlation, distance / self.stretch[sources])
-        place = np.searchsorted(self.bright, sources)
-        for k in np.flatnonzero(np.isin(sources, self.bright)):
-            light[k] = max(light[k], np.interp(distance[k], RADII, self.profiles[place[k]]))
+        measured = np.flatnonzero(np.isin(sources, self.bright))
+        profiles = self.profiles[np.searchsorted(self.bright, sources[measured])]
+        # Linear between rings, and constant inside the first and outside the last one.
+        ring = np.clip(np.searchsorted(RADII, distance[measured]) - 1, 0, len(RADII) - 2)
+        share = np.clip((distance[measured] - RADII[ring]) / np.diff(RADII)[ring], 0.0, 1.0)
+        each = np.arange(len(measured))
+        seen = (1 - share) * profiles[each, ring] + share * profiles[each, ring + 1]
+        light[measured] = np.maximum(light[measured], seen)
         return np.asarray(light)
 
 
@@ -367,6 +372,11 @@ def measure_lights(
     psfs : ndarray, shape (B, P, Q)
     level : float
         Significance at which the footprints end.
+
+    Returns
+    -------
+    lights : Lights
+        In the order of `peaks`. Pixels that are not valid do not count; a peak without any has no light.
 
     Notes
     -----
