@@ -50,6 +50,12 @@ class Reason(StrEnum):
     NO_DATA = "no_data"
     """No band has a valid pixel and a PSF there."""
 
+    NO_TEMPLATE = "no_template"
+    """No template could be made for the peak."""
+
+    LIMITS = "limits"
+    """Its footprint, or the number of peaks in it, is beyond the limits of `templates`."""
+
     INTERRUPTED = "interrupted"
     """The run was stopped before its blend was fitted."""
 
@@ -71,6 +77,9 @@ class Model(StrEnum):
 
     FREE_FORM = "free-form"
     """Morphologies on pixels."""
+
+    TEMPLATE = "template"
+    """A symmetric template."""
 
 
 class Flag(StrEnum):
@@ -176,8 +185,49 @@ _MODEL = (
 )
 
 
-def object_columns(bands: Sequence[str]) -> tuple[ColumnDefinition, ...]:
-    """Columns of `objects` for these bands, in order."""
+_TEMPLATES = (
+    ColumnDefinition("stray_flux", np.float64, "Part of the flux from pixels that no template reaches", "flux"),
+    ColumnDefinition("has_stray_flux", np.bool_, "Whether it has stray flux"),
+    ColumnDefinition("deblended_as_psf", np.bool_, "Whether its template is the PSF, which fits it"),
+    ColumnDefinition("psf_center_y", np.float64, "Row of that point source, in the coordinates of the coadd", "pix"),
+    ColumnDefinition("psf_center_x", np.float64, "Column of that point source, in the coordinates of the coadd", "pix"),
+    ColumnDefinition("psf_flux", np.float64, "Flux of that point source, neighbours fitted along", "flux"),
+    ColumnDefinition("psf_chi2", np.float64, "chi2 of the fit of a point source, the chosen one"),
+    ColumnDefinition("psf_dof", np.float64, "Degrees of freedom of that fit"),
+    ColumnDefinition("psf_n_neighbors", np.int64, "Number of neighbours fitted along"),
+    ColumnDefinition("psf_moved", np.bool_, "Whether the point source was moved from the peak"),
+    ColumnDefinition("psf_big_decenter", np.bool_, "Whether it would have to be moved by a pixel or more"),
+    ColumnDefinition("psf_bad_dof", np.bool_, "Whether there are too few pixels for that fit"),
+    ColumnDefinition("out_of_bounds", np.bool_, "Whether the peak lies outside of the box of the footprint"),
+    ColumnDefinition("tiny_footprint", np.bool_, "Whether the footprint is too small for that fit"),
+    ColumnDefinition("no_valid_pixels", np.bool_, "Whether no pixel near the peak is valid"),
+    ColumnDefinition("failed_symmetric_template", np.bool_, "Whether the peak lies outside of the footprint"),
+    ColumnDefinition("ramped_template", np.bool_, "Whether the template was continued beyond the footprint"),
+    ColumnDefinition("patched_template", np.bool_, "Whether pixels without a mirror were taken as they are"),
+    ColumnDefinition("degenerate", np.bool_, "Whether the template was left out, being like another"),
+    ColumnDefinition("no_template", np.bool_, "Whether there is no template"),
+)
+"""Of each band, with the model "templates"."""
+
+
+_WITH_TEMPLATES = (
+    ColumnDefinition("flux", np.float64, "Share of the observed pixels of the footprint, with stray flux", "flux"),
+    ColumnDefinition("flux_err", np.float64, "Standard deviation of the flux, from the noise of the pixels", "flux"),
+    *_PER_BAND[2:],
+    *_TEMPLATES,
+)
+
+
+_TEMPLATES_OF_PARENT = (
+    ColumnDefinition("parent_too_big", np.bool_, "Whether the footprint is beyond the limits of `templates`"),
+    ColumnDefinition("parent_masked", np.bool_, "Whether too many pixels of the footprint are invalid"),
+    ColumnDefinition("too_many_peaks", np.bool_, "Whether the footprint has more than `templates.most_peaks`"),
+)
+
+
+def object_columns(bands: Sequence[str], model: str = "kermes") -> tuple[ColumnDefinition, ...]:
+    """Columns of `objects` for these bands and this `Config.model`, in order."""
+    per_band, more = (_PER_BAND, ()) if model != "templates" else (_WITH_TEMPLATES, _TEMPLATES_OF_PARENT)
     return (
         ColumnDefinition("object_id", np.int64, "Number of the object"),
         ColumnDefinition("parent_id", np.int64, "Number of its parent (footprint)"),
@@ -190,8 +240,9 @@ def object_columns(bands: Sequence[str]) -> tuple[ColumnDefinition, ...]:
         *(
             ColumnDefinition(f"{band}_{column.name}", column.dtype, f"{column.description}, band {band}", column.unit)
             for band in bands
-            for column in _PER_BAND
+            for column in per_band
         ),
+        *more,
         *_MODEL,
         ColumnDefinition("n_components", np.int64, "Number of components of the model"),
         ColumnDefinition("chi2", np.float64, "Mean of residual^2 / variance over the valid pixels of the object"),
@@ -295,7 +346,9 @@ def _values(values: ArrayLike, definition: ColumnDefinition) -> NDArray[Any]:
     return array.astype(definition.dtype, casting="same_kind" if array.size else "unsafe", copy=False)
 
 
-def make_objects(columns: Mapping[str, ArrayLike], bands: Sequence[str], unit: units.UnitBase | None) -> Table:
+def make_objects(
+    columns: Mapping[str, ArrayLike], bands: Sequence[str], unit: units.UnitBase | None, model: str = "kermes"
+) -> Table:
     """Make the table of objects.
 
     Parameters
@@ -305,13 +358,15 @@ def make_objects(columns: Mapping[str, ArrayLike], bands: Sequence[str], unit: u
     bands : sequence of str
     unit : astropy unit or None
         Unit of the fluxes.
+    model : str, optional
+        `Config.model`: with "templates" there are more columns.
 
     Returns
     -------
     objects : Table
         Columns in the order of `object_columns`, with units and descriptions.
     """
-    return _make_table(columns, object_columns(bands), unit)
+    return _make_table(columns, object_columns(bands, model), unit)
 
 
 def make_parents(columns: Mapping[str, ArrayLike]) -> Table:

@@ -170,7 +170,7 @@ class Checkpoint:
 def _write_part(outcomes: list[BlendOutcome], plan: TilePlan, folder: Path) -> None:
     bands = plan.coadd.bands
     definitions = {
-        "objects": catalog.object_columns(bands),
+        "objects": catalog.object_columns(bands, plan.config.model),
         "candidates": catalog.candidate_columns(bands),
         "blends": catalog.BLEND_COLUMNS,
     }

@@ -13,6 +13,9 @@ from kermes.errors import ConfigError, FileError
 
 Scheme = Literal["amsgrad", "adam", "nadam", "padam", "adamx", "radam", "fista"]
 Weighting = Literal["angle", "flat", "nearest"]
+Edges = Literal["ramp", "clip", "patch"]
+StrayRule = Literal["trim", "r-to-peak", "r-to-footprint", "nearest-footprint"]
+StrayToPoints = Literal["never", "necessary", "always"]
 
 
 def _check(condition: bool, message: str) -> None:
@@ -363,6 +366,106 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TemplatesConfig:
+    """How the single-band deblender makes templates and shares the light among them. A limit of 0 is none."""
+
+    image: str = "each"
+    """Image that templates are made from: "each" band for itself, or one for all bands: "all" of them, added up by
+    their noise, or the name of a band."""
+
+    find_points: bool = True
+    """Whether peaks that the PSF fits have it for a template."""
+
+    point_chi2: float = 1.5
+    """Largest chi2 per degree of freedom of a point source at its peak,"""
+
+    point_chi2_derivatives: float = 1.5
+    """when the derivatives of the PSF are fitted along,"""
+
+    point_chi2_moved: float = 1.5
+    """and when it is moved to where they say."""
+
+    tiny_footprint: int = 2
+    """Footprints that leave a stamp of at most so many pixels on a side are not fitted."""
+
+    unbiased: bool = True
+    """Whether the smaller one of two mirrored pixels is corrected for its noise, which makes it too small."""
+
+    edges: Edges = "ramp"
+    """Templates that are bright at the edge of the footprint: "ramp" continues them, on the image, or on the PSF where
+    there is none; "clip" cuts them; "patch" takes pixels without a mirror as they are at the edge of the image."""
+
+    median_half: int = 2
+    """Templates are smoothed by a median of so many pixels to each side; 0: they are not."""
+
+    monotonic: bool = True
+    """Whether templates fall from the peak outwards."""
+
+    weight: bool = False
+    """Whether templates are multiplied by what a joint fit to the image says."""
+
+    drop_similar: bool = False
+    """Whether of two templates that are alike one is left out."""
+
+    largest_similarity: float = 0.5
+    """Those are alike whose normalised product is larger than this."""
+
+    stray: StrayRule = "trim"
+    """What becomes of positive pixels of the footprint that no template reaches: "trim" gives them to nobody; others
+    share them by 1 / (1 + d^2) of the distance to peaks or to templates, or give each to the nearest template."""
+
+    stray_to_points: StrayToPoints = "necessary"
+    """When point sources get a part of them: "necessary": if there is no other source."""
+
+    stray_clip: float = 0.001
+    """Smaller shares of a pixel are left out."""
+
+    scale_variance: bool = True
+    """Whether the variance of a pixel of a child is that of its share; false: that of the pixel."""
+
+    most_peaks: int = 0
+    """Of a footprint, the brightest so many peaks get templates, and all others are points at their peaks."""
+
+    largest_area: int = 0
+    """Footprints with more pixels are not shared among templates: their sources are points at their peaks;"""
+
+    largest_side: int = 0
+    """so are those with a longer side [pixels],"""
+
+    least_axis_ratio: float = 0.0
+    """longer ones, minor over major axis,"""
+
+    most_masked: float = 1.0
+    """and those with a larger share of invalid pixels."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        _check(bool(self.image), "templates.image must be 'each', 'all' or the name of a band, got an empty name")
+        for name in ("point_chi2", "point_chi2_derivatives", "point_chi2_moved"):
+            _check(getattr(self, name) > 0, f"templates.{name} must be positive, got {getattr(self, name)}")
+        for name in (
+            "tiny_footprint",
+            "median_half",
+            "largest_similarity",
+            "stray_clip",
+            "most_peaks",
+            "largest_area",
+            "largest_side",
+            "least_axis_ratio",
+            "most_masked",
+        ):
+            _check(getattr(self, name) >= 0, f"templates.{name} must be >= 0, got {getattr(self, name)}")
+        for name, kind in (("edges", Edges), ("stray", StrayRule), ("stray_to_points", StrayToPoints)):
+            known = get_args(kind)
+            _check(
+                getattr(self, name) in known,
+                f"templates.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}",
+            )
+        _check(self.stray_clip < 1, f"templates.stray_clip must be below 1, got {self.stray_clip}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FreeFormConfig:
     """When and how free shapes are laid over profiles that do not suffice."""
 
@@ -402,8 +505,9 @@ class FreeFormConfig:
 class Config:
     """All settings of one run; the defaults work."""
 
-    model: Literal["kermes", "scarlet-lite"] = "kermes"
-    """What a source is modelled as: points and galaxy profiles fitted jointly, or the free shapes of scarlet lite."""
+    model: Literal["kermes", "scarlet-lite", "templates"] = "kermes"
+    """What a source is modelled as: points and galaxy profiles fitted jointly, the free shapes of scarlet lite, or the
+    symmetric templates of the single-band deblender."""
 
     add_sources: bool = False
     """Whether what the model "kermes" finds in the residuals becomes objects too, after the listed ones, in a second
@@ -438,11 +542,15 @@ class Config:
     fit: FitConfig = field(default_factory=FitConfig)
     """Fit of one blend with the model "scarlet-lite"."""
 
+    templates: TemplatesConfig = field(default_factory=TemplatesConfig)
+    """How the model "templates" shares the light of a footprint; other models where they do not work."""
+
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         _check(
-            self.model in ("kermes", "scarlet-lite"), f"model must be 'kermes' or 'scarlet-lite', got {self.model!r}"
+            self.model in ("kermes", "scarlet-lite", "templates"),
+            f"model must be 'kermes', 'scarlet-lite' or 'templates', got {self.model!r}",
         )
         _check(
             self.model_psf_sigma == 0 or 0.5 <= self.model_psf_sigma <= 10,

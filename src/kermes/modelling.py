@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kermes.catalog import Flag, Model, Origin, Outcome, Reason
-from kermes.coadd import Blend, cut_blend
-from kermes.config import Config
+from kermes.coadd import PLANE_MEANINGS, Blend, Coadd, cut_blend
+from kermes.config import Config, TemplatesConfig
 from kermes.errors import BlendError
 from kermes.fitting import fit_packed
 from kermes.free_form import with_free_form
@@ -24,7 +24,7 @@ from kermes.kernels import metrics as kernels_metrics
 from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, POINT, SERSIC
 from kermes.measurement import Fluxes, measure_fluxes
 from kermes.metrics import BlendMetrics, blend_metrics, model_metrics
-from kermes.planning import RUNGS, BlendTask, TilePlan, usable_pixels
+from kermes.planning import BlendTask, TilePlan, footprint_pixels, rungs, usable_pixels
 from kermes.profile_fitting import KINDS, ProfileFit, fit_profiles, scene_of_fit
 from kermes.psf import model_psf
 from kermes.rendering import (
@@ -36,7 +36,8 @@ from kermes.rendering import (
     render_scene,
     unpack,
 )
-from kermes.scene import ProfileComponent, Scene, Source
+from kermes.scene import CubeComponent, ProfileComponent, Scene, Source
+from kermes.templates import DECISIONS, SharedBlend, share_blend
 
 logger = logging.getLogger(__name__)
 
@@ -187,9 +188,10 @@ def fit_blend(plan: TilePlan, task: BlendTask, earlier: Iterable[BlendOutcome] =
 
 def _climb_down(plan: TilePlan, task: BlendTask, cut: Blend, unit: float) -> BlendOutcome:
     """Model a blend on the first rung that works; where that fits badly, on the next one that fits better."""
-    reason = Reason.NONE if task.rung is RUNGS[0] else Reason.BUDGET
+    ladder = rungs(plan.config.model)
+    reason = Reason.NONE if task.rung is ladder[0] else Reason.BUDGET
     best: BlendOutcome | None = None
-    for rung in RUNGS[RUNGS.index(task.rung) :]:
+    for rung in ladder[ladder.index(task.rung) :]:
         try:
             outcome = _on_rung(plan, task, cut, unit, rung, reason)
         except BlendError as error:
@@ -198,7 +200,7 @@ def _climb_down(plan: TilePlan, task: BlendTask, cut: Blend, unit: float) -> Ble
             continue
         if best is None or _chi2(outcome) < _chi2(best):
             best = outcome
-        if _chi2(best) <= POOR_CHI2 or rung is Outcome.POINT:
+        if plan.config.model == "templates" or _chi2(best) <= POOR_CHI2 or rung is Outcome.POINT:
             break
         reason = Reason.POOR_FIT
     assert best is not None, "the last rung always works"
@@ -214,6 +216,8 @@ def _on_rung(plan: TilePlan, task: BlendTask, cut: Blend, unit: float, rung: Out
     if rung is Outcome.PEAK:
         return _with_peaks(plan, task, cut, reason)
     scaled = _scaled(cut, unit)
+    if rung is Outcome.TEMPLATE or plan.config.model == "templates":
+        return _with_templates(plan, task, cut, scaled, unit, rung, reason)
     if plan.config.model == "kermes":
         fit = _fit_profiles(scaled, task, plan.config, rung)
         return _with_profiles(plan, task, cut, fit, unit, rung, reason)
@@ -362,6 +366,139 @@ def _with_profiles(
         },
         blend_columns={"n_components": n_components.sum(), f"n_{rung}": n_sources},
     )
+
+
+def _with_templates(
+    plan: TilePlan, task: BlendTask, cut: Blend, scaled: Blend, unit: float, rung: Outcome, reason: Reason
+) -> BlendOutcome:
+    """Share the light of a blend among templates, made in a unit of flux, and describe it."""
+    config, coadd = plan.config.templates, plan.coadd
+    footprint = footprint_pixels(plan, task)
+    n_sources = len(task.members)
+    limits = _limits(footprint, cut.weights > 0, len(task.rows), config)
+    of_templates = plan.config.model == "templates"
+    if limits["parent_too_big"] or limits["parent_masked"]:
+        outcome = _with_peaks(plan, task, cut, Reason.LIMITS)
+        return replace(outcome, columns={**outcome.columns, **limits}) if of_templates else outcome
+    shared = share_blend(scaled, footprint, coadd.bands, config, _edge(coadd, task.outer))
+    sources = []
+    for (y, x), row, start, end in zip(
+        (cut.peaks + np.array(task.outer.origin)).tolist(),
+        shared.models.boxes.tolist(),
+        shared.models.offsets[:-1],
+        shared.models.offsets[1:],
+        strict=True,
+    ):
+        cube = shared.models.pixels[:, start:end].reshape(-1, *row[2:]) * np.float32(unit)
+        box = Box(*row).shift(*task.outer.origin)
+        components = () if box.is_empty else (CubeComponent(cube=cube, box=box, observed=True),)
+        sources.append(Source(peak=(y, x), components=components))
+    scene = Scene(sources=tuple(sources), box=task.outer)
+    everything = render_scene(scene, task.kernels)
+    models = _select(everything, np.arange(n_sources))
+    fitted = shared.fitted[:n_sources]
+    decisions = _template_columns(shared, n_sources, unit, coadd, cut.peaks + np.array(task.outer.origin))
+    templates = [children.templates for children in shared.children]
+    only_points: NDArray[np.bool_] = np.all(
+        [t.decided("deblended_as_psf") | t.decided("no_template") for t in templates], axis=0
+    )
+    has_model = np.diff(models.offsets) > 0
+    outcomes = np.where(fitted, rung.value, Outcome.PEAK.value)
+    without = np.where(shared.is_beyond[:n_sources], Reason.LIMITS.value, Reason.NO_TEMPLATE.value)
+    names, counts = np.unique(outcomes, return_counts=True)
+    return _describe(
+        plan,
+        task,
+        cut,
+        scene=replace(scene, sources=scene.sources[:n_sources]),
+        everything=everything,
+        models=models,
+        claims=models,
+        candidates=(),
+        candidate_columns={},
+        boxes=models.boxes,
+        metrics=_first(model_metrics(frame_models(scene, coadd.n_bands), task.outer.shape), n_sources),
+        flux=shared.flux[:n_sources] * unit,
+        flux_err=shared.flux_err[:n_sources] * unit,
+        iterations=0,
+        converged=True,
+        columns={
+            "model": np.where(
+                has_model, np.where(only_points[:n_sources], Model.POINT.value, Model.TEMPLATE.value), ""
+            ),
+            "center_y": cut.peaks[:n_sources, 0] + task.outer.y0 + coadd.origin[0],
+            "center_x": cut.peaks[:n_sources, 1] + task.outer.x0 + coadd.origin[1],
+            "n_components": has_model.astype(np.int64),
+            "outcome": outcomes,
+            "reason": np.where(fitted, reason.value, without),
+            **({**decisions, **limits} if of_templates else {}),
+        },
+        blend_columns={
+            "n_components": int(has_model.sum()),
+            **{f"n_{name}": int(count) for name, count in zip(names, counts, strict=True)},
+        },
+    )
+
+
+def _limits(
+    footprint: NDArray[np.bool_], valid: NDArray[np.bool_], n_peaks: int, config: TemplatesConfig
+) -> dict[str, bool]:
+    """Say which limits of `templates` a footprint is beyond; valid (B, h, w)."""
+    y, x = np.nonzero(footprint)
+    too_big, masked = False, False
+    if len(y):
+        box = Box.where(footprint)
+        minor2, major2 = (
+            np.linalg.eigvalsh(np.cov(np.stack([y, x]), bias=True)) + 1 / 12
+        ).tolist()  # of a pixel itself
+        too_big = (
+            0 < config.largest_area < len(y)
+            or 0 < config.largest_side < max(box.shape)
+            or minor2 < config.least_axis_ratio**2 * major2
+        )
+        masked = float(np.mean(~valid.any(axis=0)[footprint])) > config.most_masked
+    return {
+        "parent_too_big": bool(too_big),
+        "parent_masked": masked,
+        "too_many_peaks": 0 < config.most_peaks < n_peaks,
+    }
+
+
+def _edge(coadd: Coadd, box: Box) -> NDArray[np.bool_]:
+    """Pixels of a box at the edge of the image, or that the mask says are at an edge, shape (h, w)."""
+    edge = np.ones(box.shape, dtype=np.bool_)
+    edge[Box.of_shape(coadd.shape).grow(-1).within(box)] = False
+    if coadd.mask is not None and coadd.mask_planes:
+        bits = sum(1 << coadd.mask_planes[name] for name in PLANE_MEANINGS["edge"] if name in coadd.mask_planes)
+        edge |= (np.bitwise_or.reduce(coadd.mask[:, box.y, box.x], axis=0) & bits) != 0
+    return edge
+
+
+def _template_columns(
+    shared: SharedBlend, n_sources: int, unit: float, coadd: Coadd, peaks: LabelArray
+) -> dict[str, ArrayLike]:
+    """Columns of what was decided about the templates of each band; peaks (K, 2) as array index of the coadd."""
+    columns: dict[str, ArrayLike] = {}
+    first = slice(n_sources)
+    for band, children in zip(coadd.bands, shared.children, strict=True):
+        templates = children.templates
+        fits = templates.fits[first]
+        is_point = templates.decided("deblended_as_psf")[first]
+        moved = templates.decided("psf_moved")[first]
+        place = np.where(is_point[:, None], peaks[first] + fits[:, 1:3] + np.array(coadd.origin), np.nan)
+        values = {
+            "stray_flux": children.stray_flux[first] * unit,
+            "has_stray_flux": children.has_stray_flux[first],
+            "psf_center_y": place[:, 0],
+            "psf_center_x": place[:, 1],
+            "psf_flux": fits[:, 0] * unit,
+            "psf_chi2": np.where(moved, fits[:, 10], fits[:, 6]),
+            "psf_dof": np.where(moved, fits[:, 11], fits[:, 7]),
+            "psf_n_neighbors": np.nan_to_num(fits[:, 3]).astype(np.int64),
+            **{name: templates.decided(name)[first] for name in DECISIONS},
+        }
+        columns |= {f"{band}_{name}": value for name, value in values.items()}
+    return columns
 
 
 def _own_candidates(positions: DoubleArray, n_sources: int, n_fitted: int) -> LabelArray:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kermes.catalog import Outcome
 from kermes.coadd import Coadd, label_image, normalize_peaks, psf_of_box
-from kermes.config import BudgetConfig, Config
+from kermes.config import Config
 from kermes.detection import detect, footprints_of_peaks
 from kermes.errors import InputError
 from kermes.geometry import Box
@@ -54,8 +54,12 @@ LINK = 12.0
 LARGE = 0.05
 """Blends that take more than this part of the work are done first."""
 
-RUNGS = (Outcome.FULL, Outcome.SINGLE, Outcome.POINT, Outcome.PEAK)
-"""Models that are tried, one after the other, until one works."""
+
+def rungs(model: str) -> tuple[Outcome, ...]:
+    """Give what is tried for a `Config.model`, one after the other, until one works."""
+    if model == "templates":
+        return (Outcome.FULL, Outcome.PEAK)
+    return (Outcome.FULL, Outcome.SINGLE, Outcome.POINT, Outcome.TEMPLATE, Outcome.PEAK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +73,21 @@ class Cost:
     """Memory."""
 
 
-def predict_cost(n_bands: int, area: int, n_sources: int, rung: Outcome) -> Cost:
+def predict_cost(n_bands: int, area: int, n_sources: int, rung: Outcome, model: str = "kermes") -> Cost:
     """Predict what a blend needs from its pixels, bands and sources.
 
     The numbers are those of large blends with the model "kermes", to a factor of two: images, weights, residuals and
     rendered models for every pixel and band, a stamp for every source. Decisions rest on this and never on the clock.
     """
-    share = {Outcome.FULL: 1.0, Outcome.SINGLE: 0.4, Outcome.POINT: 0.15, Outcome.PEAK: 0.01}[rung]
+    if rung is Outcome.FULL and model == "templates":
+        rung = Outcome.TEMPLATE
+    share = {
+        Outcome.FULL: 1.0,
+        Outcome.SINGLE: 0.4,
+        Outcome.POINT: 0.15,
+        Outcome.TEMPLATE: 0.05,
+        Outcome.PEAK: 0.01,
+    }[rung]
     return Cost(
         operations=n_bands * (2e2 * area + 1.5e6 * n_sources) * share,
         bytes=n_bands * (4.0 * 12 * area + 4.0 * 4000 * n_sources),
@@ -214,7 +226,7 @@ def plan_tile(
     outers = [outer_box(box, psf, image_box) for box, (psf, _, _) in zip(boxes, psfs, strict=True)]
     rungs, costs = [], []
     for outer, part in zip(outers, parts, strict=True):
-        rung, cost = _affordable(coadd.n_bands, outer.area, len(part.members) + len(part.neighbors), config.budget)
+        rung, cost = _affordable(coadd.n_bands, outer.area, len(part.members) + len(part.neighbors), config)
         rungs.append(rung)
         costs.append(cost)
 
@@ -260,10 +272,11 @@ def plan_tile(
     )
 
 
-def _affordable(n_bands: int, area: int, n_sources: int, budget: BudgetConfig) -> tuple[Outcome, Cost]:
+def _affordable(n_bands: int, area: int, n_sources: int, config: Config) -> tuple[Outcome, Cost]:
     """Choose the best model whose predicted cost keeps within the budget; the simplest if none does."""
-    for rung in RUNGS:
-        cost = predict_cost(n_bands, area, n_sources, rung)
+    budget = config.budget
+    for rung in rungs(config.model):
+        cost = predict_cost(n_bands, area, n_sources, rung, config.model)
         if cost.operations <= budget.operations and cost.bytes <= 1e9 * budget.memory:
             break
     return rung, cost
@@ -272,8 +285,13 @@ def _affordable(n_bands: int, area: int, n_sources: int, budget: BudgetConfig) -
 def _divide(
     coadd: Coadd, parents: Sequence[Parent], peaks: LabelArray, labels: LabelArray, config: Config
 ) -> tuple[list[Parent], list[Part], list[int]]:
-    """Divide large parents; returns the parent of each blend, its sources, and its level."""
+    """Divide large parents; returns the parent of each blend, its sources, and its level.
+
+    Templates cost what their own pixels do and see no light beyond the footprint: with them parents stay whole.
+    """
     rows = [in_order(parent.peaks, peaks) for parent in parents]
+    if config.model == "templates":
+        return list(parents), [Part.whole(own) for own in rows], [0] * len(parents)
     settings = config.partition
     large = [is_large(peaks[own], settings) for own in rows]
     if not any(large) and (len(parents) < 2 or settings.bright_snr == 0):
@@ -396,8 +414,8 @@ def _prepare_psfs(
     narrow = amplify(kernels)
     if narrow.any():
         kernels = np.where(narrow[:, None, None], 0.0, kernels)
-        if model == "kermes":
-            # Profiles are seen through the PSF itself; only free shapes need the model frame.
+        if model != "scarlet-lite":
+            # Profiles are seen through the PSF itself, templates as they are; only free shapes need the model frame.
             narrow = np.zeros_like(narrow)
         else:
             psfs = np.where(narrow[:, None, None], 0.0, psfs)
@@ -411,10 +429,19 @@ def usable_pixels(plan: TilePlan, task: BlendTask) -> NDArray[np.bool_]:
     Those of the footprint in its box, and the background where that is allowed; of a parent that was divided, only
     those that are nearer to a source of the blend than to any other of the parent.
     """
+    return _pixels(plan, task, background=plan.background)
+
+
+def footprint_pixels(plan: TilePlan, task: BlendTask) -> NDArray[np.bool_]:
+    """Find the pixels of `task.outer` that belong to the footprint, shape (h, w), as in `usable_pixels`."""
+    return _pixels(plan, task, background=False)
+
+
+def _pixels(plan: TilePlan, task: BlendTask, background: bool) -> NDArray[np.bool_]:
     window = task.box.within(task.outer)
     labels = plan.labels[task.box.y, task.box.x]
     own = (labels == task.parent.label) & (labels > 0)
-    if plan.background:
+    if background:
         own |= labels == 0
     if task.divided:
         own &= _nearest_is_fitted(plan, task)

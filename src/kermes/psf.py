@@ -202,6 +202,15 @@ def widest_sigma(psfs: DoubleArray) -> float:
     return next(permitted, MODEL_PSF_SIGMAS[-1])
 
 
+def gaussian_fwhm(psf: ArrayLike) -> float:
+    """Full width at half maximum of the Gaussian that has as many pixels of effective area as a PSF [pixels].
+
+    The effective area is 1 / sum(psf^2), of a PSF (P, Q) that sums to one; 0 for a PSF of zeros.
+    """
+    power = float(np.square(np.asarray(psf, dtype=np.float64)).sum())
+    return float(np.sqrt(2.0 * np.log(2.0) / (np.pi * power))) if power > 0 else 0.0
+
+
 @lru_cache(maxsize=16)
 def _rings(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pixels of a stamp by their distance from the centre, the larger of |dy| and |dx|, and where each starts."""

@@ -16,6 +16,7 @@ from kermes.kernels import flux as kernels_flux
 from kermes.kernels import rendering as kernels_rendering
 from kermes.psf import cut_error
 from kermes.scene import (
+    CubeComponent,
     FactorizedComponent,
     Modes,
     ProfileComponent,
@@ -127,7 +128,9 @@ class Packed:
         return len(self.boxes)
 
 
-def _boxes(components: Sequence[FactorizedComponent | ProfileComponent], origin: tuple[int, int]) -> NDArray[np.int64]:
+def _boxes(
+    components: Sequence[FactorizedComponent | ProfileComponent | CubeComponent], origin: tuple[int, int]
+) -> NDArray[np.int64]:
     """Boxes (K, 4) of components in pixels that are counted from `origin`."""
     boxes = np.array([(*c.box.origin, *c.box.shape) for c in components], dtype=np.int64).reshape(-1, 4)
     boxes[:, :2] -= origin
@@ -329,11 +332,33 @@ class PackedProfiles:
         return np.concatenate([first, sides], axis=1)
 
 
-def _divide(scene: Scene, n_bands: int) -> tuple[Packed, PackedProfiles]:
-    """Pack the factorized components of a scene and its profiles, in pixels of its box."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Templates:
+    """What a scene has of light as it is observed."""
+
+    boxes: NDArray[np.int64]
+    """Boxes (K, 4) in pixels of the blend."""
+
+    cubes: tuple[FloatArray, ...]
+    """Pixels (B, h, w) of each."""
+
+    sources: NDArray[np.int64]
+    """Source that each belongs to, ascending, shape (K,)."""
+
+    def add(self, models: SourceModels) -> None:
+        """Add them to the models of their sources, in place."""
+        for s, cube, (y0, x0, height, width) in zip(self.sources, self.cubes, self.boxes.tolist(), strict=True):
+            box = Box(*models.boxes[s].tolist())
+            pixels = models.pixels[:, models.offsets[s] : models.offsets[s + 1]].reshape(-1, *box.shape)
+            pixels[:, *Box(y0, x0, height, width).within(box)] += cube
+
+
+def _divide(scene: Scene, n_bands: int) -> tuple[Packed, PackedProfiles, _Templates]:
+    """Pack the factorized components of a scene, its profiles and its templates, in pixels of its box."""
     factorized: list[FactorizedComponent] = []
     profiles: list[ProfileComponent] = []
-    owners: tuple[list[int], list[int]] = [], []
+    templates: list[CubeComponent] = []
+    owners: tuple[list[int], list[int], list[int]] = [], [], []
     for s, source in enumerate(scene.sources):
         for component in source.components:
             if isinstance(component, ProfileComponent):
@@ -342,15 +367,28 @@ def _divide(scene: Scene, n_bands: int) -> tuple[Packed, PackedProfiles]:
             elif isinstance(component, FactorizedComponent):
                 factorized.append(component)
                 owners[0].append(s)
+            elif isinstance(component, CubeComponent) and component.observed:
+                templates.append(component)
+                owners[2].append(s)
             else:
-                raise InputError(f"components must be factorized or profiles here, got a {type(component).__name__}")
-    of_factorized, of_profiles = (np.array(numbers, dtype=np.int64) for numbers in owners)
-    return _pack(factorized, of_factorized, scene.box, n_bands), PackedProfiles(
-        boxes=_boxes(profiles, scene.box.origin),
-        shapes=np.array([c.shape for c in profiles]).reshape(-1, 6),
-        spectra=np.array([c.spectrum for c in profiles], dtype=np.float32).reshape(-1, n_bands),
-        sources=of_profiles,
-        sigmas=tuple(c.sigma for c in profiles),
+                raise InputError(
+                    f"components must be factorized, profiles or templates here, got a {type(component).__name__}"
+                )
+    of_factorized, of_profiles, of_templates = (np.array(numbers, dtype=np.int64) for numbers in owners)
+    return (
+        _pack(factorized, of_factorized, scene.box, n_bands),
+        PackedProfiles(
+            boxes=_boxes(profiles, scene.box.origin),
+            shapes=np.array([c.shape for c in profiles]).reshape(-1, 6),
+            spectra=np.array([c.spectrum for c in profiles], dtype=np.float32).reshape(-1, n_bands),
+            sources=of_profiles,
+            sigmas=tuple(c.sigma for c in profiles),
+        ),
+        _Templates(
+            boxes=_boxes(templates, scene.box.origin),
+            cubes=tuple(c.cube for c in templates),
+            sources=of_templates,
+        ),
     )
 
 
@@ -378,18 +416,25 @@ def _draw(
 
 
 def _combine(
-    packed: Packed, rendered: Rendered, profiles: PackedProfiles, n_sources: int, shape: tuple[int, int]
+    packed: Packed,
+    rendered: Rendered,
+    profiles: PackedProfiles,
+    templates: _Templates,
+    n_sources: int,
+    shape: tuple[int, int],
 ) -> SourceModels:
-    """Add up the rendered components of each source, on pixels that hold its profiles too."""
+    """Add up the rendered components of each source and its templates, on pixels that hold its profiles too."""
     boxes, offsets = kernels_flux.source_boxes(
-        np.concatenate([rendered.boxes, profiles.within(shape)]),
-        np.concatenate([packed.sources, profiles.sources]),
+        np.concatenate([rendered.boxes, profiles.within(shape), templates.boxes]),
+        np.concatenate([packed.sources, profiles.sources, templates.sources]),
         n_sources,
     )
     pixels = kernels_flux.combine_components(
         rendered.pixels, rendered.boxes, rendered.offsets, packed.sources, packed.spectra, boxes, offsets
     )
-    return SourceModels(boxes=boxes, offsets=offsets, pixels=pixels)
+    models = SourceModels(boxes=boxes, offsets=offsets, pixels=pixels)
+    templates.add(models)
+    return models
 
 
 def render_scene(scene: Scene, kernels: KernelSet) -> SourceModels:
@@ -400,7 +445,7 @@ def render_scene(scene: Scene, kernels: KernelSet) -> SourceModels:
     Parameters
     ----------
     scene : Scene
-        Factorized components and profiles, in any mix.
+        Factorized components, profiles and templates, in any mix.
     kernels : KernelSet
 
     Returns
@@ -418,10 +463,9 @@ def render_scene(scene: Scene, kernels: KernelSet) -> SourceModels:
     -----
     O(B side^2 log side) for a component on a stamp of that side.
     """
-    packed, profiles = _divide(scene, len(kernels.stamps))
-    models = _combine(
-        packed, render_packed(packed, kernels, scene.box.shape), profiles, len(scene.sources), scene.box.shape
-    )
+    packed, profiles, templates = _divide(scene, len(kernels.stamps))
+    rendered = render_packed(packed, kernels, scene.box.shape)
+    models = _combine(packed, rendered, profiles, templates, len(scene.sources), scene.box.shape)
     for side in np.unique(profiles.boxes[:, 2]).tolist():
         _draw(profiles, profiles.boxes[:, 2] == side, stamp_modes(side), kernels.psf_transforms(side), models)
     return models
@@ -431,11 +475,11 @@ def frame_models(scene: Scene, n_bands: int) -> SourceModels:
     """Evaluate every source in the model frame.
 
     Parameters, errors and what is returned are as in `render_scene`; profiles are those of
-    `ProfileComponent.evaluate`, zero below a millionth of their peak.
+    `ProfileComponent.evaluate`, zero below a millionth of their peak, and templates as observed.
     """
-    packed, profiles = _divide(scene, n_bands)
+    packed, profiles, templates = _divide(scene, n_bands)
     unconvolved = Rendered(boxes=packed.boxes, offsets=packed.offsets, pixels=packed.morphologies[None])
-    models = _combine(packed, unconvolved, profiles, len(scene.sources), scene.box.shape)
+    models = _combine(packed, unconvolved, profiles, templates, len(scene.sources), scene.box.shape)
     kinds = list(zip(profiles.boxes[:, 2].tolist(), profiles.sigmas, strict=True))
     for side, sigma in sorted(set(kinds)):
         members = np.array([kind == (side, sigma) for kind in kinds])
@@ -455,7 +499,7 @@ def render_source(source: Source, kernels: KernelSet, within: Box) -> tuple[Floa
     Parameters
     ----------
     source : Source
-        Factorized components and profiles, in any mix.
+        Factorized components, profiles and templates, in any mix.
     kernels : KernelSet
     within : Box
         The pixels that its blend can reach, array index; nothing is rendered outside.

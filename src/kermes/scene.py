@@ -250,6 +250,9 @@ class CubeComponent:
     box: Box
     """Pixels of `cube`, as array index of the coadd."""
 
+    observed: bool = False
+    """Whether it is light as it is observed, that no PSF is applied to: a template. It cannot be fitted."""
+
     @property
     def parameters(self) -> Parameters:
         """The cube."""

@@ -44,7 +44,7 @@ from kermes.config import config_from_dict, to_toml
 from kermes.errors import FileError, InputError
 from kermes.geometry import Box
 from kermes.result import Result, model_ids
-from kermes.scene import Component, FactorizedComponent, ProfileComponent, Source
+from kermes.scene import Component, CubeComponent, FactorizedComponent, ProfileComponent, Source
 
 SCHEMA = 2
 """Version of the layout; raised when a reader of the old one would be misled. Version 1 had factorized components
@@ -180,7 +180,7 @@ def source_rows(source: Source, model_id: int, blend_id: int, origin: tuple[int,
     Raises
     ------
     InputError
-        If a component is neither factorized nor a profile.
+        If a component is neither factorized nor a profile nor a template.
     """
     dy, dx = origin
     row = {
@@ -221,7 +221,7 @@ def source_of_rows(rows: Sequence[Mapping[str, Any]], origin: tuple[int, int]) -
     )
 
 
-def _component_of_row(row: Mapping[str, Any], origin: tuple[int, int]) -> FactorizedComponent | ProfileComponent:
+def _component_of_row(row: Mapping[str, Any], origin: tuple[int, int]) -> Component:
     dy, dx = origin
     box = Box(row["y0"], row["x0"], row["height"], row["width"]).shift(-dy, -dx)
     if row["kind"] == "profile":
@@ -234,6 +234,8 @@ def _component_of_row(row: Mapping[str, Any], origin: tuple[int, int]) -> Factor
             sigma=row["sigma"],
             box=box,
         )
+    if row["kind"] == "template":
+        return CubeComponent(cube=row["morphology"].reshape(-1, *box.shape), box=box, observed=True)
     if row["kind"] != "factorized":
         raise ValueError(f"unknown kind of component {row['kind']!r}")
     return FactorizedComponent(spectrum=row["spectrum"], morphology=row["morphology"].reshape(box.shape), box=box)
@@ -243,6 +245,8 @@ def _component_columns(component: Component, origin: tuple[int, int]) -> dict[st
     """Say what is particular to a kind of component; columns of other kinds are left out."""
     if isinstance(component, FactorizedComponent):
         return {"kind": "factorized", "spectrum": component.spectrum, "morphology": component.morphology}
+    if isinstance(component, CubeComponent) and component.observed:
+        return {"kind": "template", "spectrum": _NO_PIXELS, "morphology": component.cube}
     if isinstance(component, ProfileComponent):
         return {
             "kind": "profile",
@@ -256,7 +260,9 @@ def _component_columns(component: Component, origin: tuple[int, int]) -> dict[st
             "sersic_index": component.index,
             "sigma": component.sigma,
         }
-    raise InputError(f"components must be factorized or profiles to be written, got a {type(component).__name__}")
+    raise InputError(
+        f"components must be factorized, profiles or templates to be written, got a {type(component).__name__}"
+    )
 
 
 def write_models(path: Path, sources: Iterable[list[dict[str, Any]]], metadata: Mapping[str, str]) -> None:

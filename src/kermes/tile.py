@@ -188,7 +188,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     of_candidates = (source for blend in found for source in blend.sources)
     models.update(zip((-candidates["candidate_id"]).tolist(), of_candidates, strict=True))
     return Result(
-        objects=partial(catalog.make_objects, objects, coadd.bands, coadd.unit),
+        objects=partial(catalog.make_objects, objects, coadd.bands, coadd.unit, plan.config.model),
         parents=partial(catalog.make_parents, _parent_columns(plan)),
         blends=partial(catalog.make_blends, blends),
         candidates=partial(catalog.make_candidates, candidates, coadd.bands, coadd.unit),
@@ -261,7 +261,7 @@ def _by_index(plan: TilePlan) -> list[BlendTask]:
 def _object_columns(plan: TilePlan) -> dict[str, NDArray[Any]]:
     """Columns of `objects`, with what is known of the peaks and the blends before any fit."""
     coadd, (y, x) = plan.coadd, plan.peaks.T
-    columns = catalog.empty_columns(catalog.object_columns(coadd.bands), plan.n_peaks)
+    columns = catalog.empty_columns(catalog.object_columns(coadd.bands, plan.config.model), plan.n_peaks)
     columns["object_id"][:] = np.arange(1, plan.n_peaks + 1)
     columns["peak_index"][:] = np.arange(plan.n_peaks)
     columns["y"][:], columns["x"][:] = y + coadd.origin[0], x + coadd.origin[1]
