@@ -258,3 +258,103 @@ def wrapped(psf, side):
     y, x = np.indices(psf.shape)
     np.add.at(plane, ((y - psf.shape[0] // 2) % side, (x - psf.shape[1] // 2) % side), psf)
     return plane
+
+
+# ---------------------------------------------------------------- templates
+
+
+def rounded(value):
+    """Nearest integer, halves away from zero."""
+    return int(np.copysign(np.floor(abs(value) + 0.5), value))
+
+
+def symmetric_values(image, inside, y, x, half):
+    """Smaller one of each pixel and its mirror, not negative, (2 half + 1)^2 pixels about (y, x); zero without one."""
+    out = np.zeros((2 * half + 1, 2 * half + 1))
+    for dy, dx in np.ndindex(out.shape):
+        pair = [(y + dy - half, x + dx - half), (y - dy + half, x - dx + half)]
+        if all(0 <= v < image.shape[0] and 0 <= u < image.shape[1] and inside[v, u] for v, u in pair):
+            out[dy, dx] = max(0.0, min(image[pixel] for pixel in pair))
+    return out
+
+
+def cast_shadows(template, rings=5, half_angle=0.3):
+    """Ring by ring, side by side: a pixel caps those in a wedge behind it, groups of rings by their first values."""
+    out = np.array(template, dtype=float)
+    cy, cx = (side // 2 for side in out.shape)
+    for first in range(0, max(cy, cx), rings):
+        frozen = out.copy()
+        for y, x in np.ndindex(out.shape):
+            dy, dx = y - cy, x - cx
+            ring = max(abs(dy), abs(dx))
+            if not first <= ring < first + rings:
+                continue
+            if ring == 0:
+                window = out[max(cy - rings, 0) : cy + rings + 1, max(cx - rings, 0) : cx + rings + 1]
+                np.minimum(window, frozen[y, x], out=window)
+            for step in range(1, rings + 1) if ring else ():
+                for slope, across, forth in (
+                    (dy / ring, (1, 0), (0, np.sign(dx))),
+                    (dx / ring, (0, 1), (np.sign(dy), 0)),
+                ):
+                    if max(abs(dy * forth[0]), abs(dx * forth[1])) != ring:
+                        continue  # this pixel is on no side of the ring that faces that way
+                    for aside in range(rounded(step * (slope - half_angle)), rounded(step * (slope + half_angle)) + 1):
+                        v = y + step * int(forth[0]) + aside * across[0]
+                        u = x + step * int(forth[1]) + aside * across[1]
+                        if 0 <= v < out.shape[0] and 0 <= u < out.shape[1]:
+                            out[v, u] = min(out[v, u], frozen[y, x])
+    return out
+
+
+def point_chi2(image, variance, usable, peaks, k, psf, fwhm):
+    """chi2 and coefficients of the fits of a point source at peak k, without and with derivatives of the PSF."""
+    (y, x), half = peaks[k], len(psf) // 2
+    inner, outer = np.ceil(fwhm), np.ceil(1.5 * fwhm)
+    rows, columns = np.indices(image.shape)
+    distance = np.hypot(rows - y, columns - x)
+    ramp = np.clip((outer - distance) / (outer - inner), 0, 1)
+    used = usable & (distance <= outer)
+
+    def star(v, u):
+        light = np.zeros((image.shape[0] + 4 * half, image.shape[1] + 4 * half))
+        light[v + half : v + 3 * half + 1, u + half : u + 3 * half + 1] = psf
+        return light[2 * half : -2 * half, 2 * half : -2 * half]
+
+    terms = [star(y, x), np.ones(image.shape), columns - x, rows - y]
+    reach = outer + len(psf) / 2
+    for j, (v, u) in enumerate(peaks):
+        if j != k and np.hypot(v - y, u - x) <= reach and max(abs(v - y), abs(u - x)) <= half + outer:
+            terms.append(star(v, u))
+    terms += [0.5 * (star(y + 1, x) - star(y - 1, x)), 0.5 * (star(y, x + 1) - star(y, x - 1))]
+    root = np.sqrt(ramp[used] / variance[used])
+    results = []
+    for n in (len(terms) - 2, len(terms)):
+        matrix = np.array([term[used] * root for term in terms[:n]]).T
+        found = np.linalg.lstsq(matrix, image[used] * root, rcond=None)[0]
+        residual = image[used] * root - matrix @ found
+        results.append((residual @ residual, ramp[used].sum() - n, found))
+    return results
+
+
+def share_stray(image, places, peaks, templates, takes, rule, clip):
+    """Share of every stray pixel (M, K); templates (K, H, W)."""
+    shares = np.zeros((len(places), len(peaks)))
+    lit = np.asarray(templates) > 0
+    # Between the first and the last lit pixel of a row all belong to the footprint.
+    footprints = np.logical_or.accumulate(lit, axis=2) & np.logical_or.accumulate(lit[..., ::-1], axis=2)[..., ::-1]
+    for m, (y, x) in enumerate(places):
+        for k in np.flatnonzero(takes):
+            pixels = np.argwhere(footprints[k])
+            far = {
+                "r-to-peak": np.square(peaks[k] - places[m]).sum(),
+                "r-to-footprint": np.square(pixels - places[m]).sum(axis=1).min(initial=1 << 60),
+                "nearest-footprint": np.abs(pixels - places[m]).sum(axis=1).min(initial=1 << 60),
+            }[rule]
+            shares[m, k] = 1 / (1 + far) if rule != "nearest-footprint" else -far
+        if rule == "nearest-footprint":
+            nearest = np.flatnonzero(takes)[shares[m, takes].argmax()]
+            shares[m] = np.arange(len(peaks)) == nearest
+        shares[m, shares[m] < clip * shares[m].sum()] = 0
+        shares[m] *= image[y, x] / shares[m].sum()
+    return shares

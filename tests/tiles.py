@@ -8,7 +8,7 @@ from kermes.coadd import Coadd
 from kermes.config import Config
 from kermes.simulation import simulate_scene
 
-MODELS = ("kermes", "scarlet-lite")
+MODELS = ("kermes", "scarlet-lite", "templates")
 
 
 @cache

@@ -385,6 +385,10 @@ class TemplatesConfig:
     point_chi2_moved: float = 1.5
     """and when it is moved to where they say."""
 
+    point_moves: int = 3
+    """Most times that it is moved. After the first one it need not be a point for the derivatives of the PSF, which do
+    not reach far for a bright star."""
+
     tiny_footprint: int = 2
     """Footprints that leave a stamp of at most so many pixels on a side are not fitted."""
 
@@ -445,6 +449,7 @@ class TemplatesConfig:
         for name in ("point_chi2", "point_chi2_derivatives", "point_chi2_moved"):
             _check(getattr(self, name) > 0, f"templates.{name} must be positive, got {getattr(self, name)}")
         for name in (
+            "point_moves",
             "tiny_footprint",
             "median_half",
             "largest_similarity",

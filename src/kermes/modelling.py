@@ -188,7 +188,7 @@ def fit_blend(plan: TilePlan, task: BlendTask, earlier: Iterable[BlendOutcome] =
 
 def _climb_down(plan: TilePlan, task: BlendTask, cut: Blend, unit: float) -> BlendOutcome:
     """Model a blend on the first rung that works; where that fits badly, on the next one that fits better."""
-    ladder = rungs(plan.config.model)
+    ladder, of_templates = rungs(plan.config.model), plan.config.model == "templates"
     reason = Reason.NONE if task.rung is ladder[0] else Reason.BUDGET
     best: BlendOutcome | None = None
     for rung in ladder[ladder.index(task.rung) :]:
@@ -200,7 +200,7 @@ def _climb_down(plan: TilePlan, task: BlendTask, cut: Blend, unit: float) -> Ble
             continue
         if best is None or _chi2(outcome) < _chi2(best):
             best = outcome
-        if plan.config.model == "templates" or _chi2(best) <= POOR_CHI2 or rung is Outcome.POINT:
+        if of_templates or _chi2(best) <= POOR_CHI2 or rung in (Outcome.POINT, Outcome.TEMPLATE):
             break
         reason = Reason.POOR_FIT
     assert best is not None, "the last rung always works"
@@ -389,7 +389,7 @@ def _with_templates(
         shared.models.offsets[1:],
         strict=True,
     ):
-        cube = shared.models.pixels[:, start:end].reshape(-1, *row[2:]) * np.float32(unit)
+        cube = shared.models.pixels[:, start:end].reshape(coadd.n_bands, *row[2:]) * np.float32(unit)
         box = Box(*row).shift(*task.outer.origin)
         components = () if box.is_empty else (CubeComponent(cube=cube, box=box, observed=True),)
         sources.append(Source(peak=(y, x), components=components))
@@ -399,9 +399,7 @@ def _with_templates(
     fitted = shared.fitted[:n_sources]
     decisions = _template_columns(shared, n_sources, unit, coadd, cut.peaks + np.array(task.outer.origin))
     templates = [children.templates for children in shared.children]
-    only_points: NDArray[np.bool_] = np.all(
-        [t.decided("deblended_as_psf") | t.decided("no_template") for t in templates], axis=0
-    )
+    only_points = np.stack([t.decided("deblended_as_psf") | t.decided("no_template") for t in templates]).all(axis=0)
     has_model = np.diff(models.offsets) > 0
     outcomes = np.where(fitted, rung.value, Outcome.PEAK.value)
     without = np.where(shared.is_beyond[:n_sources], Reason.LIMITS.value, Reason.NO_TEMPLATE.value)

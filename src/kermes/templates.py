@@ -64,7 +64,7 @@ class Templates:
     """Bits of `DECISIONS`, shape (K,)."""
 
     fits: DoubleArray
-    """What the test for point sources found, shape (K, 12), see `kernels.templates.N_FIT`; NaN where it was not done."""
+    """What the test for point sources found, shape (K, 12), see `kernels.templates.N_FIT`; NaN if it was not done."""
 
     amplitudes: DoubleArray
     """Flux that each stands for, shape (K,): of a point source all of it, of others that of the pixels [unit]."""
@@ -79,7 +79,7 @@ class Templates:
 
     def decided(self, name: str) -> BoolArray:
         """Whether something of `DECISIONS` holds for each peak, shape (K,)."""
-        return (self.flags & DECISIONS[name]) != 0
+        return np.asarray((self.flags & DECISIONS[name]) != 0)
 
     @property
     def has_light(self) -> BoolArray:
@@ -145,7 +145,7 @@ class Templates:
         """Sum of the positive parts of all templates on an image of some shape."""
         total = np.zeros((1, *shape), dtype=np.float32)
         kernels_flux.add_positive_models(total, self.pixels[None], self.boxes, self.offsets)
-        return total[0]
+        return np.asarray(total[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +190,7 @@ class Children:
         n_parts = np.diff(self.stray_starts)
         at = tuple(np.repeat(self.stray_places, n_parts, axis=0).T)
         if not self.scale_variance:
-            return self.variance[at].astype(np.float64)
+            return np.asarray(self.variance[at], dtype=np.float64)
         return np.asarray(self.variance[at] * (self.stray_parts / self.image[at]).astype(np.float64) ** 2)
 
     @cached_property
@@ -241,25 +241,32 @@ class Children:
         rows = np.searchsorted(self.stray_starts, parts, side="right") - 1
         return self.stray_places[rows], parts
 
-    def _fill(self, k: int, of_image: FloatArray, power: int, of_stray: NDArray[Any]) -> tuple[FloatArray, Box]:
+    def _share(self, k: int) -> tuple[FloatArray, Box]:
+        """Share that one child has of the pixels of its template, and their box."""
         template, box = self.templates.template(k)
+        share = np.zeros(box.shape, dtype=np.float32)
+        np.divide(template, self.total[box.y, box.x], out=share, where=template > 0)
+        return share, box
+
+    def _with_stray(self, k: int, pixels: FloatArray, box: Box, of_stray: NDArray[Any]) -> tuple[FloatArray, Box]:
+        """Add the stray parts of one child to its other pixels."""
         places, parts = self._stray_of(k)
         whole = box | Box.around(places)
         child = np.zeros(whole.shape, dtype=np.float32)
-        if not box.is_empty:
-            share = np.zeros(box.shape, dtype=np.float32)
-            np.divide(template, self.total[box.y, box.x], out=share, where=template > 0)
-            child[box.within(whole)] = of_image[box.y, box.x] * share**power
+        child[box.within(whole)] = pixels
         child[tuple((places - whole.origin).T)] = of_stray[parts]
         return child, whole
 
     def child(self, k: int) -> tuple[FloatArray, Box]:
         """Observed flux per pixel that belongs to one peak [unit], stray flux included, and its box."""
-        return self._fill(k, self.image, 1, self.stray_parts)
+        share, box = self._share(k)
+        return self._with_stray(k, self.image[box.y, box.x] * share, box, self.stray_parts)
 
     def child_variance(self, k: int) -> tuple[FloatArray, Box]:
         """Variance of the pixels of `child` [unit^2], and its box; zero in pixels it has no part of."""
-        return self._fill(k, self.variance, 2 if self.scale_variance else 0, self._stray_variance)
+        share, box = self._share(k)
+        factor = share**2 if self.scale_variance else share > 0
+        return self._with_stray(k, self.variance[box.y, box.x] * factor, box, self._stray_variance)
 
     def unassigned(self) -> FloatArray:
         """Flux per pixel that no child got [unit], shape (H, W)."""
@@ -268,14 +275,28 @@ class Children:
         return left
 
 
-def _settings(config: TemplatesConfig) -> kernels.Settings:
+MINIMUM_ERROR = float(np.sqrt(1 - 1 / np.pi))
+"""Standard deviation of the smaller one of two numbers with an error of one."""
+
+MEDIAN_ERROR = float(np.sqrt(np.pi / 2))
+"""Standard deviation of a median over that of a mean."""
+
+
+def _settings(config: TemplatesConfig, sigma: float) -> kernels.Settings:
+    least = 0.0
+    if config.unbiased:
+        # Where it is below its own error a template is noise, half of it positive: it would choose positive pixels.
+        smooth = MEDIAN_ERROR / (2 * config.median_half + 1) if config.median_half else 1.0
+        least = MINIMUM_ERROR * smooth * sigma
     return kernels.Settings(
         find_points=config.find_points,
         chi2_fixed=float(config.point_chi2),
         chi2_derivatives=float(config.point_chi2_derivatives),
         chi2_moved=float(config.point_chi2_moved),
+        moves=config.point_moves,
         tiny=config.tiny_footprint,
         unbiased=config.unbiased,
+        least=least,
         edges={"clip": kernels.CLIP, "ramp": kernels.RAMP, "patch": kernels.PATCH}[config.edges],
         median_half=config.median_half,
         monotonic=config.monotonic,
@@ -346,7 +367,7 @@ def make_templates(
         np.ascontiguousarray(psf, dtype=np.float64),
         gaussian_fwhm(psf),
         sigma,
-        _settings(config),
+        _settings(config, sigma),
         fits,
     )
     sums = np.add.reduceat(np.append(pixels, np.float32(0)), offsets[:-1], dtype=np.float64)

@@ -32,6 +32,9 @@ HALF_ANGLE = 0.3
 RAMP_SIGMA = 3.0
 """A template that is brighter than this at the edge of its footprint is continued [sigma]."""
 
+SMALLEST_MOVE = 0.05
+"""A point source that has to be moved by less is where it is [pixels]."""
+
 FIRST_RADIUS = 12
 """Templates are first made on so many pixels to each side; the box grows until they end in it."""
 
@@ -47,8 +50,10 @@ class Settings(NamedTuple):
     chi2_fixed: float
     chi2_derivatives: float
     chi2_moved: float
+    moves: int
     tiny: int
     unbiased: bool
+    least: float
     edges: int
     median_half: int
     monotonic: bool
@@ -169,9 +174,12 @@ def test_point(image, variance, usable, bounds, peaks, k, psf, fwhm, settings, f
 
     A linear fit in a circle of R1 = 1.5 FWHM with weights ramp / variance, the ramp falling from 1 at R0 = FWHM to 0:
     the PSF, a constant, a slope along x and along y, the PSF at all neighbours that reach into the circle, and the
-    derivatives of the PSF along y and x, once without them and once with. If only these make it a point, or make it a
-    better one, the PSF is moved to where they say and fitted again. image, variance, usable (h, w); usable: in the
-    footprint with a positive variance; bounds (4,): y0, y1, x0, x1 of the footprint. Returns flags.
+    derivatives of the PSF along y and x, once without them and once with. If these make it a point the PSF is moved to
+    where they say and fitted again, and the better one counts; with more than one move also if they do not, as the
+    derivatives of a bright star do not reach far, until it is one or the moves become small.
+
+    image, variance, usable (h, w); usable: in the footprint with a positive variance; bounds (4,): y0, y1, x0, x1 of
+    the footprint. Returns flags.
     O(columns^2 FWHM^2).
     """
     y, x = peaks[k, 0], peaks[k, 1]
@@ -246,30 +254,42 @@ def test_point(image, variance, usable, bounds, peaks, k, psf, fwhm, settings, f
         return BAD_DOF
 
     fixed = coefficients(matrix, projected, n_fixed)
-    free = coefficients(matrix, projected, n_fixed + 2)
     is_fixed = fixed[0] > 0 and fit[6] / fit[7] < settings.chi2_fixed
-    is_free = free[0] > 0 and fit[8] / fit[9] < settings.chi2_derivatives
-    flags = 0
-    if is_free:
-        dy, dx = free[n_fixed] / free[0], free[n_fixed + 1] / free[0]
-        if abs(dy) < 1 and abs(dx) < 1:
-            moved = shift_stamp(psf, dy, dx)
-            for p in range(m):
-                columns[0, p] = at(moved, places[p, 0] - y + half_y, places[p, 1] - x + half_x) * roots[p]
-            matrix, projected = normal_equations(columns[:n_fixed], data)
-            factorize(matrix)
-            project(matrix, projected)
-            chi2 = square
-            for i in range(n_fixed):
-                chi2 -= projected[i] * projected[i]
-            fit[10], fit[11] = chi2, fit[7]
-            free = coefficients(matrix, projected, n_fixed)
-            is_free = free[0] > 0 and fit[10] / fit[11] < settings.chi2_moved
-            if is_free and not (is_fixed and fit[6] / fit[7] <= fit[10] / fit[11]):
-                fit[0], fit[1], fit[2] = free[0], dy, dx
-                return POINT | DECENTERED
-        else:
-            flags = BIG_DECENTER
+    is_moved, flags = False, 0
+    with_derivatives, flux, dy, dx = fit[8], 0.0, 0.0, 0.0
+    for move in range(settings.moves):
+        free = coefficients(matrix, projected, n_fixed + 2)
+        explained = with_derivatives / fit[9] < settings.chi2_derivatives
+        if not free[0] > 0 or (not explained and move == settings.moves - 1):
+            break
+        step_y, step_x = free[n_fixed] / free[0], free[n_fixed + 1] / free[0]
+        if move > 0 and max(abs(step_y), abs(step_x)) < SMALLEST_MOVE:
+            break
+        dy, dx = dy + step_y, dx + step_x
+        if max(abs(dy), abs(dx)) >= 1:
+            flags = BIG_DECENTER if explained else 0
+            break
+        moved = shift_stamp(psf, dy, dx)
+        for p in range(m):
+            row, column = places[p, 0] - y + half_y, places[p, 1] - x + half_x
+            columns[0, p] = at(moved, row, column) * roots[p]
+            columns[n_fixed, p] = 0.5 * (at(moved, row - 1, column) - at(moved, row + 1, column)) * roots[p]
+            columns[n_fixed + 1, p] = 0.5 * (at(moved, row, column - 1) - at(moved, row, column + 1)) * roots[p]
+        matrix, projected = normal_equations(columns, data)
+        factorize(matrix)
+        project(matrix, projected)
+        chi2 = square
+        for i in range(n_fixed):
+            chi2 -= projected[i] * projected[i]
+        with_derivatives = chi2 - projected[n_fixed] ** 2 - projected[n_fixed + 1] ** 2
+        flux = coefficients(matrix, projected, n_fixed)[0]
+        fit[10], fit[11] = chi2, fit[7]
+        is_moved = flux > 0 and fit[10] / fit[11] < settings.chi2_moved
+        if is_moved:
+            break
+    if is_moved and not (is_fixed and fit[6] / fit[7] <= fit[10] / fit[11]):
+        fit[0], fit[1], fit[2] = flux, dy, dx
+        return POINT | DECENTERED
     if is_fixed:
         fit[0], fit[1], fit[2] = fixed[0], 0.0, 0.0
         flags |= POINT
@@ -317,8 +337,8 @@ def symmetric_values(image, variance, valid, inside, bounds, y, x, unbiased, pat
 
 
 @kernel
-def median_filter(values, half, limit_y, limit_x, out):
-    """Median of (2 half + 1)^2 pixels of `values`, where not negative, in the smaller array `out` of the same centre.
+def median_filter(values, half, limit_y, limit_x, least, out):
+    """Median of (2 half + 1)^2 pixels of `values` in the smaller array `out` of the same centre; zero up to `least`.
 
     Pixels within `half` of the edge of the largest box, limit_y and limit_x to each side, are copied, and all if it is
     smaller than the filter. O(pixels half^2 log half).
@@ -345,7 +365,13 @@ def median_filter(values, half, limit_y, limit_x, out):
                             n += 1
                 middle = side * side // 2
                 value = window[middle] if n > middle else np.float32(0.0)
-            out[dy + half_y, dx + half_x] = max(value, np.float32(0.0))
+            out[dy + half_y, dx + half_x] = value if value > least else np.float32(0.0)
+
+
+@inlined_kernel
+def rounded(value):
+    """Nearest integer, halves away from zero, so that what is flipped stays so."""
+    return int(np.floor(value + 0.5)) if value >= 0 else -int(np.floor(0.5 - value))
 
 
 @inlined_kernel
@@ -386,16 +412,16 @@ def cast_shadows(template):
                     if 0 <= v < height and 0 <= u < width:
                         value = frozen[v, u]
                         for step in range(1, RINGS + 1):
-                            begin = int(np.floor(step * (slope - HALF_ANGLE) + 0.5))
-                            end = int(np.floor(step * (slope + HALF_ANGLE) + 0.5))
+                            begin = rounded(step * (slope - HALF_ANGLE))
+                            end = rounded(step * (slope + HALF_ANGLE))
                             for aside in range(begin, end + 1):
                                 cast(template, v + aside, u + sign * step, value)
                     v, u = half_y + sign * ring, half_x + side
                     if 0 <= v < height and 0 <= u < width:
                         value = frozen[v, u]
                         for step in range(1, RINGS + 1):
-                            begin = int(np.floor(step * (slope - HALF_ANGLE) + 0.5))
-                            end = int(np.floor(step * (slope + HALF_ANGLE) + 0.5))
+                            begin = rounded(step * (slope - HALF_ANGLE))
+                            end = rounded(step * (slope + HALF_ANGLE))
                             for aside in range(begin, end + 1):
                                 cast(template, v + sign * step, u + aside, value)
 
@@ -432,7 +458,7 @@ def make_template(image, variance, valid, inside, bounds, y, x, limit_y, limit_x
         values = np.empty((2 * more_y + 1, 2 * more_x + 1), dtype=np.float32)
         symmetric_values(image, variance, valid, inside, bounds, y, x, settings.unbiased, patched, values)
         template = np.empty((2 * half_y + 1, 2 * half_x + 1), dtype=np.float32)
-        median_filter(values, half, limit_y, limit_x, template)
+        median_filter(values, half, limit_y, limit_x, settings.least, template)
         if not settings.monotonic:
             return template
         cast_shadows(template)
@@ -699,24 +725,49 @@ def box_distance2(box, y, x):
 
 
 @kernel
-def footprint_distance2(box, pixels, y, x, best):
-    """Square of the distance of a pixel from the nearest one with light in a template, if less than `best`."""
-    for v in range(box[2]):
-        dy = box[0] + v - y
-        if dy * dy >= best:
+def lit_rows(boxes, offsets, pixels):
+    """First and last lit column of each row of each template, and where the rows of each begin.
+
+    What lies between belongs to its footprint. Returns columns (R, 2), the first larger than the last in an empty row,
+    and starts (K + 1,).
+    """
+    n = len(boxes)
+    starts = np.zeros(n + 1, dtype=np.int64)
+    for k in range(n):
+        starts[k + 1] = starts[k] + boxes[k, 2]
+    columns = np.empty((starts[n], 2), dtype=np.int64)
+    for k in range(n):
+        for v in range(boxes[k, 2]):
+            first, last = 1, 0
+            for u in range(boxes[k, 3]):
+                if pixels[offsets[k] + v * boxes[k, 3] + u] > 0:
+                    column = boxes[k, 1] + u
+                    first, last = (column, column) if last < first else (first, column)
+            columns[starts[k] + v, 0], columns[starts[k] + v, 1] = first, last
+    return columns, starts
+
+
+@kernel
+def footprint_distance2(top, columns, y, x, best):
+    """Square of the distance of a pixel from the nearest one of a footprint, if less than `best`.
+
+    columns (h, 2): first and last column of the rows from `top` on.
+    """
+    for v in range(len(columns)):
+        first, last = columns[v, 0], columns[v, 1]
+        dy = top + v - y
+        if last < first or dy * dy >= best:
             continue
-        for u in range(box[3]):
-            if pixels[v * box[3] + u] > 0:
-                dx = box[1] + u - x
-                best = min(best, dy * dy + dx * dx)
+        dx = max(first - x, x - last, 0)
+        best = min(best, dy * dy + dx * dx)
     return best
 
 
 @kernel
-def nearest_footprint(boxes, offsets, pixels, takes, shape):
-    """Which template has light nearest to each pixel, by |dy| + |dx|; of equal ones the first. -1: none has any.
+def nearest_footprint(boxes, columns, starts, takes, shape):
+    """Which footprint is nearest to each pixel, by |dy| + |dx|; of equal ones the first. -1: there is none.
 
-    Two passes over the image, forth and back. takes (K,): which templates count.
+    Two passes over the image, forth and back. columns, starts: from `lit_rows`; takes (K,): which ones count.
     """
     height, width = shape
     distance = np.empty((height, width), dtype=np.int64)
@@ -727,10 +778,10 @@ def nearest_footprint(boxes, offsets, pixels, takes, shape):
     for k in range(len(boxes)):
         if takes[k]:
             for v in range(boxes[k, 2]):
-                for u in range(boxes[k, 3]):
-                    row, column = boxes[k, 0] + v, boxes[k, 1] + u
-                    if pixels[offsets[k] + v * boxes[k, 3] + u] > 0 and distance[row, column] > 0:
-                        distance[row, column], owner[row, column] = 0, k
+                row = boxes[k, 0] + v
+                for u in range(columns[starts[k] + v, 0], columns[starts[k] + v, 1] + 1):
+                    if distance[row, u] > 0:
+                        distance[row, u], owner[row, u] = 0, k
     for turn in range(2):
         step = 1 - 2 * turn
         for i in range(height):
@@ -749,16 +800,17 @@ def nearest_footprint(boxes, offsets, pixels, takes, shape):
 def share_stray(image, places, peaks, boxes, offsets, pixels, takes, rule, clip):
     """Share stray pixels (M, 2) among the templates that take some, (K,).
 
-    By 1 / (1 + d^2), d the distance to the peak or to the nearest pixel with light, or all to the nearest template.
-    Shares below `clip` of the sum are left out, and the rest stretched to one; templates whose box is too far to have
+    By 1 / (1 + d^2), d the distance to the peak or to the nearest pixel of the footprint, or all to the nearest one.
+    Shares below `clip` of the sum are left out, and the rest stretched to one; footprints too far for a hundredth of
     such a share are not looked at. Returns starts (M + 1,), and for each share its template and its flux. O(M K).
     """
     n_peaks = len(peaks)
     starts = np.zeros(len(places) + 1, dtype=np.int64)
     owners, fluxes = np.empty(16, dtype=np.int64), np.empty(16, dtype=np.float32)
+    columns, rows = lit_rows(boxes, offsets, pixels)
     owner = np.empty((0, 0), dtype=np.int64)
     if rule == NEAREST:
-        owner = nearest_footprint(boxes, offsets, pixels, takes, image.shape)
+        owner = nearest_footprint(boxes, columns, rows, takes, image.shape)
     shares = np.zeros(n_peaks)
     n = 0
     for m in range(len(places)):
@@ -776,15 +828,15 @@ def share_stray(image, places, peaks, boxes, offsets, pixels, takes, rule, clip)
                     if rule == TO_PEAK:
                         nearest = min(nearest, (peaks[k, 0] - y) ** 2 + (peaks[k, 1] - x) ** 2)
                     elif box_distance2(boxes[k], y, x) < nearest:
-                        nearest = footprint_distance2(boxes[k], pixels[offsets[k] : offsets[k + 1]], y, x, nearest)
+                        nearest = footprint_distance2(boxes[k, 0], columns[rows[k] : rows[k + 1]], y, x, nearest)
             for k in range(n_peaks):
                 shares[k] = 0.0
                 if not takes[k]:
                     continue
                 if rule == TO_PEAK:
                     far = (peaks[k, 0] - y) ** 2 + (peaks[k, 1] - x) ** 2
-                elif clip * (1.0 + box_distance2(boxes[k], y, x)) <= 1.0 + nearest:
-                    far = footprint_distance2(boxes[k], pixels[offsets[k] : offsets[k + 1]], y, x, 1 << 60)
+                elif 0.01 * clip * (1.0 + box_distance2(boxes[k], y, x)) <= 1.0 + nearest:
+                    far = footprint_distance2(boxes[k, 0], columns[rows[k] : rows[k + 1]], y, x, 1 << 60)
                 else:
                     continue
                 shares[k] = 1.0 / (1.0 + far)
