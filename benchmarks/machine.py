@@ -28,7 +28,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def add_model(options: argparse.ArgumentParser) -> None:
     """Add the option that chooses the model, None if left out."""
-    options.add_argument("--model", help="kermes or scarlet-lite; the default model if left out")
+    options.add_argument("--model", help="kermes, scarlet-lite or templates; the default model if left out")
 
 
 def _cpu() -> str:

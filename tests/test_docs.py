@@ -70,6 +70,12 @@ def test_page_of_files_lists_every_column():
     assert {column.name for column in columns} - words == set()
 
 
+def test_page_of_templates_lists_the_columns_that_others_do_not_have():
+    words = set(re.findall(r"``(\S+?)``", (ROOT / "docs" / "templates.rst").read_text()))
+    more = {column.name for column in object_columns(["{band}"], "templates")}
+    assert more - {column.name for column in object_columns(["{band}"])} - words == set()
+
+
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_examples_in_docstrings_give_what_they_show(name, elsewhere):
     outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)

@@ -11,7 +11,7 @@ from kermes.config import Config, DetectionConfig
 from kermes.detection import footprints_of_peaks
 from kermes.psf import CellPsf
 from kermes.simulation import VaryingPsf, simulate_patch
-from tiles import MODELS, configuration, values
+from tiles import MODELS, configuration, for_scene_models, values
 
 SHAPE = (200, 420)
 BANDS = ("g", "r", "i", "z")
@@ -186,7 +186,7 @@ def test_poison_changes_nothing_far_from_it(config, poisoned):
     np.testing.assert_array_equal(far, far_from_poison(poisoned))
     # The right third of the tile, and not only the peaks of nothing.
     assert far.mean() > 1 / 3
-    assert (values(before)[far, 2] > 20 * values(before, "flux_err")[far, 2]).sum() > 5
+    assert (values(before)[far, 2] > 20 * values(before, "flux_err")[far, 2]).sum() > 2
     for name in ("flux", "flux_err", "redistributed_flux"):
         old, new = values(before, name)[far], values(poisoned, name)[far]
         # Of the flux; of what is fainter than its error, of the error.
@@ -213,6 +213,7 @@ def test_band_that_is_nan_everywhere_is_as_if_it_were_not_there():
     assert (difference < 0.03 * values(without, "flux_err")).all()
 
 
+@for_scene_models
 def test_saturated_star_keeps_a_flux_from_its_wings(clean, config):
     result = deblend([saturate], config)
     y, x = brightest_left()

@@ -467,11 +467,11 @@ def test_modes_and_pixels_end_at_the_same_fit(kinds):
     (loss, _), (expected_loss, _) = fitted_group(pixels, 25), fitted_group(modes, 25)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     flux_variance, position_variance = variances(modes)
-    # The loss, of some 1e4, is not known to more than 0.01: fits end within a tenth of an error of each other.
+    # The loss, of up to 3e4, is not known to more than 0.03: fits end within sqrt(2 x 0.03) of an error of each other.
     flux = (pixels.sources.fluxes - modes.sources.fluxes).sum(axis=1)[modes.members]
-    assert (abs(flux) < 0.1 * np.sqrt(flux_variance[modes.members])).all()
+    assert (abs(flux) < 0.25 * np.sqrt(flux_variance[modes.members])).all()
     center = (pixels.sources.shapes - modes.sources.shapes)[modes.members, :2]
-    assert (abs(center) < 0.1 * np.sqrt(position_variance[modes.members])).all()
+    assert (abs(center) < 0.25 * np.sqrt(position_variance[modes.members])).all()
 
 
 def visit(engine, *, exact, choose=False, errors=False):
@@ -506,9 +506,9 @@ def visits():
 def test_modes_and_pixels_choose_the_same_kinds(visits):
     pixels, modes = visits
     np.testing.assert_array_equal(pixels.engine.sources.kinds, modes.engine.sources.kinds)
-    # Differences of losses that are known to seven digits.
+    # Differences of losses that are known to seven digits; fits of kinds that are far worse end a little earlier.
     atol = 1e-6 * abs(modes.loss)
-    np.testing.assert_allclose(pixels.engine.sources.evidence, modes.engine.sources.evidence, rtol=0, atol=atol)
+    np.testing.assert_allclose(pixels.engine.sources.evidence, modes.engine.sources.evidence, rtol=1e-4, atol=atol)
 
 
 def test_modes_and_pixels_reach_the_same_loss(visits):

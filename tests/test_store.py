@@ -151,7 +151,9 @@ def test_a_profile_takes_little_room(tmp_path):
 def test_components_of_other_kinds_are_not_written(tmp_path):
     cube = CubeComponent(cube=np.ones((2, 3, 3), dtype=np.float32), box=kermes.Box(30, 30, 3, 3))
     models = make_result().models | {7: Source(peak=(31, 31), components=(cube,))}
-    with pytest.raises(kermes.InputError, match="components must be factorized or profiles to be written, got a Cube"):
+    with pytest.raises(
+        kermes.InputError, match="components must be factorized, profiles or templates to be written, got a Cube"
+    ):
         make_result(models=models).write(tmp_path / "out")
 
 

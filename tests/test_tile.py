@@ -20,7 +20,18 @@ from kermes.rendering import SourceModels
 from kermes.scene import ProfileComponent
 from kermes.simulation import simulate_patch
 from results import light_of_candidates
-from tiles import MODELS, changed, configuration, group_scene, same_pixels, scene, shares, small_scene, values
+from tiles import (
+    MODELS,
+    changed,
+    configuration,
+    for_scene_models,
+    group_scene,
+    same_pixels,
+    scene,
+    shares,
+    small_scene,
+    values,
+)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -98,9 +109,8 @@ def test_flux_closes_for_a_source_alone(config):
     np.testing.assert_allclose(shared[assigned], single.coadd.images[assigned], rtol=1e-6)
 
 
+@for_scene_models
 def test_flux_of_the_table_is_that_of_the_model(group):
-    if group.config.model == "templates":
-        pytest.skip("its fluxes are shares of the pixels")
     expected = []
     for handle in group:
         # Free shapes on top of profiles are for residuals and shares; the total flux is that of the profiles.
@@ -361,6 +371,7 @@ TRUE = {
 }
 
 
+@for_scene_models
 @pytest.mark.parametrize(("star_fraction", "tolerances"), TRUE.values(), ids=TRUE)
 def test_fluxes_of_bright_isolated_sources_are_true(star_fraction, tolerances, config):
     for seed in (0, 1, 2, 3, 7):
@@ -387,6 +398,7 @@ def hsc(shared, config):
     return kermes.deblend(kermes.read(shared / "data" / "hsc_cosmos" / "hsc_cosmos_35.npz"), config=config)
 
 
+@for_scene_models
 def test_real_blend_is_modelled_down_to_the_noise(hsc):
     assert len(hsc) == 7
     assert (hsc.objects["outcome"] == Outcome.FULL).all()
@@ -429,6 +441,7 @@ def beyond_points(images, weights, bank, peaks, settings, most):
     return most > POINT
 
 
+@for_scene_models
 def test_a_blend_that_fails_is_modelled_more_simply(monkeypatch, group):
     unlucky = group.blends["blend_id"][np.argmax(group.blends["n_sources"])]
     tasks = plan_tile(group.coadd, group_scene().peaks, config=group.config).tasks
@@ -506,6 +519,7 @@ def test_a_blend_that_nothing_else_can_model_is_psfs_at_the_peaks(monkeypatch, g
     assert (values(result).max(axis=1) > 0).all()
 
 
+@for_scene_models
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_bug_stops_the_run_and_shows_where_it_is(monkeypatch, workers, config):
     def buggy(*_):
@@ -532,6 +546,7 @@ def divided(config):
     ]
 
 
+@for_scene_models
 def test_a_large_parent_is_divided_and_its_tables_stay_linked(divided):
     whole, parts = divided
     assert len(whole.blends) == 1
@@ -547,6 +562,7 @@ def test_a_large_parent_is_divided_and_its_tables_stay_linked(divided):
     assert not whole.objects[Flag.DIVIDED_PARENT].any()
 
 
+@for_scene_models
 def test_fluxes_of_a_divided_parent_are_those_of_the_whole(divided, config):
     whole, parts = divided
     difference = np.abs(values(parts) - values(whole)) / values(whole, "flux_err")

@@ -3,18 +3,24 @@
 from functools import cache
 
 import numpy as np
+import pytest
 
 from kermes.coadd import Coadd
 from kermes.config import Config
 from kermes.simulation import simulate_scene
 
-MODELS = ("kermes", "scarlet-lite", "templates")
+SCENE_MODELS = ("kermes", "scarlet-lite")
+MODELS = (*SCENE_MODELS, "templates")
 
 
 @cache
 def configuration(model):
     """Make the settings of a model, the others at their defaults."""
     return Config(model=model)
+
+
+for_scene_models = pytest.mark.parametrize("config", SCENE_MODELS, indirect=True, scope="module")
+"""Templates are no fit: leave them out."""
 
 
 @cache

@@ -109,7 +109,8 @@ def deblend(
     setting
         Change one setting, for example --set profiles.residual_rounds=0; may be repeated.
     model
-        kermes (points and galaxy profiles, the default) or scarlet-lite (free shapes); short for --set model=...
+        kermes (points and galaxy profiles, the default), scarlet-lite (free shapes) or templates (the single-band
+        deblender); short for --set model=...
     workers
         Number of blends fitted at the same time; does not change the answer.
     picture

@@ -399,7 +399,8 @@ def _with_templates(
     fitted = shared.fitted[:n_sources]
     decisions = _template_columns(shared, n_sources, unit, coadd, cut.peaks + np.array(task.outer.origin))
     templates = [children.templates for children in shared.children]
-    only_points = np.stack([t.decided("deblended_as_psf") | t.decided("no_template") for t in templates]).all(axis=0)
+    are_points = [t.decided("deblended_as_psf") | t.decided("no_template") for t in templates]
+    only_points: NDArray[np.bool_] = np.logical_and.reduce(are_points)
     has_model = np.diff(models.offsets) > 0
     outcomes = np.where(fitted, rung.value, Outcome.PEAK.value)
     without = np.where(shared.is_beyond[:n_sources], Reason.LIMITS.value, Reason.NO_TEMPLATE.value)
@@ -454,7 +455,7 @@ def _limits(
             or 0 < config.largest_side < max(box.shape)
             or minor2 < config.least_axis_ratio**2 * major2
         )
-        masked = float(np.mean(~valid.any(axis=0)[footprint])) > config.most_masked
+        masked = float(np.mean(~np.logical_or.reduce(valid)[footprint])) > config.most_masked
     return {
         "parent_too_big": bool(too_big),
         "parent_masked": masked,
