@@ -25,14 +25,21 @@ from kermes.detection import (
     footprints_of_peaks,
     measure_band_snr,
     subtract_background,
+    wavelet_images,
 )
-from kermes.errors import DataWarning, InputError
+from kermes.errors import ConfigError, DataWarning, InputError
 from kermes.geometry import Box
 from kermes.kernels import detection as kernels
 from kermes.simulation import MoffatPsf, simulate_scene
 
 PSF = MoffatPsf(fwhm_pix=4.0, beta=3.5).stamp()[8:-8, 8:-8]
 CONFIG = DetectionConfig()
+
+
+@pytest.fixture(params=["psf", "wavelet"])
+def config(request):
+    """Settings of each method in turn."""
+    return DetectionConfig(method=request.param)
 
 
 def coadd_of(images, variance=1.0, psf=PSF, **more) -> Coadd:
@@ -129,39 +136,39 @@ def test_significance_of_a_bright_star_in_one_band_is_its_signal_to_noise():
     assert significance[30, 30] == pytest.approx(1e4, abs=5)  # the noise of the measurement is 1
 
 
-def test_star_is_found_at_its_pixel():
+def test_star_is_found_at_its_pixel(config):
     positions = [(20, 15), (40, 45), (12, 50)]
-    detection = detect(coadd_of(stars((60, 60), positions, [30, 20, 10])), CONFIG)
+    detection = detect(coadd_of(stars((60, 60), positions, [30, 20, 10])), config)
     np.testing.assert_array_equal(detection.peaks, positions)
 
 
-def test_star_in_a_single_band_is_found():
+def test_star_in_a_single_band_is_found(config):
     images = np.random.default_rng(2).normal(size=(6, 60, 60))
     images[3] = stars((60, 60), [(30, 30)], 15.0, n_bands=1)[0]
-    assert [tuple(peak) for peak in detect(coadd_of(images), CONFIG).peaks] == [(30, 30)]
+    assert [tuple(peak) for peak in detect(coadd_of(images), config).peaks] == [(30, 30)]
 
 
-def test_noise_alone_holds_nothing():
-    detection = detect(coadd_of(np.random.default_rng(3).normal(size=(6, 200, 200))), CONFIG)
+def test_noise_alone_holds_nothing(config):
+    detection = detect(coadd_of(np.random.default_rng(3).normal(size=(6, 200, 200))), config)
     assert len(detection.peaks) == 0
     assert not detection.footprints.any()
 
 
-def test_noise_on_a_wide_bright_halo_is_hardly_ever_a_peak():
+def test_noise_on_a_wide_bright_halo_is_hardly_ever_a_peak(config):
     y, x = np.indices((150, 150)) - 75
     halo = 30 * np.exp(-np.hypot(y, x) / 15)  # 5000 pixels of it above the threshold
     n_peaks = [
-        len(detect(coadd_of(halo + np.random.default_rng(seed).normal(size=(3, 150, 150))), CONFIG).peaks)
+        len(detect(coadd_of(halo + np.random.default_rng(seed).normal(size=(3, 150, 150))), config).peaks)
         for seed in range(5)
     ]
     assert min(n_peaks) >= 1
     assert np.mean(n_peaks) <= 3
 
 
-def test_wide_smooth_source_is_a_peak():
+def test_wide_smooth_source_is_a_peak(config):
     y, x = np.indices((150, 150)) - 75
     image = 1.0 * np.exp(-0.5 * (y**2 + x**2) / 15**2) + np.random.default_rng(1).normal(size=(3, 150, 150))
-    peaks = detect(coadd_of(image), CONFIG).peaks
+    peaks = detect(coadd_of(image), config).peaks
     assert len(peaks) == 1
     assert np.hypot(*(peaks[0] - 75)) < 15
 
@@ -171,11 +178,11 @@ def test_two_stars_one_and_a_half_psf_widths_apart_are_two_peaks():
     assert sorted(map(tuple, peaks)) == [(30, 27), (30, 33)]
 
 
-def test_clear_sources_of_a_field_are_found_and_nearly_nothing_else():
+def test_clear_sources_of_a_field_are_found_and_nearly_nothing_else(config):
     found, clear, wrong, n_peaks = 0, 0, 0, 0
     for seed in range(5):
         scene = simulate_scene(seed=seed)
-        peaks = detect(scene.coadd, CONFIG).peaks
+        peaks = detect(scene.coadd, config).peaks
         distance, _ = cKDTree(np.stack([scene.truth["y"], scene.truth["x"]], axis=1)).query(peaks)
         wrong, n_peaks = wrong + (distance > 2.5).sum(), n_peaks + len(peaks)
         rows = scene.truth[(scene.truth["snr"] > 10) & (scene.truth["blendedness"] < 0.2)]
@@ -185,8 +192,8 @@ def test_clear_sources_of_a_field_are_found_and_nearly_nothing_else():
     assert wrong < 0.02 * n_peaks
 
 
-def test_peaks_lie_in_footprints_and_every_footprint_has_one():
-    detection = detect(simulate_scene(kind="crowded", seed=1, shape=(200, 200)).coadd, CONFIG)
+def test_peaks_lie_in_footprints_and_every_footprint_has_one(config):
+    detection = detect(simulate_scene(kind="crowded", seed=1, shape=(200, 200)).coadd, config)
     at_peaks = detection.footprints[tuple(detection.peaks.T)]
     assert set(at_peaks) == set(range(1, detection.footprints.max() + 1))
 
@@ -198,42 +205,42 @@ def test_peaks_are_ordered_by_significance_and_apart():
     assert len(cKDTree(peaks).query_pairs(CONFIG.min_separation * (1 - 1e-9))) == 0
 
 
-def test_shifting_the_image_shifts_the_answer():
+def test_shifting_the_image_shifts_the_answer(config):
     content = simulate_scene(seed=2, bands=("g", "r", "i"), shape=(120, 100)).coadd
     frames = np.full((2, 3, 160, 150), np.nan)
     frames[0, :, 10:130, 10:110] = content.images
     frames[1, :, 33:153, 21:121] = content.images
     variance = np.nanmean(content.variance, axis=(1, 2))[:, None, None]
-    here, there = (detect(coadd_of(frame, variance), CONFIG) for frame in frames)
+    here, there = (detect(coadd_of(frame, variance), config) for frame in frames)
     assert len(here.peaks) > 5
     np.testing.assert_array_equal(there.peaks, here.peaks + np.array([23, 11]))
     np.testing.assert_array_equal(there.footprints[23:, 11:], here.footprints[:-23, :-11])
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-def test_flipping_the_image_flips_the_answer(axis):
+def test_flipping_the_image_flips_the_answer(axis, config):
     coadd = simulate_scene(seed=2, bands=("g", "r")).coadd
     psf = np.asarray(coadd.psfs)[0]
     flipped = coadd_of(np.flip(coadd.images, axis), np.flip(coadd.variance, axis), np.flip(psf, axis - 1))
-    here, there = detect(coadd_of(coadd.images, coadd.variance, psf), CONFIG), detect(flipped, CONFIG)
+    here, there = detect(coadd_of(coadd.images, coadd.variance, psf), config), detect(flipped, config)
     expected = here.peaks.copy()
     expected[:, axis - 1] = coadd.shape[axis - 1] - 1 - expected[:, axis - 1]
     np.testing.assert_array_equal(there.peaks, expected)
     np.testing.assert_array_equal(there.footprints > 0, np.flip(here.footprints, axis - 1) > 0)
 
 
-def test_unit_of_a_band_does_not_matter():
+def test_unit_of_a_band_does_not_matter(config):
     images = stars((80, 80), [(20, 20), (50, 60)], 15.0, n_bands=3)
     factor = np.array([1e-8, 1.0, 1e6])[:, None, None]
-    plain, scaled = detect(coadd_of(images), CONFIG), detect(coadd_of(images * factor, factor**2), CONFIG)
+    plain, scaled = detect(coadd_of(images), config), detect(coadd_of(images * factor, factor**2), config)
     np.testing.assert_array_equal(scaled.peaks, plain.peaks)
     np.testing.assert_array_equal(scaled.footprints, plain.footprints)
 
 
-def test_band_without_a_valid_pixel_does_not_matter():
+def test_band_without_a_valid_pixel_does_not_matter(config):
     images = stars((80, 80), [(20, 20), (50, 60)], 12.0, n_bands=3)
     masked = np.concatenate([images, np.full((1, 80, 80), np.nan)])
-    np.testing.assert_array_equal(detect(coadd_of(masked), CONFIG).peaks, detect(coadd_of(images), CONFIG).peaks)
+    np.testing.assert_array_equal(detect(coadd_of(masked), config).peaks, detect(coadd_of(images), config).peaks)
 
 
 def test_values_of_invalid_pixels_do_not_matter():
@@ -245,10 +252,10 @@ def test_values_of_invalid_pixels_do_not_matter():
     np.testing.assert_array_equal(full, blank)
 
 
-def test_star_with_a_masked_core_is_one_peak_there():
+def test_star_with_a_masked_core_is_one_peak_there(config):
     images = stars((80, 80), [(40, 40)], 300.0)
     images[:, 39:42, 39:42] = np.nan
-    peaks = detect(coadd_of(images), CONFIG).peaks
+    peaks = detect(coadd_of(images), config).peaks
     assert len(peaks) == 1
     assert np.hypot(*(peaks[0] - 40)) < 2
 
@@ -261,18 +268,18 @@ def test_nothing_is_found_where_no_pixel_is_valid():
     assert not contrast[25:55, 25:55].any()
 
 
-def test_coadd_without_a_valid_pixel_holds_nothing():
-    detection = detect(coadd_of(np.full((2, 30, 40), np.nan)), CONFIG)
+def test_coadd_without_a_valid_pixel_holds_nothing(config):
+    detection = detect(coadd_of(np.full((2, 30, 40), np.nan)), config)
     assert detection.peaks.shape == (0, 2)
     assert detection.footprints.shape == (30, 40)
     assert not detection.footprints.any()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 70), (9, 9)])
-def test_image_smaller_than_the_psf_is_searched(shape):
+def test_image_smaller_than_the_psf_is_searched(shape, config):
     images = np.zeros((2, *shape))
     images[:, shape[0] // 2, shape[1] // 2] = 1e3
-    detection = detect(coadd_of(images), DetectionConfig(min_area=1))
+    detection = detect(coadd_of(images), replace(config, min_area=1))
     assert detection.footprints.shape == shape
 
 
@@ -309,9 +316,9 @@ def test_small_footprints_are_dropped():
     assert len(detect(coadd, DetectionConfig(min_area=100)).peaks) == 0
 
 
-def test_origin_does_not_matter():
+def test_origin_does_not_matter(config):
     images = stars((60, 60), [(20, 30)], 20.0)
-    np.testing.assert_array_equal(detect(coadd_of(images, origin=(1000, -5)), CONFIG).peaks, [(20, 30)])
+    np.testing.assert_array_equal(detect(coadd_of(images, origin=(1000, -5)), config).peaks, [(20, 30)])
 
 
 def test_of_a_plateau_its_middle_counts():
@@ -561,10 +568,11 @@ def test_large_bright_galaxy_is_one_peak_and_few_more():
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all valid", "with masks"])
-@pytest.mark.parametrize(("n_bands", "sigma"), [(1, 3.0), (1, 3.5), (6, 3.0), (6, 3.5)])
-def test_noise_makes_as_many_peaks_as_theory_says(n_bands, sigma, masked):
+@pytest.mark.parametrize(
+    ("n_bands", "sigma", "side"), [(1, 3.0, 1400), (1, 3.5, 1400), (1, 4.0, 3000), (6, 3.0, 1400), (6, 3.5, 1400)]
+)
+def test_noise_makes_as_many_peaks_as_theory_says(n_bands, sigma, side, masked):
     rng = np.random.default_rng(10 * n_bands + masked)
-    side = 1400
     images = rng.normal(size=(n_bands, side, side)).astype(np.float32)
     if masked:
         images[rng.uniform(size=images.shape) < 0.02] = np.nan
@@ -574,10 +582,55 @@ def test_noise_makes_as_many_peaks_as_theory_says(n_bands, sigma, masked):
     config = DetectionConfig(threshold=sigma, peak_threshold=sigma, min_area=1, min_separation=0.0, grow=0)
     n_peaks = len(detect(coadd, config).peaks)
     expected = false_peak_density([PSF] * n_bands, sigma) * coadd.valid.any(axis=0).sum()
-    assert expected > 100
+    assert expected > 60
     # Four times the Poisson noise, and a tenth for what theory leaves out: peaks are not all islands, islands may have
     # two.
     assert abs(n_peaks - expected) < 4 * np.sqrt(expected) + 0.1 * expected
+
+
+@pytest.mark.parametrize(("n_bands", "sigma"), [(1, 3.5), (1, 4.0), (6, 4.0)])
+def test_noise_makes_at_most_as_many_wavelet_peaks_as_theory_says(n_bands, sigma):
+    images = np.random.default_rng(n_bands).normal(size=(n_bands, 1000, 1000)).astype(np.float32)
+    config = DetectionConfig(
+        method="wavelet", threshold=sigma, peak_threshold=sigma, min_area=1, min_separation=0.0, grow=0
+    )
+    n_peaks = len(detect(coadd_of(images), config).peaks)
+    expected = false_peak_density([PSF] * n_bands, sigma, "wavelet") * 1e6
+    assert expected > 30
+    # A third of the peaks of a plane are near one of a finer plane.
+    assert 0.6 * expected - 4 * np.sqrt(expected) < n_peaks < 1.1 * expected + 4 * np.sqrt(expected)
+
+
+def test_wavelets_tell_a_pair_apart_and_a_narrow_source_on_a_wide_one():
+    config = DetectionConfig(method="wavelet")
+    peaks = detect(coadd_of(stars((60, 60), [(30, 26), (30, 34)], 100.0)), config).peaks
+    assert sorted(map(tuple, peaks)) == [(30, 26), (30, 34)]
+    y, x = np.indices((120, 120)) - 60
+    images = stars((120, 120), [(60, 75)], 40.0) + 5 * np.exp(-0.5 * (y**2 + x**2) / 12**2)
+    peaks = detect(coadd_of(images), config).peaks
+    assert (60, 75) in map(tuple, peaks)
+    assert np.hypot(*(peaks - [60, 60]).T).min() < 6
+
+
+def test_values_of_invalid_pixels_do_not_matter_to_wavelets():
+    images = stars((80, 80), [(20, 20), (50, 60)], 12.0)
+    mask = np.zeros((80, 80), dtype=bool)
+    mask[30:40, :] = mask[:, 35] = True
+    junk = np.where(mask, 1e6, images)
+    blank, full = (wavelet_images(coadd_of(image, mask=mask)) for image in (images, junk))
+    np.testing.assert_array_equal(full, blank)
+
+
+def test_a_bright_source_in_one_plane_is_as_bright_as_it_is():
+    # Beyond the table of significances, which ends at 30 sigma.
+    planes = wavelet_images(coadd_of(stars((60, 60), [(30, 30)], 1e4, n_bands=1)))
+    assert planes.max() > 1000
+    assert np.argwhere(planes[0] == planes[0].max()).tolist() == [[30, 30]]
+
+
+def test_method_must_be_known():
+    with pytest.raises(ConfigError, match="detection.method must be 'psf' or 'wavelet', got 'sharp'"):
+        DetectionConfig(method="sharp")
 
 
 def test_density_of_false_peaks_of_one_band_is_that_of_a_gaussian_field():

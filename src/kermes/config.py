@@ -27,6 +27,10 @@ def _check(condition: bool, message: str) -> None:
 class DetectionConfig:
     """How footprints and peaks are found when none are given."""
 
+    method: Literal["psf", "wavelet"] = "psf"
+    """What is looked for: "psf": what is like a point source, and stands out of its surroundings; "wavelet": what
+    stands out of the noise in starlet planes, structure of any width from that of the PSF to eight times as wide."""
+
     threshold: float = 5.0
     """A pixel of the smoothed detection image above this many sigma belongs to a footprint."""
 
@@ -49,6 +53,7 @@ class DetectionConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _check(self.method in ("psf", "wavelet"), f"detection.method must be 'psf' or 'wavelet', got {self.method!r}")
         _check(self.threshold > 0, f"detection.threshold must be positive, got {self.threshold}")
         _check(self.peak_threshold > 0, f"detection.peak_threshold must be positive, got {self.peak_threshold}")
         _check(self.min_separation >= 0, f"detection.min_separation must be >= 0, got {self.min_separation}")

@@ -21,7 +21,8 @@ from kermes.config import DetectionConfig
 from kermes.errors import InputError
 from kermes.geometry import Box
 from kermes.kernels import detection as kernels
-from kermes.psf import truncated
+from kermes.psf import gaussian_fwhm, truncated
+from kermes.wavelets import noise_of_planes, starlet_transform
 
 FloatArray = NDArray[np.float64]
 LabelArray = NDArray[np.int64]
@@ -32,6 +33,7 @@ _LARGEST_HOLE = 1_000_000  # pixels of the box around a hole; what is larger is 
 _CELL = 256  # side of the blocks with a PSF each [pixels]
 _MIN_CONTRAST_COVERAGE = 0.1  # the same for the contrast, which takes the edges of holes for sources
 _MIN_COVERAGE = 1e-3  # of sum(w psf^2) among valid pixels; with less, the core of the PSF lies on none of them
+_PLANES = 4  # starlet planes that are searched, each with structure twice as wide as the one before
 _WIDE_CONTRAST = 0.8  # of the peak threshold: noise on a bright halo rarely gets there, faint sources do
 
 
@@ -255,9 +257,13 @@ def _for_each(run: Callable[[Box], None], pieces: list[Box], workers: int) -> No
 
 def _mean_fwhm(coadd: Coadd) -> float:
     """Mean over the bands of the width of a Gaussian with the effective area of the PSF [pixels]; 0 without a PSF."""
-    power = (_typical_psfs(coadd) ** 2).sum(axis=(1, 2))
-    area = 1.0 / power[power > 0]
-    return float(np.sqrt(area * (2.0 * np.log(2.0) / np.pi)).sum()) / max(len(area), 1)
+    return _mean_width(_typical_psfs(coadd))
+
+
+def _mean_width(psfs: FloatArray) -> float:
+    """The same of PSFs (B, P, Q)."""
+    widths = [gaussian_fwhm(psf) for psf in psfs if psf.any()]
+    return sum(widths) / max(len(widths), 1)
 
 
 def _typical_psfs(coadd: Coadd) -> FloatArray:
@@ -311,7 +317,88 @@ def detection_images(coadd: Coadd, workers: int = 1) -> tuple[Plane, Plane]:
     return significance, contrast
 
 
-def false_peak_density(psfs: ArrayLike, threshold: float) -> float:
+def wavelet_images(coadd: Coadd) -> Plane:
+    """Combine all bands to images of significance, one for each of four starlet planes.
+
+    Each band is divided by its noise and split into planes of detail (Starck, Murtagh & Bertero 2011); the noise of a
+    plane is known (`wavelets.noise_of_planes`). The bands are combined plane by plane as in `detection_images`, and
+    5 means 5 sigma here too, of a pixel of one plane.
+
+    Parameters
+    ----------
+    coadd : Coadd
+        Only the width of its PSF matters: the first plane is the one whose structure is about as wide.
+
+    Returns
+    -------
+    planes : ndarray, shape (4, H, W)
+        Dimensionless, float32, finite, from fine to coarse. Pixels that are not valid, and those outside of the image,
+        are filled with the mean of those around, weighted with a Gaussian; 0 where none is near.
+    """
+    first = _first_plane(_mean_fwhm(coadd))
+    margin = 2 * (2 ** (first + _PLANES) - 1)  # as far as the planes see
+    inside = (slice(margin, margin + coadd.shape[0]), slice(margin, margin + coadd.shape[1]))
+    noise = noise_of_planes(first + _PLANES)[first:].astype(np.float32)
+    chi2 = np.zeros((_PLANES, *coadd.shape), dtype=np.float32)
+    for image, variance, valid in zip(coadd.images, coadd.variance, coadd.valid, strict=True):
+        sigma = np.sqrt(variance, where=valid, out=np.ones_like(variance))
+        scaled = np.pad(np.divide(image, sigma, where=valid, out=np.zeros_like(image)), margin)
+        known = np.pad(valid, margin)
+        near, mean = (
+            ndimage.gaussian_filter(plane, 2.0**first, mode="constant") for plane in (known.astype(np.float32), scaled)
+        )
+        np.divide(mean, near, out=scaled, where=~known & (near > _MIN_COVERAGE))
+        for total, plane, of_noise in zip(
+            chi2, starlet_transform(scaled, first + _PLANES)[first:], noise, strict=False
+        ):
+            total += np.square(np.maximum(plane[inside] / of_noise, 0))
+    root = np.sqrt(chi2, out=chi2)
+    # Where no band is valid all of them were filled.
+    n_bands = coadd.valid.sum(axis=0)
+    n_bands[n_bands == 0] = coadd.n_bands
+    for n in np.unique(n_bands).tolist():
+        table, equivalent = _equivalent_sigma(n)
+        here = n_bands == n
+        values = root[:, here]
+        beyond = np.maximum(values - table[-1], 0)
+        root[:, here] = np.maximum(np.interp(values, table, equivalent) + beyond, 0)
+    return root
+
+
+def _first_plane(fwhm_pix: float) -> int:
+    """Number of the starlet plane whose structure, 2^j pixels, is about as wide as the PSF's standard deviation."""
+    return max(int(np.round(np.log2(max(fwhm_pix, 1.0) / 2.355))), 0)
+
+
+def _wavelet_peaks(planes: Plane, labels: LabelArray, fwhm_pix: float, config: DetectionConfig) -> LabelArray:
+    """Find peaks (N, 2) in the footprints, the most significant first.
+
+    Maxima of a plane above the threshold; of a coarse plane, those as far from all finer ones as its structure is wide.
+    """
+    from scipy.spatial import cKDTree
+
+    peaks = np.zeros((0, 2), dtype=np.int64)
+    first = _first_plane(fwhm_pix)
+    for j, plane in enumerate(planes):
+        found = _maxima(plane, (labels > 0) & (plane > config.peak_threshold))
+        if len(peaks) and len(found):
+            distance, _ = cKDTree(peaks).query(found)
+            found = found[distance > 2.0 ** (first + j + 1)]
+        peaks = np.concatenate([peaks, found])
+    y, x = peaks.T
+    return _separate(peaks[np.lexsort((x, y, -planes[:, y, x].max(axis=0)))], config.min_separation)
+
+
+def _plane_kernels(fwhm_pix: float) -> FloatArray:
+    """Images (4, n, n) that a single bright pixel leaves in the planes of `wavelet_images`."""
+    first = _first_plane(fwhm_pix)
+    half = 3 * 2 ** (first + _PLANES)
+    point = np.zeros((2 * half + 1, 2 * half + 1))
+    point[half, half] = 1.0
+    return np.asarray(starlet_transform(point, first + _PLANES)[first:-1])
+
+
+def false_peak_density(psfs: ArrayLike, threshold: float, method: str = "psf") -> float:
     """Predict how many peaks noise makes per pixel.
 
     Parameters
@@ -321,11 +408,14 @@ def false_peak_density(psfs: ArrayLike, threshold: float) -> float:
     threshold : float
         Height of the peaks [sigma], both of `DetectionConfig.threshold` and `DetectionConfig.peak_threshold`; meant
         for 3 and more, where peaks are rare. With a `min_area` above 1 there are fewer.
+    method : {"psf", "wavelet"}, optional
+        That of `DetectionConfig`. With wavelets the sum over all planes, an upper limit: a peak of one plane is often
+        one of another.
 
     Returns
     -------
     density : float
-        Peaks of `detection_images` above the threshold per pixel of white Gaussian noise.
+        Peaks of `detection_images`, or of `wavelet_images`, above the threshold per pixel of white Gaussian noise.
 
     Notes
     -----
@@ -342,6 +432,9 @@ def false_peak_density(psfs: ArrayLike, threshold: float) -> float:
     averaged over, with the curvature lambda that a high peak has.
     """
     stamps = np.asarray(psfs, dtype=np.float64)
+    if method == "wavelet":
+        kernels_of_planes = _plane_kernels(_mean_width(stamps))
+        return sum(false_peak_density(np.stack([kernel] * len(stamps)), threshold) for kernel in kernels_of_planes)
     stamps = np.pad(stamps, ((0, 0), (1, 1), (1, 1)))
     power = (stamps**2).sum(axis=(1, 2))
     side = 4 * max(stamps.shape[1:])
@@ -633,13 +726,23 @@ def detect(coadd: Coadd, config: DetectionConfig, workers: int = 1) -> Detection
     """
     if config.background:
         coadd = subtract_background(coadd, config.background, config, workers)
-    significance, contrast = detection_images(coadd, workers)
     fwhm_pix = _mean_fwhm(coadd)
-    cores = _star_cores(coadd, significance, fwhm_pix, config)
-    _fill_star_cores(cores, significance, contrast, fwhm_pix)
-    labels = _regions(significance, config)
-    peaks = _find_peaks(significance, contrast, labels, fwhm_pix, config)
-    del significance, contrast
+    if config.method == "wavelet":
+        planes = wavelet_images(coadd)
+        significance = planes.max(axis=0)
+        cores = _star_cores(coadd, significance, fwhm_pix, config)
+        for plane in planes:
+            _fill_star_cores(cores, significance, plane, fwhm_pix)
+        labels = _regions(significance, config)
+        peaks = _wavelet_peaks(planes, labels, fwhm_pix, config)
+        del significance, planes
+    else:
+        significance, contrast = detection_images(coadd, workers)
+        cores = _star_cores(coadd, significance, fwhm_pix, config)
+        _fill_star_cores(cores, significance, contrast, fwhm_pix)
+        labels = _regions(significance, config)
+        peaks = _find_peaks(significance, contrast, labels, fwhm_pix, config)
+        del significance, contrast
     band_snr = measure_band_snr(coadd, peaks)
     return Detection(
         footprints=_number(labels, peaks), peaks=peaks, band_snr=band_snr, alone=band_snr > config.peak_threshold
@@ -697,7 +800,11 @@ def footprints_of_peaks(coadd: Coadd, peaks: LabelArray, config: DetectionConfig
     """
     if config.background:
         coadd = subtract_background(coadd, config.background, config, workers)
-    (significance,) = _filtered(coadd, with_contrast=False, workers=_checked_workers(workers))
+    workers = _checked_workers(workers)
+    if config.method == "wavelet":
+        significance = wavelet_images(coadd).max(axis=0)
+    else:
+        (significance,) = _filtered(coadd, with_contrast=False, workers=workers)
     if not coadd.valid.all():
         fwhm_pix = _mean_fwhm(coadd)
         _fill_star_cores(_star_cores(coadd, significance, fwhm_pix, config), significance, None, fwhm_pix)
