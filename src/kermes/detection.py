@@ -333,7 +333,8 @@ def wavelet_images(coadd: Coadd) -> Plane:
     -------
     planes : ndarray, shape (4, H, W)
         Dimensionless, float32, finite, from fine to coarse. Pixels that are not valid, and those outside of the image,
-        are filled with the mean of those around, weighted with a Gaussian; 0 where none is near.
+        are filled with the mean of those around, weighted with a Gaussian, and fade to 0 where few are near: else the
+        noise at an edge would be continued, and count twice.
     """
     first = _first_plane(_mean_fwhm(coadd))
     margin = 2 * (2 ** (first + _PLANES) - 1)  # as far as the planes see
@@ -347,7 +348,7 @@ def wavelet_images(coadd: Coadd) -> Plane:
         near, mean = (
             ndimage.gaussian_filter(plane, 2.0**first, mode="constant") for plane in (known.astype(np.float32), scaled)
         )
-        np.divide(mean, near, out=scaled, where=~known & (near > _MIN_COVERAGE))
+        np.divide(mean, np.maximum(near, 0.5), out=scaled, where=~known)
         for total, plane, of_noise in zip(
             chi2, starlet_transform(scaled, first + _PLANES)[first:], noise, strict=False
         ):
