@@ -96,3 +96,31 @@ def test_every_model_and_origin_fits_into_an_unfilled_column():
 
 def test_every_meaning_of_a_mask_plane_has_a_flag():
     assert set(PLANE_FLAGS) == set(PLANE_MEANINGS)
+
+
+# ---------------------------------------------------------------- magnitudes
+
+
+def test_magnitudes_are_ab_magnitudes_and_faint_fluxes_have_limits():
+    flux, error = np.array([1000.0, 100.0, 2.0, -5.0, np.nan, 10.0]), np.array([1.0, 10.0, 1.0, 1.0, 1.0, np.nan])
+    mag, mag_err, limit = catalog.magnitudes(flux, error, 31.4)
+    np.testing.assert_allclose(mag, [31.4 - 7.5, 31.4 - 5.0, np.nan, np.nan, np.nan, np.nan])
+    np.testing.assert_allclose(mag_err[:2], 1.0857362 * np.array([1e-3, 0.1]), rtol=1e-6)
+    # Two sigma and three more; nothing and three more.
+    np.testing.assert_allclose(limit[2:4], 31.4 - 2.5 * np.log10([5.0, 3.0]))
+    np.testing.assert_array_equal(np.isfinite(limit), [False, False, True, True, False, False])
+
+
+def test_fluxes_in_nanojansky_have_the_same_magnitudes(columns):
+    columns = {**columns, "g_flux": np.full(3, 100.0), "g_flux_err": np.full(3, 5.0)}
+    table = catalog.make_objects(columns, ["g", "r"], units.Unit("ct"))
+    in_njy = catalog.in_nanojansky(table, 27.0)
+    assert in_njy["g_flux"].unit == units.nJy
+    assert in_njy["g_redistributed_flux"].unit == units.nJy
+    assert in_njy["g_observed_max_overlap"].unit is None
+    np.testing.assert_allclose(in_njy["g_flux"], 100 * 10 ** (0.4 * 4.4))
+    assert table["g_flux"][0] == 100
+    before, after = catalog.with_magnitudes(table, ["g"], 27.0), catalog.with_magnitudes(in_njy, ["g"], 31.4)
+    np.testing.assert_allclose(after["g_mag"], before["g_mag"])
+    at = before.colnames.index("g_flux")
+    assert before.colnames[at : at + 5] == ["g_flux", "g_flux_err", "g_mag", "g_mag_err", "g_mag_limit"]

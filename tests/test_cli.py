@@ -10,6 +10,7 @@ import warnings
 from itertools import pairwise
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 from astropy.table import Table
@@ -17,7 +18,9 @@ from astropy.table import Table
 import kermes
 from kermes import cli, io
 from kermes.config import Config, config_from_dict, load_config
+from kermes.metrics import FRACTIONS, overlap_fractions
 from kermes.simulation import simulate_patch, simulate_scene
+from kermes.store import from_arrow
 
 ONE_PASS = ["--set", "fit.max_iterations=2"]
 
@@ -305,6 +308,76 @@ def test_show_asks_for_the_coadd_of_a_result_of_the_library(output, tmp_path, ca
     kermes.open(output).write(tmp_path / "out")
     assert cli.run(["show", str(tmp_path / "out")]) == 1
     assert "does not say what it was made from" in message_of(capsys)
+
+
+def test_metrics_prints_the_fractions_of_every_band(output, capsys):
+    assert cli.run(["metrics", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["g", "r"]
+    assert [line.split("  ")[0] for line in lines[2:]] == [name.replace("_", " ") for name in FRACTIONS]
+
+
+def test_metrics_as_json_are_those_of_the_library(output, capsys):
+    assert cli.run(["metrics", str(output), "--band", "r", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    objects = kermes.open(output).objects
+    assert printed["objects"] == len(objects)
+    assert list(printed["bands"]) == ["r"]
+    assert {name: tuple(pair) for name, pair in printed["bands"]["r"].items()} == overlap_fractions(objects, "r")
+
+
+def test_metrics_of_an_unknown_band_are_refused(output, capsys):
+    assert cli.run(["metrics", str(output), "--band", "q"]) == 1
+    assert "band must be one of g, r, got 'q'" in message_of(capsys)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".fits", ".ecsv", ".csv", ".vot"])
+def test_catalog_is_written_in_every_format(output, tmp_path, suffix):
+    path = tmp_path / f"cat{suffix}"
+    assert cli.run(["catalog", str(output), "-o", str(path), "--magnitudes", "--nanojansky"]) == 0
+    if suffix == ".parquet":
+        table = from_arrow(pq.read_table(path))
+    else:
+        table = Table.read(path, format="votable" if suffix == ".vot" else None)
+    expected = kermes.open(output).catalog(magnitudes=True, nanojansky=True)
+    assert table.colnames == expected.colnames
+    assert len(table) == len(expected)
+    for name in ("g_flux", "r_mag", "object_id", "center_y", "flag_edge"):
+        found = np.ma.asarray(table[name])
+        found = found.filled(np.nan) if found.dtype.kind == "f" else found.filled()
+        if suffix == ".csv" and found.dtype.kind == "U":
+            found = found == "True"
+        np.testing.assert_allclose(
+            np.asarray(found, dtype=float), np.asarray(expected[name], dtype=float), err_msg=name
+        )
+    if suffix != ".csv":
+        assert table["g_flux"].unit == expected["g_flux"].unit
+        assert table["r_mag"].unit == "mag"
+
+
+def test_catalog_of_some_columns_holds_those(output, tmp_path):
+    path = tmp_path / "cat.ecsv"
+    assert cli.run(["catalog", str(output), "-o", str(path), "--column", "object_id", "--column", "g_flux"]) == 0
+    table = Table.read(path)
+    assert table.colnames == ["object_id", "g_flux"]
+    assert table["g_flux"].description == kermes.open(output).objects["g_flux"].description
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "cat.txt"], "output must end in .parquet, .fits, .ecsv, .csv, .vot"),
+        (["-o", "here.csv"], "--overwrite replaces it"),
+        (["-o", "new.csv", "--column", "z_flux"], "column must be one of the table of objects, got z_flux"),
+    ],
+)
+def test_catalog_refuses_what_it_cannot_write(output, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.csv").write_text("mine")
+    assert cli.run(["catalog", str(output), *options]) == 1
+    assert message in message_of(capsys)
+    assert (tmp_path / "here.csv").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here.csv"]
 
 
 def test_show_refuses_what_is_no_result(tmp_path, capsys):

@@ -2,15 +2,21 @@
 
 import numpy as np
 import pytest
+from astropy.table import Table
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kermes
 import reference
 from blends import gaussian, source, three_sources
+from kermes import metrics
+from kermes.coadd import Coadd
+from kermes.errors import InputError
 from kermes.geometry import Box
-from kermes.metrics import blend_metrics, model_metrics
+from kermes.metrics import blend_metrics, model_metrics, observed_metrics, overlap_fractions
 from kermes.rendering import SourceModels, frame_models, pack
 from kermes.scene import Scene, Source
+from tiles import group_scene
 
 pytestmark = pytest.mark.nojit
 
@@ -122,3 +128,128 @@ def test_metrics_of_any_models_agree_with_the_slow_twin():
     # Roundings of the sum of all models in single precision.
     for name, expected in zip(NAMES, reference.blend_metrics(whole), strict=True):
         np.testing.assert_allclose(getattr(metrics, name), expected, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+# ---------------------------------------------------------------- as observed
+
+
+def observed_case(seed, n_sources=3):
+    """Random models of two bands on an image with noise and invalid pixels; models on the whole image too."""
+    rng = np.random.default_rng(seed)
+    shape = (12, 10)
+    boxes = np.array([[rng.integers(6), rng.integers(5), 6, 5] for _ in range(n_sources)])
+    offsets = np.arange(n_sources + 1) * 30
+    pixels = rng.normal(1, 2, (2, 30 * n_sources)).astype(np.float32)
+    whole = np.zeros((n_sources, 2, *shape))
+    for s, (y, x, height, width) in enumerate(boxes):
+        whole[s, :, y : y + height, x : x + width] = pixels[:, 30 * s : 30 * s + 30].reshape(2, height, width)
+    coadd = Coadd(
+        images=rng.normal(size=(2, *shape)),
+        variance=np.where(rng.uniform(size=(2, *shape)) < 0.1, 0, rng.uniform(0.5, 2, (2, *shape))),
+        psfs=np.ones((2, 3, 3)),
+        bands=["g", "r"],
+    )
+    models = SourceModels(boxes=boxes, offsets=offsets, pixels=pixels)
+    return coadd, models, whole
+
+
+@given(st.integers(0, 999))
+def test_observed_metrics_agree_with_their_twin(seed):
+    coadd, models, whole = observed_case(seed)
+    positive = np.maximum(whole, 0)
+    total = positive.sum(axis=0)
+    got = observed_metrics(coadd, Box.of_shape(coadd.shape), total.astype(np.float32), models)
+    for s in range(len(whole)):
+        for b in range(2):
+            sigma2 = coadd.variance[b]
+            own = coadd.valid[b] & (positive[s, b] > 0.1 * np.sqrt(sigma2))
+            m, rest = positive[s, b][own], (total[b] - positive[s, b])[own]
+            expected = (
+                (np.max(rest / np.sqrt(sigma2[own])), rest.sum() / m.sum())
+                + (1 - np.sum(m * m / sigma2[own]) / np.sum((m + rest) * m / sigma2[own]),)
+                if own.any()
+                else (0, 0, 0)
+            )
+            found = got.max_overlap[s, b], got.overlap_fraction[s, b], got.blendedness[s, b]
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("distance", [0, 2, 4])
+def test_two_gaussians_as_observed_have_the_overlap_of_their_integrals(distance):
+    shape, sigma, a, b = (61, 71), 2.5, 4000.0, 1000.0
+    y, x = np.indices(shape)
+    images = [
+        (f * np.exp(-0.5 * ((y - 30) ** 2 + (x - c) ** 2) / sigma**2)).astype(np.float32)
+        for f, c in ((a, 30), (b, 30 + distance))
+    ]
+    models = SourceModels(
+        boxes=np.array([[0, 0, *shape]] * 2),
+        offsets=np.array([0, y.size, 2 * y.size]),
+        pixels=np.concatenate([image.ravel() for image in images])[None],
+    )
+    coadd = Coadd(images=sum(images)[None], variance=4.0, psfs=np.ones((3, 3)), bands=["r"])
+    got = observed_metrics(coadd, Box.of_shape(shape), sum(images)[None], models)
+    # The light below a tenth of the noise is left out: 5e-5 of the first source, 2e-4 of the second one.
+    product = np.exp(-(distance**2) / (4 * sigma**2))
+    assert got.max_overlap[0, 0] == pytest.approx(b / 2, rel=1e-5)
+    assert got.blendedness[0, 0] == pytest.approx(1 - a / (a + b * product), abs=1e-3)
+    assert got.blendedness[1, 0] == pytest.approx(1 - b / (b + a * product), abs=1e-3)
+    assert got.overlap_fraction[0, 0] == pytest.approx(b / a, rel=2e-2)
+
+
+def overlap_table(**columns):
+    """Table of objects with the metrics of one band."""
+    names = ("observed_max_overlap", "flux_overlap_fraction", "observed_overlap_fraction")
+    names += ("blendedness", "observed_blendedness")
+    return Table({"r_flux": np.array([1.0, 1, 1, np.nan]), **{f"r_{n}": np.array(columns[n], float) for n in names}})
+
+
+def test_fractions_are_those_of_objects_with_a_flux():
+    table = overlap_table(
+        observed_max_overlap=[2, 0.5, 0, 9],
+        flux_overlap_fraction=[0.2, 0.06, 0, 9],
+        observed_overlap_fraction=[0.2, 0.04, 0, 9],
+        blendedness=[0.01, 0, 0, 1],
+        observed_blendedness=[0.1, 0.06, 0, 1],
+    )
+    fractions = overlap_fractions(table, "r")
+    expected = {
+        "overlap_above_noise": (1 / 3, 1 / 3),
+        "overlap_above_5_percent": (2 / 3, 1 / 3),
+        "blendedness_above_5_percent": (0, 2 / 3),
+        "any": (2 / 3, 2 / 3),
+    }
+    for name, pair in expected.items():
+        assert fractions[name] == pytest.approx(pair)
+
+
+def test_fractions_of_an_unknown_band_are_refused():
+    table = Table({"r_flux": [1.0], "r_observed_blendedness": [0.0]})
+    with pytest.raises(InputError, match="band must be one of r, got 'q'"):
+        overlap_fractions(table, "q")
+
+
+# ---------------------------------------------------------------- metrics of others
+
+
+def test_a_registered_metric_is_measured_on_every_object(monkeypatch):
+    monkeypatch.setattr(metrics, "_REGISTERED", {})
+
+    def light(model, others, variance, valid):
+        """Light of the model and of all others on its pixels."""
+        assert model.shape == others.shape == variance.shape == valid.shape
+        return model.sum(axis=(1, 2)) + others.sum(axis=(1, 2))
+
+    metrics.register_metric("light", light)
+    result = kermes.deblend(group_scene().coadd, group_scene().peaks)
+    table = result.registered_metrics()
+    assert table.colnames == ["object_id", "g_light", "r_light", "i_light"]
+    assert table["g_light"].description == "Light of the model and of all others on its pixels."
+    assert np.isfinite(table["r_light"]).all()
+    assert (table["r_light"] > 0.9 * result.objects["r_flux"]).all()
+
+
+@pytest.mark.parametrize(("name", "metric", "message"), [("a b", len, "name must be"), ("a", 3, "metric must be")])
+def test_what_is_no_metric_is_refused(name, metric, message):
+    with pytest.raises(InputError, match=message):
+        metrics.register_metric(name, metric)

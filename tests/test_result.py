@@ -1,5 +1,7 @@
 """What users hold after deblending keeps its promises, whatever fitted the models."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from astropy import units
@@ -229,3 +231,10 @@ def test_a_result_says_what_it_is(result):
 
 def test_fluxes_carry_the_unit_of_the_coadd(result):
     assert result.objects["g_flux"].unit == units.nJy
+
+
+def test_magnitudes_need_a_zero_point(result):
+    without = replace(result, zero_point=None, total=None)
+    with pytest.raises(kermes.InputError, match="need the zero point"):
+        without.catalog(magnitudes=True)
+    assert without.catalog().colnames == result.objects.colnames

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from astropy import units
-from astropy.table import Table
+from astropy.table import Column, Table
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
@@ -166,6 +166,9 @@ _PER_BAND = (
     ColumnDefinition("flux_overlap", np.float32, "Light of the neighbours in its pixels, model frame", "flux"),
     ColumnDefinition("flux_overlap_fraction", np.float32, "flux_overlap over the flux of the model"),
     ColumnDefinition("blendedness", np.float32, "1 - (m . m) / (A . m), m its model, A that of all; 0: alone"),
+    ColumnDefinition("observed_max_overlap", np.float32, "Largest light of the neighbours in a pixel, in sigma of it"),
+    ColumnDefinition("observed_overlap_fraction", np.float32, "Light of the neighbours over its own, as observed"),
+    ColumnDefinition("observed_blendedness", np.float32, "blendedness as observed, weighted with the inverse variance"),
 )
 
 
@@ -385,3 +388,80 @@ def make_candidates(columns: Mapping[str, ArrayLike], bands: Sequence[str], unit
     Parameters, and what is returned, are as in `make_objects`, with the columns of `candidate_columns`.
     """
     return _make_table(columns, candidate_columns(bands), unit)
+
+
+# ---------------------------------------------------------------- magnitudes and units
+
+MAGNITUDE_OF_NJY = 31.4
+"""AB magnitude of a flux of one nanojansky."""
+
+LEAST_SNR = 3.0
+"""Fluxes below this many errors have an upper limit for a magnitude."""
+
+
+def magnitudes(flux: ArrayLike, flux_err: ArrayLike, zero_point: float) -> tuple[NDArray[np.float64], ...]:
+    """Turn fluxes into AB magnitudes.
+
+    Parameters
+    ----------
+    flux, flux_err : array_like, shape (N,)
+        Fluxes and their errors [unit].
+    zero_point : float
+        AB magnitude of a flux of one unit.
+
+    Returns
+    -------
+    mag, mag_err : ndarray, shape (N,)
+        Magnitude and its error, 1.0857 flux_err / flux; NaN where the flux is below `LEAST_SNR` errors, or not known.
+    mag_limit : ndarray, shape (N,)
+        Where it is below, the magnitude of a flux of max(flux, 0) + `LEAST_SNR` flux_err, than which the object is
+        fainter; NaN elsewhere.
+    """
+    values, errors = np.asarray(flux, dtype=np.float64), np.asarray(flux_err, dtype=np.float64)
+    seen = values > LEAST_SNR * errors
+    faint = ~seen & (errors > 0) & np.isfinite(values) & np.isfinite(errors)
+    mag, mag_err, mag_limit = np.full((3, *values.shape), np.nan)
+    mag[seen] = zero_point - 2.5 * np.log10(values[seen])
+    mag_err[seen] = 2.5 / np.log(10) * errors[seen] / values[seen]
+    mag_limit[faint] = zero_point - 2.5 * np.log10(np.maximum(values[faint], 0) + LEAST_SNR * errors[faint])
+    return mag, mag_err, mag_limit
+
+
+def with_magnitudes(objects: Table, bands: Sequence[str], zero_point: float) -> Table:
+    """Add ``{band}_mag``, ``{band}_mag_err`` and ``{band}_mag_limit`` of the model fluxes to a table of objects.
+
+    The columns come after the flux of each band; see `magnitudes`. The table itself is not changed.
+    """
+    table = objects.copy(copy_data=False)
+    descriptions = (
+        "AB magnitude of the flux; NaN below three errors",
+        "Standard deviation of the magnitude",
+        "AB magnitude than which it is fainter, at three errors, where it has none",
+    )
+    for band in bands:
+        found = magnitudes(table[f"{band}_flux"], table[f"{band}_flux_err"], zero_point)
+        place = table.colnames.index(f"{band}_flux_err") + 1
+        names = (f"{band}_mag", f"{band}_mag_err", f"{band}_mag_limit")
+        for n, (name, values, description) in enumerate(zip(names, found, descriptions, strict=True)):
+            column = Column(values, name=name, unit=units.mag, description=f"{description}, band {band}")
+            table.add_column(column, index=place + n)
+    return table
+
+
+def in_nanojansky(objects: Table, zero_point: float) -> Table:
+    """Give all fluxes of a table of objects in nanojansky.
+
+    Parameters
+    ----------
+    objects : Table
+    zero_point : float
+        AB magnitude of a flux of one of their units.
+    """
+    factor = 10 ** (-0.4 * (zero_point - MAGNITUDE_OF_NJY))
+    table = objects.copy()
+    words = ("flux", "flux_err", "max_overlap", "flux_overlap")
+    for column in table.itercols():
+        if column.name.endswith(words) and "observed" not in column.name:
+            column *= column.dtype.type(factor)
+            column.unit = units.nJy
+    return table

@@ -47,6 +47,7 @@ Output = Annotated[Path, Parameter(alias="-o")]
 
 _INPUT_FILE = "input.json"
 _PICTURE_FILE = "picture.png"
+_TABLE_SUFFIXES = (".parquet", ".fits", ".ecsv", ".csv", ".vot")
 _SLOW = 2.0  # seconds, from which a blend is worth a word
 
 
@@ -221,6 +222,87 @@ def show(
     source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
     _write_file(output, _picture(kermes.open(result, coadd=io.read(**source))))
     _say(f"picture: {output}")
+
+
+@app.command
+def catalog(
+    result: Path,
+    /,
+    *,
+    output: Output,
+    magnitudes: Switch = False,
+    nanojansky: Switch = False,
+    column: Words = (),
+    overwrite: Switch = False,
+) -> None:
+    """Write the table of objects of a result to one file.
+
+    Parameters
+    ----------
+    result
+        Directory that kermes deblend wrote.
+    output
+        Table to write: .parquet, .fits, .ecsv, .csv or .vot (VOTable). Units and descriptions are kept but in csv.
+    magnitudes
+        Add AB magnitudes, errors, and upper limits of what is too faint for one.
+    nanojansky
+        Give all fluxes in nanojansky.
+    column
+        Column to write; may be repeated. Left out: all.
+    overwrite
+        Replace an earlier file of the same name.
+    """
+    from kermes.store import table_bytes
+
+    _check_file_output(output, *_TABLE_SUFFIXES)
+    if output.exists() and not overwrite:
+        raise FileError(f"output must be new, got {output}, which exists; --overwrite replaces it")
+    table = kermes.open(result).catalog(magnitudes=magnitudes, nanojansky=nanojansky)
+    unknown = [name for name in column if name not in table.colnames]
+    if unknown:
+        raise InputError(f"column must be one of the table of objects, got {', '.join(unknown)}")
+    table = table[list(column)] if column else table
+    _write_file(output, table_bytes(table, output.suffix.lower()))
+    _say(f"{_count(len(table), 'object')}, {_count(len(table.colnames), 'column')}; written to {output}")
+
+
+@app.command
+def metrics(
+    result: Path,
+    /,
+    *,
+    band: Words = (),
+    json_output: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+) -> None:
+    """Print how much the objects of a result overlap, band by band.
+
+    Which fraction of them has a pixel with more light of neighbours than noise; at least 5 % as much light of
+    neighbours as of its own; a blendedness above 0.05; any of these. The last three are given twice: in the model
+    frame, where the PSF is narrow, and as observed.
+
+    Parameters
+    ----------
+    result
+        Directory that kermes deblend wrote.
+    band
+        Band to print; may be repeated. Left out: all.
+    json_output
+        Print JSON instead of a table.
+    """
+    from kermes.metrics import FRACTIONS, overlap_fractions
+
+    opened = kermes.open(result)
+    fractions = {name: overlap_fractions(opened.objects, name) for name in band or opened.bands}
+    if json_output:
+        print(json.dumps({"objects": len(opened), "bands": fractions}, indent=1))
+        return
+    print(f"{_count(len(opened), 'object')}; percentages in the model frame / as observed")
+    print(f"{'':28s}" + "".join(f"{name:>14s}" for name in fractions))
+    for row in FRACTIONS:
+        pairs = (
+            f"{100 * frame:.1f} / {100 * observed:.1f}" for frame, observed in (f[row] for f in fractions.values())
+        )
+        print(f"{row.replace('_', ' '):28s}" + "".join(f"{pair:>14s}" for pair in pairs))
 
 
 @app.command
@@ -430,10 +512,10 @@ def _picture(result: Result) -> bytes:
     return file.getvalue()
 
 
-def _check_file_output(path: Path, suffix: str) -> None:
+def _check_file_output(path: Path, *suffixes: str) -> None:
     """Refuse a file that cannot be written, before the work begins."""
-    if path.suffix.lower() != suffix:
-        raise InputError(f"output must end in {suffix}, got {path}")
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"output must end in {', '.join(suffixes)}, got {path}")
     if not path.absolute().parent.is_dir():
         raise FileError(f"output must lie in a directory that exists, got {path}")
 

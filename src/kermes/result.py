@@ -10,15 +10,23 @@ from typing import Any
 
 import numpy as np
 from astropy import units
-from astropy.table import Row, Table
+from astropy.table import Column, Row, Table
 from numpy.typing import NDArray
 
-from kermes.catalog import Reason, candidate_columns, empty_columns, make_candidates
+from kermes.catalog import (
+    Reason,
+    candidate_columns,
+    empty_columns,
+    in_nanojansky,
+    make_candidates,
+    with_magnitudes,
+)
 from kermes.coadd import Coadd
 from kermes.config import Config
 from kermes.errors import InputError
 from kermes.flux import redistribute
 from kermes.geometry import Box
+from kermes.metrics import registered_metrics
 from kermes.psf import continued, difference_kernels, model_psf
 from kermes.rendering import KernelSet, outer_box, render_source
 from kermes.scene import Source
@@ -404,6 +412,67 @@ class Result:
             If the result has no coadd.
         """
         return self._need_coadd("residual").images - self.model_image()
+
+    def catalog(self, *, magnitudes: bool = False, nanojansky: bool = False) -> Table:
+        """Make the table of objects as others want it.
+
+        Parameters
+        ----------
+        magnitudes : bool, optional
+            Add AB magnitudes, their errors, and upper limits of what is too faint for one; see
+            `catalog.magnitudes`.
+        nanojansky : bool, optional
+            Give all fluxes in nanojansky.
+
+        Returns
+        -------
+        objects : Table
+            A new table.
+
+        Raises
+        ------
+        InputError
+            If either is asked for and the zero point of the images is not known.
+        """
+        table = self.objects.copy(copy_data=False)
+        if (magnitudes or nanojansky) and self.zero_point is None:
+            raise InputError(
+                "magnitudes and nanojansky need the zero point of the images: give the coadd one, or a unit"
+            )
+        if magnitudes:
+            table = with_magnitudes(table, self.bands, float(self.zero_point or 0.0))
+        return in_nanojansky(table, float(self.zero_point or 0.0)) if nanojansky else table
+
+    def registered_metrics(self) -> Table:
+        """Measure the metrics that were registered with `metrics.register_metric` on every object.
+
+        Returns
+        -------
+        table : Table
+            ``object_id``, and ``{band}_{name}`` of each metric; NaN for an object without light.
+
+        Raises
+        ------
+        InputError
+            If the result has no coadd.
+        """
+        coadd = self._need_coadd("registered_metrics")
+        metrics = registered_metrics()
+        total = self.model_image(positive=True)
+        values = {name: np.full((len(self), len(self.bands)), np.nan) for name in metrics}
+        for row, handle in enumerate(self):
+            model, box = handle._observed
+            if box.is_empty:
+                continue
+            window = (slice(None), box.y, box.x)
+            others = np.maximum(total[window] - np.maximum(model, 0), 0)
+            for name, (metric, _) in metrics.items():
+                values[name][row] = metric(model, others, coadd.variance[window], coadd.valid[window])
+        table = Table({"object_id": np.asarray(self.objects["object_id"])})
+        for name, (_, description) in metrics.items():
+            for b, band in enumerate(self.bands):
+                table.add_column(Column(values[name][:, b], name=f"{band}_{name}", description=description))
+        return table
 
     def write(self, path: str | PathLike[str], overwrite: bool = False) -> None:
         """Write everything but the images into a directory; `kermes.open` reads it.

@@ -26,6 +26,7 @@ import tomllib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO, StringIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,28 @@ def from_arrow(table: pa.Table) -> Table:
             )
         )
     return Table(columns, copy=False)
+
+
+def table_bytes(table: Table, suffix: str) -> bytes:
+    """Write a table of plain columns in the format of a file name's suffix: .parquet, .fits, .ecsv, .csv or .vot."""
+    buffer = BytesIO()
+    if suffix == ".parquet":
+        pq.write_table(to_arrow(table), buffer, compression="zstd")
+    elif suffix == ".fits":
+        plain = table.copy(copy_data=False)
+        plain.meta.clear()
+        hdu = fits.table_to_hdu(plain)
+        for number, column in enumerate(table.itercols(), start=1):
+            if column.description:
+                hdu.header[f"TCOMM{number}"] = column.description
+        fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(buffer)
+    elif suffix == ".vot":
+        table.write(buffer, format="votable")
+    else:
+        text = StringIO()
+        table.write(text, format={".ecsv": "ascii.ecsv", ".csv": "ascii.csv"}[suffix])
+        buffer.write(text.getvalue().encode())
+    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------- writing

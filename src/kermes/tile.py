@@ -23,6 +23,7 @@ from kermes.coadd import Coadd, planes_at
 from kermes.config import Config
 from kermes.flux import add_positive, shared_fluxes
 from kermes.geometry import Box
+from kermes.metrics import observed_metrics
 from kermes.modelling import BlendOutcome, fit_blend
 from kermes.partition import Parent
 from kermes.planning import BlendTask, TilePlan, number_of_workers, plan_tile
@@ -222,13 +223,22 @@ def _share(
     total: NDArray[np.float32],
     objects: Mapping[str, NDArray[Any]],
 ) -> None:
-    """Fill the columns of the shared flux of one blend, NaN in bands where nothing is known."""
+    """Fill the columns that rest on the light of all blends, of one blend; NaN in bands where nothing is known."""
     outer, members = task.outer, task.members
-    flux, flux_err = shared_fluxes(coadd, outer, total[:, outer.y, outer.x], models)
+    here = np.ascontiguousarray(total[:, outer.y, outer.x])
+    flux, flux_err = shared_fluxes(coadd, outer, here, models)
+    overlap = observed_metrics(coadd, outer, here, models)
+    columns = {
+        "redistributed_flux": flux,
+        "redistributed_flux_err": flux_err,
+        "observed_max_overlap": overlap.max_overlap,
+        "observed_overlap_fraction": overlap.overlap_fraction,
+        "observed_blendedness": overlap.blendedness,
+    }
     for b, band in enumerate(coadd.bands):
         known = np.isfinite(objects[f"{band}_flux_err"][members])
-        objects[f"{band}_redistributed_flux"][members] = np.where(known, flux[:, b], np.nan)
-        objects[f"{band}_redistributed_flux_err"][members] = np.where(known, flux_err[:, b], np.nan)
+        for name, values in columns.items():
+            objects[f"{band}_{name}"][members] = np.where(known, values[:, b], np.nan)
 
 
 class _Found(NamedTuple):
