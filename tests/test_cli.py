@@ -310,6 +310,23 @@ def test_show_asks_for_the_coadd_of_a_result_of_the_library(output, tmp_path, ca
     assert "does not say what it was made from" in message_of(capsys)
 
 
+def test_forced_measures_one_image_or_several(archive, output, tmp_path, capsys):
+    path = tmp_path / "forced.fits"
+    assert cli.run(["forced", str(output), str(archive), "-o", str(path)]) == 0
+    table, objects = Table.read(path), kermes.open(output).objects
+    assert len(table) == len(objects)
+    np.testing.assert_allclose(table["r_flux"], objects["r_flux"], atol=0.1 * objects["r_flux_err"].max())
+    path = tmp_path / "curves.ecsv"
+    assert cli.run(["forced", str(output), str(archive), str(archive), "-o", str(path)]) == 0
+    table = Table.read(path)
+    assert len(table) == 2 * 2 * len(objects)
+    assert set(table["visit"]) == {"scene"}
+    assert set(table["band"]) == {"g", "r"}
+    capsys.readouterr()
+    assert cli.run(["forced", str(output), str(archive), "-o", str(path)]) == 1
+    assert "--overwrite replaces it" in message_of(capsys)
+
+
 def test_metrics_prints_the_fractions_of_every_band(output, capsys):
     assert cli.run(["metrics", str(output)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         KermesError,
         ShapeError,
     )
+    from kermes.forced import forced_photometry, light_curves
     from kermes.geometry import Box
     from kermes.io import read
     from kermes.psf import CellPsf
@@ -43,6 +44,8 @@ __all__ = [
     "Stamp",
     "__version__",
     "deblend",
+    "forced_photometry",
+    "light_curves",
     "open",
     "read",
 ]
@@ -55,6 +58,8 @@ _HOMES = {
     "Result": "result",
     "Stamp": "result",
     "deblend": "tile",
+    "forced_photometry": "forced",
+    "light_curves": "forced",
     "read": "io",
 }
 

@@ -319,6 +319,31 @@ def candidate_columns(bands: Sequence[str]) -> tuple[ColumnDefinition, ...]:
     )
 
 
+def forced_columns(bands: Sequence[str]) -> tuple[ColumnDefinition, ...]:
+    """Columns of a table of forced photometry for these bands, in order."""
+    per_band = (
+        ColumnDefinition("flux", np.float64, "Flux of the model, its shape held; may be negative", "flux"),
+        ColumnDefinition("flux_err", np.float64, "Standard deviation of the flux, neighbours included", "flux"),
+        ColumnDefinition("correlation", np.float64, "Correlation with the neighbour with which it is largest"),
+        ColumnDefinition("neighbor_id", np.int64, "object_id of that one, minus the candidate_id; 0: none"),
+        ColumnDefinition("chi2", np.float64, "Mean of residual^2 / variance over the valid pixels of its model"),
+        ColumnDefinition("coverage", np.float64, "Part of the light of its model on valid pixels"),
+    )
+    return (
+        ColumnDefinition("object_id", np.int64, "Number of the object"),
+        ColumnDefinition("y", np.float64, "Row of the centre, in the coordinates of these images", "pix"),
+        ColumnDefinition("x", np.float64, "Column of the centre, in the coordinates of these images", "pix"),
+        ColumnDefinition("ra", np.float64, "Right ascension of the centre (ICRS); NaN without a WCS", "deg"),
+        ColumnDefinition("dec", np.float64, "Declination of the centre (ICRS); NaN without a WCS", "deg"),
+        ColumnDefinition("flag_outside", np.bool_, "True: the centre lies outside of these images"),
+        *(
+            ColumnDefinition(f"{band}_{column.name}", column.dtype, f"{column.description}, band {band}", column.unit)
+            for band in bands
+            for column in per_band
+        ),
+    )
+
+
 def empty_columns(definitions: Sequence[ColumnDefinition], n_rows: int) -> dict[str, NDArray[Any]]:
     """Make columns that are yet to be filled: NaN, 0, False or empty text (of at most 16 letters)."""
     columns = {}
@@ -380,6 +405,11 @@ def make_parents(columns: Mapping[str, ArrayLike]) -> Table:
 def make_blends(columns: Mapping[str, ArrayLike]) -> Table:
     """Make the table of blends from the values of every column of `BLEND_COLUMNS`, each of shape (N,)."""
     return _make_table(columns, BLEND_COLUMNS, None)
+
+
+def make_forced(columns: Mapping[str, ArrayLike], bands: Sequence[str], unit: units.UnitBase | None) -> Table:
+    """Make a table of forced photometry; parameters, and what is returned, as in `make_objects`."""
+    return _make_table(columns, forced_columns(bands), unit)
 
 
 def make_candidates(columns: Mapping[str, ArrayLike], bands: Sequence[str], unit: units.UnitBase | None) -> Table:

@@ -254,9 +254,7 @@ def catalog(
     """
     from kermes.store import table_bytes
 
-    _check_file_output(output, *_TABLE_SUFFIXES)
-    if output.exists() and not overwrite:
-        raise FileError(f"output must be new, got {output}, which exists; --overwrite replaces it")
+    _check_file_output(output, *_TABLE_SUFFIXES, overwrite=overwrite)
     table = kermes.open(result).catalog(magnitudes=magnitudes, nanojansky=nanojansky)
     unknown = [name for name in column if name not in table.colnames]
     if unknown:
@@ -264,6 +262,48 @@ def catalog(
     table = table[list(column)] if column else table
     _write_file(output, table_bytes(table, output.suffix.lower()))
     _say(f"{_count(len(table), 'object')}, {_count(len(table.colnames), 'column')}; written to {output}")
+
+
+@app.command
+def forced(
+    result: Path,
+    images: Annotated[tuple[Path, ...], Parameter(negative=())],
+    /,
+    *,
+    output: Output,
+    overwrite: Switch = False,
+) -> None:
+    """Measure the objects of a result in other images: other bands, another epoch, another PSF.
+
+    Positions and shapes are held, and the fluxes of all objects are fitted together. Images on other pixels need a WCS,
+    and so do those that the result was made from.
+
+    Parameters
+    ----------
+    result
+        Directory that kermes deblend wrote.
+    images
+        Images to measure in: .npz archives or .toml manifests. Of one, the table has a row per object; of several, a
+        row per image, band and object, with the name of the file as visit.
+    output
+        Table to write: .parquet, .fits, .ecsv, .csv or .vot (VOTable).
+    overwrite
+        Replace an earlier file of the same name.
+    """
+    from kermes import io
+    from kermes.forced import forced_photometry, light_curves
+    from kermes.store import table_bytes
+
+    if not images:
+        raise _UsageError("name at least one image to measure in")
+    _check_file_output(output, *_TABLE_SUFFIXES, overwrite=overwrite)
+    opened = kermes.open(result)
+    if len(images) == 1:
+        table = forced_photometry(opened, io.read(images[0]))
+    else:
+        table = light_curves(opened, ((path.stem, io.read(path)) for path in images))
+    _write_file(output, table_bytes(table, output.suffix.lower()))
+    _say(f"{_count(len(table), 'row')}, {_count(len(table.colnames), 'column')}; written to {output}")
 
 
 @app.command
@@ -512,12 +552,14 @@ def _picture(result: Result) -> bytes:
     return file.getvalue()
 
 
-def _check_file_output(path: Path, *suffixes: str) -> None:
-    """Refuse a file that cannot be written, before the work begins."""
+def _check_file_output(path: Path, *suffixes: str, overwrite: bool = True) -> None:
+    """Refuse a file that cannot be written, or that is there and must not be replaced, before the work begins."""
     if path.suffix.lower() not in suffixes:
         raise InputError(f"output must end in {', '.join(suffixes)}, got {path}")
     if not path.absolute().parent.is_dir():
         raise FileError(f"output must lie in a directory that exists, got {path}")
+    if path.exists() and not overwrite:
+        raise FileError(f"output must be new, got {path}, which exists; --overwrite replaces it")
 
 
 def _write_file(path: Path, content: bytes) -> None:

@@ -122,6 +122,21 @@ def share_fluxes(images, variance, valid, total, models, boxes, offsets):
 
 
 @kernel
+def project_models(images, models, boxes, offsets):
+    """Sum images (B, H, W) times each packed model (B, n) on boxes (S, 4). Returns (S, B) float64."""
+    out = np.zeros((len(boxes), len(images)))
+    for s in range(len(boxes)):
+        y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
+        for b in range(len(images)):
+            for y in range(height):
+                total = np.float32(0.0)
+                for x in range(width):
+                    total += images[b, y0 + y, x0 + x] * models[b, offsets[s] + y * width + x]
+                out[s, b] += total
+    return out
+
+
+@kernel
 def subtract_models(residual, models, boxes, offsets):
     """Subtract all packed models (B, n) from the image `residual` (B, H, W), in place."""
     for s in range(len(boxes)):
