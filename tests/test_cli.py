@@ -19,7 +19,6 @@ import kermes
 from kermes import cli, io
 from kermes.config import Config, config_from_dict, load_config
 from kermes.metrics import FRACTIONS, overlap_fractions
-from kermes.photometry import measure
 from kermes.simulation import simulate_patch, simulate_scene
 from kermes.store import from_arrow
 
@@ -326,19 +325,6 @@ def test_forced_measures_one_image_or_several(archive, output, tmp_path, capsys)
     capsys.readouterr()
     assert cli.run(["forced", str(output), str(archive), "-o", str(path)]) == 1
     assert "--overwrite replaces it" in message_of(capsys)
-
-
-def test_measure_writes_what_the_library_measures(archive, output, tmp_path, capsys):
-    path = tmp_path / "measured.ecsv"
-    options = ["--kind", "redistributed", "--radius", "4", "--radius", "7", "--band", "r"]
-    assert cli.run(["measure", str(output), "-o", str(path), *options]) == 0
-    table = Table.read(path)
-    expected = measure(kermes.open(output, coadd=io.read(archive)), "redistributed", radii=[4, 7], bands=["r"])
-    assert table.colnames == expected.colnames
-    np.testing.assert_allclose(table["r_aperture_1_flux"], expected["r_aperture_1_flux"])
-    capsys.readouterr()
-    assert cli.run(["measure", str(output), "-o", str(tmp_path / "new.csv"), "--kind", "best"]) == 1
-    assert "kind must be one of" in message_of(capsys)
 
 
 def test_metrics_prints_the_fractions_of_every_band(output, capsys):

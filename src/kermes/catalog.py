@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -344,29 +344,6 @@ def forced_columns(bands: Sequence[str]) -> tuple[ColumnDefinition, ...]:
     )
 
 
-def measured_columns(bands: Sequence[str], radii: Sequence[float]) -> tuple[ColumnDefinition, ...]:
-    """Columns of a table of measurements on stamps for these bands and radii of apertures, in order."""
-
-    def of_band(band: str) -> Iterator[ColumnDefinition]:
-        for r, radius in enumerate(radii):
-            circle = f"in a circle of {radius:g} pixels, band {band}"
-            yield ColumnDefinition(f"{band}_aperture_{r}_flux", np.float64, f"Flux {circle}", "flux")
-            yield ColumnDefinition(f"{band}_aperture_{r}_flux_err", np.float64, "Standard deviation of it", "flux")
-            yield ColumnDefinition(f"{band}_aperture_{r}_coverage", np.float64, f"Valid part of the area {circle}")
-        kind = f"adaptive moments, band {band}"
-        yield ColumnDefinition(f"{band}_moment_y", np.float64, f"Row of the centre, {kind}", "pix")
-        yield ColumnDefinition(f"{band}_moment_x", np.float64, f"Column of the centre, {kind}", "pix")
-        for axes in ("yy", "xx", "xy"):
-            yield ColumnDefinition(f"{band}_moment_{axes}", np.float64, f"Second moment {axes}, {kind}", "pix2")
-        yield ColumnDefinition(f"{band}_moment_size_ratio", np.float64, f"yy + xx over that of the PSF, {kind}")
-        yield ColumnDefinition(f"{band}_moments_converged", np.bool_, f"Whether there are {kind}")
-
-    return (
-        ColumnDefinition("object_id", np.int64, "Number of the object"),
-        *(column for band in bands for column in of_band(band)),
-    )
-
-
 def empty_columns(definitions: Sequence[ColumnDefinition], n_rows: int) -> dict[str, NDArray[Any]]:
     """Make columns that are yet to be filled: NaN, 0, False or empty text (of at most 16 letters)."""
     columns = {}
@@ -433,13 +410,6 @@ def make_blends(columns: Mapping[str, ArrayLike]) -> Table:
 def make_forced(columns: Mapping[str, ArrayLike], bands: Sequence[str], unit: units.UnitBase | None) -> Table:
     """Make a table of forced photometry; parameters, and what is returned, as in `make_objects`."""
     return _make_table(columns, forced_columns(bands), unit)
-
-
-def make_measured(
-    columns: Mapping[str, ArrayLike], bands: Sequence[str], radii: Sequence[float], unit: units.UnitBase | None
-) -> Table:
-    """Make a table of measurements on stamps; parameters, and what is returned, as in `make_objects`."""
-    return _make_table(columns, measured_columns(bands, radii), unit)
 
 
 def make_candidates(columns: Mapping[str, ArrayLike], bands: Sequence[str], unit: units.UnitBase | None) -> Table:

@@ -307,50 +307,6 @@ def forced(
 
 
 @app.command
-def measure(
-    result: Path,
-    /,
-    *,
-    output: Output,
-    kind: str = "neighbor_subtracted",
-    radius: Annotated[tuple[float, ...], Parameter(negative=())] = (3.0, 6.0, 12.0),
-    band: Words = (),
-    coadd: Path | None = None,
-    overwrite: Switch = False,
-) -> None:
-    """Measure aperture fluxes, centres and sizes of the objects of a result on their pixels.
-
-    Parameters
-    ----------
-    result
-        Directory that kermes deblend wrote.
-    output
-        Table to write: .parquet, .fits, .ecsv, .csv or .vot (VOTable).
-    kind
-        Pixels to measure on. redistributed: the share of each object; neighbor_subtracted: the image less the models of
-        all others; noise_replaced: the image with noise in place of all others; model: its model.
-    radius
-        Radius of an aperture [pixels]; may be repeated.
-    band
-        Band to measure; may be repeated. Left out: all.
-    coadd
-        Coadd it was made from; left out: the files that kermes deblend read.
-    overwrite
-        Replace an earlier file of the same name.
-    """
-    from kermes import io, photometry
-    from kermes.store import table_bytes
-
-    _check_file_output(output, *_TABLE_SUFFIXES, overwrite=overwrite)
-    kermes.open(result)  # What is no result gets its own message, before anything is looked for.
-    source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
-    opened = kermes.open(result, coadd=io.read(**source))
-    table = photometry.measure(opened, kind, radii=radius, bands=band or None)
-    _write_file(output, table_bytes(table, output.suffix.lower()))
-    _say(f"{_count(len(table), 'object')}, {_count(len(table.colnames), 'column')}; written to {output}")
-
-
-@app.command
 def metrics(
     result: Path,
     /,

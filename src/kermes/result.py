@@ -35,10 +35,6 @@ from kermes.scene import Source
 FloatArray = NDArray[np.float32]
 
 
-MOST_KERNELS = 8
-"""Most PSFs whose kernels are kept."""
-
-
 class StampKind(StrEnum):
     """What the pixels of an object may be."""
 
@@ -431,20 +427,9 @@ class Result:
             raise InputError(f"{what} needs the images: open the result with coadd=")
         return self.coadd
 
-    @cached_property
-    def _known_kernels(self) -> dict[int, tuple[NDArray[np.float64], KernelSet]]:
-        return {}
-
     def _kernels(self, psfs: NDArray[np.float64]) -> KernelSet:
-        """Kernels of a PSF; blends often share one, the same array: those of the latest are kept."""
-        known = self._known_kernels
-        if id(psfs) not in known:
-            if len(known) >= MOST_KERNELS:
-                known.clear()
-            target = model_psf(self.config.model_psf_sigma)
-            kernels = difference_kernels(psfs, target, self.config.kernel_regularization)
-            known[id(psfs)] = psfs, KernelSet(kernels, continued(psfs))
-        return known[id(psfs)][1]
+        target = model_psf(self.config.model_psf_sigma)
+        return KernelSet(difference_kernels(psfs, target, self.config.kernel_regularization), continued(psfs))
 
     def model_ids(self) -> NDArray[np.int64]:
         """Keys of `models` and the blends they belong to, shape (2, N): objects in their order, then candidates."""
@@ -466,11 +451,16 @@ class Result:
         """Sum of all convolved models, and of their positive parts, each (B, H, W) and read-only."""
         model = np.zeros((len(self.bands), *self.shape), dtype=np.float32)
         positive = np.zeros_like(model) if self.total is None else self.total
+        # Blends often share one PSF, the same array: its kernels are made once.
+        known: dict[int, tuple[NDArray[np.float64], KernelSet]] = {}
         for model_id, blend_id in self.model_ids().T.tolist():
             source = self.models[model_id]
             if source.box.is_empty:
                 continue
-            array, box = render_source(source, self._kernels(self.psfs[blend_id]), self._outer(blend_id))
+            psfs = self.psfs[blend_id]
+            if id(psfs) not in known:
+                known[id(psfs)] = psfs, self._kernels(psfs)
+            array, box = render_source(source, known[id(psfs)][1], self._outer(blend_id))
             window = (slice(None), box.y, box.x)
             model[window] += array
             if self.total is None:
