@@ -7,14 +7,12 @@ import pytest
 from astropy import units
 
 import kermes
-from kermes.flux import claimed, share_covariance, share_of
+from kermes.flux import claimed
 from kermes.geometry import Box
 from kermes.psf import continued, difference_kernels, model_psf
 from kermes.rendering import KernelSet, convolve, render_scene
 from kermes.scene import ProfileComponent, Scene
-from kermes.simulation import simulate_scene
 from results import fitted_result, light_of_candidates, make_result
-from tiles import changed, group_scene
 
 
 @pytest.fixture(scope="module")
@@ -240,108 +238,3 @@ def test_magnitudes_need_a_zero_point(result):
     with pytest.raises(kermes.InputError, match="need the zero point"):
         without.catalog(magnitudes=True)
     assert without.catalog().colnames == result.objects.colnames
-
-
-# ---------------------------------------------------------------- stamps of every kind
-
-
-@pytest.fixture(scope="module")
-def blended():
-    """Result of a group of blended sources, with some invalid pixels."""
-    content = group_scene()
-    images = content.coadd.images.copy()
-    images[1, 40:44, 30:60] = np.nan
-    return kermes.deblend(changed(content.coadd, images=images), content.peaks)
-
-
-@pytest.mark.parametrize("kind", kermes.StampKind)
-def test_stamps_of_a_kind_are_those_of_its_method(blended, kind):
-    for handle in blended:
-        for band in blended.bands:
-            stamp, expected = handle.stamp(kind, band), getattr(handle, kind.value)(band)
-            assert stamp.box == expected.box
-            np.testing.assert_array_equal(stamp.array, expected.array)
-            wider = handle.stamp(kind.value, band, margin=5)
-            assert wider.box == expected.box.grow(5) & Box.of_shape(blended.shape)
-            if kind is not kermes.StampKind.NOISE_REPLACED:
-                np.testing.assert_array_equal(wider.array[expected.box.within(wider.box)], expected.array)
-
-
-def test_shares_have_the_variance_of_the_share(blended):
-    handle = blended[1]
-    stamp = handle.stamp("redistributed", "g", margin=3)
-    window = (0, *(slice(a, b) for a, b in ((stamp.box.y0, stamp.box.y1), (stamp.box.x0, stamp.box.x1))))
-    image, variance = blended.coadd.images[window], blended.coadd.variance[window]
-    share = np.where(stamp.array != 0, stamp.array / image, 0)
-    np.testing.assert_allclose(stamp.variance, share**2 * variance, rtol=1e-5)
-    difference = handle.stamp("neighbor_subtracted", "g")
-    np.testing.assert_array_equal(difference.variance, variance[difference.box.within(stamp.box)])
-
-
-def test_covariance_of_two_shares_is_that_of_many_realisations():
-    rng = np.random.default_rng(0)
-    one, other = rng.uniform(1, 5, (2, 4, 5)).astype(np.float32)
-    total, variance = one + other + 1, rng.uniform(1, 2, (4, 5)).astype(np.float32)
-    valid = np.ones((4, 5), dtype=bool)
-    covariance = share_covariance(variance, valid, one, other, total)
-    images = rng.normal(total, np.sqrt(variance), (20_000, 4, 5)).astype(np.float32)
-    shares = [images * share_of(variance, valid, model, total) for model in (one, other)]
-    got = np.mean((shares[0] - shares[0].mean(axis=0)) * (shares[1] - shares[1].mean(axis=0)), axis=0)
-    np.testing.assert_allclose(got, covariance, rtol=0.05)  # five times 1 / sqrt(20 000 / 2)
-    np.testing.assert_allclose(
-        share_covariance(variance, valid, one, one, total), (one / total) ** 2 * variance, rtol=1e-6
-    )
-
-
-def test_replaced_neighbours_are_noise_of_the_right_variance():
-    scene = simulate_scene(kind="crowded", seed=2, shape=(100, 100), n_sources=60, bands=("r",))
-    result = kermes.deblend(scene.coadd, scene.peaks)
-    before = result.coadd.images.copy()
-    pulls = []
-    for handle in result:
-        stamp = handle.stamp("noise_replaced", "r", margin=10)
-        window = (0, stamp.box.y, stamp.box.x)
-        image, noise = result.coadd.images[window], np.sqrt(result.coadd.variance[window])
-        own = handle.stamp("model", "r", margin=10).array > 0.05 * noise
-        replaced = ~own & (stamp.array != image)
-        assert replaced.any()
-        pulls.append((stamp.array / noise)[replaced])
-        share = handle.stamp("redistributed", "r", margin=10).array
-        np.testing.assert_array_equal(stamp.array[own], share[own])
-    pulls = np.concatenate(pulls)
-    assert pulls.mean() == pytest.approx(0, abs=4 / np.sqrt(len(pulls)))
-    assert pulls.std() == pytest.approx(1, abs=4 / np.sqrt(2 * len(pulls)))
-    np.testing.assert_array_equal(result.coadd.images, before)
-
-
-def test_noise_is_the_same_each_time_and_in_any_order(blended):
-    first = {number: stamps["r"].array for number, stamps in blended.stamps("noise_replaced", ["r"])}
-    for number in reversed(first):
-        np.testing.assert_array_equal(blended[number].noise_replaced("r").array, first[number])
-    assert not np.array_equal(blended[1].noise_replaced("g").array, first[1])
-
-
-def test_stamps_of_a_whole_result_come_in_its_order(blended):
-    stamps = list(blended.stamps("model", margin=2))
-    assert [number for number, _ in stamps] == blended.objects["object_id"].tolist()
-    assert all(tuple(own) == blended.bands for _, own in stamps)
-
-
-def test_an_object_without_light_has_the_pixel_of_its_peak(result):
-    dark = next(handle for handle in result if handle.source.box.is_empty)
-    stamp = dark.stamp("model", result.bands[0], margin=2)
-    assert not stamp.array.any()
-    assert stamp.array.size > 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kind": "cutout", "band": "g"}, "kind must be one of model, redistributed"),
-        ({"kind": "model", "band": "q"}, "band must be one of"),
-        ({"kind": "model", "band": "g", "margin": -1}, "margin must be at least 0"),
-    ],
-)
-def test_stamps_that_cannot_be_are_refused(blended, options, message):
-    with pytest.raises(kermes.InputError, match=message):
-        blended[1].stamp(**options)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kermes.geometry import Box
     from kermes.io import read
     from kermes.psf import CellPsf
-    from kermes.result import Result, Stamp, StampKind
+    from kermes.result import Result, Stamp
     from kermes.store import open_result as open
     from kermes.tile import deblend
 
@@ -42,7 +42,6 @@ __all__ = [
     "Result",
     "ShapeError",
     "Stamp",
-    "StampKind",
     "__version__",
     "deblend",
     "forced_photometry",
@@ -58,7 +57,6 @@ _HOMES = {
     "Config": "config",
     "Result": "result",
     "Stamp": "result",
-    "StampKind": "result",
     "deblend": "tile",
     "forced_photometry": "forced",
     "light_curves": "forced",

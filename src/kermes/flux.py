@@ -36,52 +36,6 @@ def claimed(variance: FloatArray, valid: NDArray[np.bool_], total: FloatArray) -
     return np.asarray(valid & (total > LEAST_MODEL * np.sqrt(variance, where=valid, out=np.zeros_like(variance))))
 
 
-def share_of(variance: FloatArray, valid: NDArray[np.bool_], model: FloatArray, total: FloatArray) -> FloatArray:
-    """Part of the observed flux that one source gets in each pixel, 0 to 1.
-
-    Parameters
-    ----------
-    variance : ndarray, shape (..., h, w)
-        Variance of the observed flux [unit^2].
-    valid : ndarray, shape (..., h, w)
-        True where the pixel may be used.
-    model : ndarray, shape (..., h, w)
-        Model of the source as observed [unit]; its negative part claims nothing.
-    total : ndarray, shape (..., h, w)
-        Sum of the positive parts of the models of all sources [unit].
-
-    Returns
-    -------
-    share : ndarray, shape (..., h, w)
-        Zero where the pixel is not `claimed`.
-    """
-    share = np.zeros_like(model)
-    np.divide(model, total, out=share, where=claimed(variance, valid, total) & (model > 0))
-    return share
-
-
-def share_covariance(
-    variance: FloatArray, valid: NDArray[np.bool_], model: FloatArray, other: FloatArray, total: FloatArray
-) -> FloatArray:
-    """Covariance of the shares that two sources get of the same pixels.
-
-    Parameters
-    ----------
-    variance, valid, model, total : ndarray, shape (..., h, w)
-        As in `share_of`.
-    other : ndarray, shape (..., h, w)
-        Model of the other source on the same pixels [unit].
-
-    Returns
-    -------
-    covariance : ndarray, shape (..., h, w)
-        Share of the one times share of the other times variance [unit^2]: the noise of a pixel is divided as its flux
-        is. With `other` the model itself it is the variance of its share.
-    """
-    first, second = (share_of(variance, valid, one, total) for one in (model, other))
-    return np.asarray(first * second * np.where(valid, variance, np.float32(0)))
-
-
 def redistribute(
     images: FloatArray, variance: FloatArray, valid: NDArray[np.bool_], model: FloatArray, total: FloatArray
 ) -> FloatArray:
@@ -105,8 +59,10 @@ def redistribute(
     share : ndarray, shape (B, h, w)
         Flux per pixel [unit]; zero where the pixel is not `claimed`. Over all sources the shares add up to the image.
     """
-    share = share_of(variance, valid, model, total)
-    np.multiply(share, images, out=share, where=share > 0)
+    share = np.zeros_like(images)
+    own = claimed(variance, valid, total) & (model > 0)
+    np.divide(model, total, out=share, where=own)
+    np.multiply(share, images, out=share, where=own)
     return share
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from typing import Any
@@ -25,7 +24,7 @@ from kermes.catalog import (
 from kermes.coadd import Coadd
 from kermes.config import Config
 from kermes.errors import InputError
-from kermes.flux import LEAST_MODEL, redistribute, share_of
+from kermes.flux import redistribute
 from kermes.geometry import Box
 from kermes.metrics import registered_metrics
 from kermes.psf import continued, difference_kernels, model_psf
@@ -33,22 +32,6 @@ from kermes.rendering import KernelSet, outer_box, render_source
 from kermes.scene import Source
 
 FloatArray = NDArray[np.float32]
-
-
-class StampKind(StrEnum):
-    """What the pixels of an object may be."""
-
-    MODEL = "model"
-    """Its model, as observed."""
-
-    REDISTRIBUTED = "redistributed"
-    """Its share of the observed flux."""
-
-    NEIGHBOR_SUBTRACTED = "neighbor_subtracted"
-    """The image less the models of all others."""
-
-    NOISE_REPLACED = "noise_replaced"
-    """The image with noise in place of all others."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,12 +43,6 @@ class Stamp:
 
     box: Box
     """Pixels of `array`, in the coadd's coordinates."""
-
-    variance: FloatArray | None = None
-    """Variance of `array` [unit^2]; None where only the model counts, or was not asked for."""
-
-    valid: NDArray[np.bool_] | None = None
-    """True where the pixel may be used; None as `variance`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,90 +174,6 @@ class ObjectHandle:
         model, box = self._observed
         window = (b, box.y, box.x)
         return self._stamp(coadd.images[window] - (self.result.model_image()[window] - model[b]))
-
-    def noise_replaced(self, band: str) -> Stamp:
-        """Replace all other objects by noise.
-
-        Pixels of the object, where its model is above `flux.LEAST_MODEL` sigma, have its share of the image; other
-        pixels in which other models together are above that have Gaussian noise of the variance of the pixel; all
-        others are as in the image. This is what the LSST pipelines measure on.
-
-        Parameters
-        ----------
-        band : str
-
-        Returns
-        -------
-        stamp : Stamp
-            The same pixels each time: the noise depends on the object, the band and the box alone. Invalid pixels are
-            as in the image, NaN included.
-
-        Raises
-        ------
-        InputError
-            If the band is unknown, or the result has no coadd.
-        """
-        return replace(self.stamp(StampKind.NOISE_REPLACED, band), variance=None, valid=None)
-
-    def stamp(self, kind: StampKind | str, band: str, margin: int = 0) -> Stamp:
-        """Cut out pixels of the object, of any kind, with their variance.
-
-        Parameters
-        ----------
-        kind : StampKind or str
-            "model", "redistributed", "neighbor_subtracted" or "noise_replaced".
-        band : str
-        margin : int, optional
-            Pixels to add on each side of the box of its model, inside the image.
-
-        Returns
-        -------
-        stamp : Stamp
-            With variance and validity: of a share, that of the share, squared share times variance; of a difference
-            with models, that of the pixel; of the model, none. Pixels outside of the box of the model have no model.
-
-        Raises
-        ------
-        InputError
-            If the kind or the band is unknown, the margin is negative, or the result has no coadd.
-        """
-        if kind not in list(StampKind):
-            raise InputError(f"kind must be one of {', '.join(StampKind)}, got {kind!r}")
-        if margin < 0:
-            raise InputError(f"margin must be at least 0, got {margin}")
-        b = self.result._band_index(band)
-        model, box = self._padded(b, margin)
-        place = box.shift(*self.result.origin)
-        if kind == StampKind.MODEL:
-            return Stamp(model, place)
-        coadd = self.result._need_coadd(str(kind))
-        window = (b, box.y, box.x)
-        image, noise2, valid = coadd.images[window], coadd.variance[window], coadd.valid[window].copy()
-        if kind == StampKind.NEIGHBOR_SUBTRACTED:
-            return Stamp(image - (self.result.model_image()[window] - model), place, noise2.copy(), valid)
-        total = self.result.model_image(positive=True)[window]
-        share = share_of(noise2, valid, model, total)
-        array, variance = share * np.where(valid, image, 0), share**2 * noise2
-        if kind == StampKind.NOISE_REPLACED:
-            least = LEAST_MODEL * np.sqrt(noise2, where=valid, out=np.zeros_like(noise2))
-            own, others = model > least, total - np.maximum(model, 0) > least
-            seed = [self.object_id, *band.encode()]
-            noise = np.random.default_rng(seed).normal(size=box.shape).astype(np.float32)
-            replaced = np.where(others, noise * np.sqrt(noise2, where=valid, out=np.zeros_like(noise2)), image)
-            array = np.where(valid, np.where(own, array, replaced), image)
-            variance = np.where(own, variance, noise2)
-        return Stamp(array, place, np.where(valid, variance, 0).astype(np.float32), valid)
-
-    def _padded(self, b: int, margin: int) -> tuple[FloatArray, Box]:
-        """Convolved model of one band with pixels added on each side, and its box as array index."""
-        model, box = self._observed
-        if box.is_empty:
-            box = Box(*self.source.peak, 1, 1)
-            model = np.zeros((len(self.bands), 1, 1), dtype=np.float32)
-        larger = box.grow(margin) & Box.of_shape(self.result.shape)
-        padded = np.zeros(larger.shape, dtype=np.float32)
-        padded[box.within(larger)] = model[(b, *larger.within(box))]
-        return padded, larger
 
     def __repr__(self) -> str:
         y, x = self.peak
@@ -467,29 +360,6 @@ class Result:
                 positive[window] += np.maximum(array, 0)
         model.flags.writeable = positive.flags.writeable = False
         return model, positive
-
-    def stamps(
-        self, kind: StampKind | str, bands: Sequence[str] | None = None, margin: int = 0
-    ) -> Iterator[tuple[int, dict[str, Stamp]]]:
-        """Cut out all objects, one after the other.
-
-        Parameters
-        ----------
-        kind : StampKind or str
-            See `ObjectHandle.stamp`.
-        bands : sequence of str, optional
-            None: all.
-        margin : int, optional
-            Pixels to add on each side.
-
-        Yields
-        ------
-        object_id : int
-        stamps : dict of str to Stamp
-            By band. Only those of one object are held at a time.
-        """
-        for handle in self:
-            yield handle.object_id, {band: handle.stamp(kind, band, margin) for band in bands or self.bands}
 
     @property
     def is_complete(self) -> bool:
