@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from enum import StrEnum
+from functools import cached_property, lru_cache
 from os import PathLike
 from typing import Any
 
@@ -17,13 +19,32 @@ from kermes.catalog import Reason, candidate_columns, empty_columns, make_candid
 from kermes.coadd import Coadd
 from kermes.config import Config
 from kermes.errors import InputError
-from kermes.flux import redistribute
+from kermes.flux import redistribute, redistribution_covariance, replace_neighbors
 from kermes.geometry import Box
 from kermes.psf import continued, difference_kernels, model_psf
 from kermes.rendering import KernelSet, outer_box, render_source
 from kermes.scene import Source
 
 FloatArray = NDArray[np.float32]
+
+
+_N_KERNEL_SETS = 16  # PSFs whose kernels are kept; blends that follow each other often share one
+
+
+class StampKind(StrEnum):
+    """What the pixels of one object are made from."""
+
+    MODEL = "model"
+    """Its model as observed."""
+
+    REDISTRIBUTED = "redistributed"
+    """Its share of the image; zero in pixels that belong to nobody."""
+
+    NEIGHBOR_SUBTRACTED = "neighbor_subtracted"
+    """The image less the models of all others."""
+
+    NOISE_REPLACED = "noise_replaced"
+    """Its share of the image, and noise in place of what belongs to others."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +56,13 @@ class Stamp:
 
     box: Box
     """Pixels of `array`, in the coadd's coordinates."""
+
+    variance: FloatArray | None = None
+    """Variance of `array` from the noise of the pixels [unit^2], shape of `box`; errors of models are not in it. None:
+    a model, which has no noise."""
+
+    valid: NDArray[np.bool_] | None = None
+    """True where the pixel of the image may be used, shape of `box`. None: a model, which has light everywhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +112,86 @@ class ObjectHandle:
         kernels = self.result._kernels(self.result.psfs[blend_id])
         return render_source(self.source, kernels, self.result._outer(blend_id))
 
-    def _stamp(self, array: FloatArray) -> Stamp:
-        return Stamp(array, self._observed[1].shift(*self.result.origin))
+    def _on(self, box: Box, b: Sequence[int]) -> FloatArray:
+        """Convolved model in some bands, on the pixels of a box; new pixels."""
+        model, own = self._observed
+        out = np.zeros((len(b), *box.shape), dtype=np.float32)
+        out[(slice(None), *own.within(box))] = model[(list(b), *box.within(own))]
+        return out
+
+    def _noise(self, band: str, box: Box) -> FloatArray:
+        """White noise of one; it follows from the object, the band and the offset from the peak, not from the box."""
+        y, x = self.source.peak
+        reach = max(y - box.y0, box.y1 - 1 - y, x - box.x0, box.x1 - 1 - x, 0)
+        seed = np.random.SeedSequence([self.object_id, *band.encode()])
+        draws = np.random.default_rng(seed).standard_normal((2 * reach + 1) ** 2, dtype=np.float32)
+        square = Box(y - reach, x - reach, 2 * reach + 1, 2 * reach + 1)
+        return draws[_outwards(reach)[box.within(square)]]
+
+    def stamps(self, kind: StampKind | str, bands: Sequence[str] | None = None, margin: int = 0) -> dict[str, Stamp]:
+        """Cut out one kind of stamp in several bands.
+
+        Parameters
+        ----------
+        kind : StampKind or str
+            "model": as observed. "redistributed": every valid pixel is divided among all objects of the image in
+            proportion to the positive part of their models as observed; over all objects the shares add up to the
+            image. "neighbor_subtracted": the image less the models of all other objects. "noise_replaced": the share,
+            and noise that brings the variance back to that of the image; where the object has no share of a pixel,
+            noise alone. See `kermes.flux` for the formulas.
+        bands : sequence of str, optional
+            Left out: all.
+        margin : int, optional
+            Pixels added on each side of the box of the model, so that apertures fit.
+
+        Returns
+        -------
+        stamps : dict
+            A `Stamp` by band, all with the same box, cut at the edge of the image; new pixels. Where all models
+            together stay below `flux.LEAST_MODEL` times the noise, a pixel belongs to nobody: "redistributed" is zero
+            and "noise_replaced" is the image there. Invalid pixels are zero in "redistributed"; in
+            "neighbor_subtracted" and "noise_replaced" they are as in the image, NaN included. The variance is that of
+            the image, and the share squared times it for "redistributed".
+
+        Raises
+        ------
+        InputError
+            If the kind or a band is unknown, the margin is negative, or the result has no coadd and the kind is not
+            "model".
+
+        Notes
+        -----
+        The noise is drawn from `object_id`, the name of the band and the offset from the peak: it does not depend on
+        the order in which stamps are cut, on other bands or on the margin.
+        """
+        kind, bands = _checked_kind(kind), self.bands if bands is None else tuple(bands)
+        b = [self.result._band_index(band) for band in bands]
+        if margin < 0:
+            raise InputError(f"margin must be >= 0, got {margin}")
+        box = self._observed[1].grow(margin) & Box.of_shape(self.result.shape)
+        model = self._on(box, b)
+        in_coadd = box.shift(*self.result.origin)
+        if kind is StampKind.MODEL:
+            return {band: Stamp(array, in_coadd) for band, array in zip(bands, model, strict=True)}
+        coadd = self.result._need_coadd(kind)
+        window = (b, box.y, box.x)
+        images, variance, valid = coadd.images[window], coadd.variance[window], coadd.valid[window]
+        if kind is StampKind.NEIGHBOR_SUBTRACTED:
+            images -= self.result.model_image()[window] - model
+        else:
+            total = self.result.model_image(positive=True)[window]
+            if kind is StampKind.REDISTRIBUTED:
+                images = redistribute(images, variance, valid, model, total)
+                variance = redistribution_covariance(variance, valid, model, model, total)
+            else:
+                noise = np.stack([self._noise(band, box) for band in bands])
+                images = replace_neighbors(images, variance, valid, model, total, noise)
+        planes = zip(bands, images, variance, valid, strict=True)
+        return {band: Stamp(array, in_coadd, noise2, used) for band, array, noise2, used in planes}
+
+    def stamp(self, kind: StampKind | str, band: str, margin: int = 0) -> Stamp:
+        """Cut out one kind of stamp in one band; kind, margin and errors as in `stamps`."""
+        return self.stamps(kind, (band,), margin)[band]
 
     def model(self, band: str, convolved: bool = True) -> Stamp:
         """Evaluate its model in one band.
@@ -106,70 +212,77 @@ class ObjectHandle:
         InputError
             If the band is unknown.
         """
-        b = self.result._band_index(band)
-        convolved_model, box = self._observed
+        stamp = self.stamp(StampKind.MODEL, band)
         if convolved:
-            return self._stamp(convolved_model[b].copy())
+            return stamp
+        box, source_box = self._observed[1], self.source.box
         model = np.zeros(box.shape, dtype=np.float32)
-        source_box = self.source.box
+        b = self.result._band_index(band)
         model[source_box.within(box)] = self.source.model(len(self.bands))[(b, *box.within(source_box))]
-        return self._stamp(model)
+        return Stamp(model, stamp.box)
 
     def redistributed(self, band: str) -> Stamp:
-        """Share out the observed flux in one band and return what belongs to this object.
-
-        Every valid pixel is divided among all objects of the image in proportion to the positive part of their
-        models as observed; over all objects the shares add up to the image. Where all models together stay below
-        `flux.LEAST_MODEL` times the noise, the pixel belongs to nobody.
-
-        Parameters
-        ----------
-        band : str
-
-        Returns
-        -------
-        stamp : Stamp
-            Zero in invalid pixels.
-
-        Raises
-        ------
-        InputError
-            If the band is unknown, or the result has no coadd.
-        """
-        b = self.result._band_index(band)
-        coadd = self.result._need_coadd("redistributed")
-        model, box = self._observed
-        window = (slice(b, b + 1), box.y, box.x)
-        total = self.result.model_image(positive=True)
-        images, variance, valid = coadd.images[window], coadd.variance[window], coadd.valid[window]
-        return self._stamp(redistribute(images, variance, valid, model[b : b + 1], total[window])[0])
+        """Share out the observed flux in one band and return what belongs to this object, as `stamps` says."""
+        return self.stamp(StampKind.REDISTRIBUTED, band)
 
     def neighbor_subtracted(self, band: str) -> Stamp:
-        """Subtract the models of all other objects from the image.
+        """Subtract the models of all other objects from the image in one band, as `stamps` says."""
+        return self.stamp(StampKind.NEIGHBOR_SUBTRACTED, band)
+
+    def noise_replaced(self, band: str) -> Stamp:
+        """Replace in one band what belongs to others by noise of the same variance, as `stamps` says."""
+        return self.stamp(StampKind.NOISE_REPLACED, band)
+
+    def redistribution_covariance(self, object_id: int, band: str) -> Stamp:
+        """Find the covariance of its redistributed pixels with those of another object.
 
         Parameters
         ----------
+        object_id : int
+            The other object; its own number gives the variance.
         band : str
 
         Returns
         -------
-        stamp : Stamp
-            Invalid pixels are as in the image, NaN included.
+        covariance : Stamp
+            Per pixel [unit^2] on the pixels that both boxes hold; see `kermes.flux.redistribution_covariance`. Its
+            `variance` and `valid` are None.
 
         Raises
         ------
         InputError
-            If the band is unknown, or the result has no coadd.
+            If the object or the band is unknown, or the result has no coadd.
         """
-        b = self.result._band_index(band)
-        coadd = self.result._need_coadd("neighbor_subtracted")
-        model, box = self._observed
+        b = [self.result._band_index(band)]
+        other = self.result[object_id]
+        coadd = self.result._need_coadd("redistribution_covariance")
+        box = self._observed[1] & other._observed[1]
         window = (b, box.y, box.x)
-        return self._stamp(coadd.images[window] - (self.result.model_image()[window] - model[b]))
+        total = self.result.model_image(positive=True)[window]
+        models = self._on(box, b), other._on(box, b)
+        covariance = redistribution_covariance(coadd.variance[window], coadd.valid[window], *models, total)
+        return Stamp(covariance[0], box.shift(*self.result.origin))
 
     def __repr__(self) -> str:
         y, x = self.peak
         return f"<Object {self.object_id}: peak y={y}, x={x}, {self.row['outcome']}, bands {' '.join(self.bands)}>"
+
+
+def _checked_kind(kind: StampKind | str) -> StampKind:
+    try:
+        return StampKind(kind)
+    except ValueError:
+        raise InputError(f"kind must be one of {', '.join(StampKind)}, got {kind!r}") from None
+
+
+@lru_cache(maxsize=8)
+def _outwards(reach: int) -> NDArray[np.int64]:
+    """Number the pixels of a square of 2 reach + 1 from its middle outwards, ring by ring: a larger one goes on."""
+    offset = np.abs(np.arange(-reach, reach + 1))
+    order = np.argsort(np.maximum(offset[:, None], offset).ravel(), kind="stable")
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    return number.reshape(len(offset), -1)
 
 
 class _LazyTable:
@@ -312,9 +425,21 @@ class Result:
             raise InputError(f"{what} needs the images: open the result with coadd=")
         return self.coadd
 
+    @cached_property
+    def _kernel_sets(self) -> OrderedDict[int, tuple[NDArray[np.float64], KernelSet]]:
+        """The last PSFs that were asked for, by id, and their kernels."""
+        return OrderedDict()
+
     def _kernels(self, psfs: NDArray[np.float64]) -> KernelSet:
-        target = model_psf(self.config.model_psf_sigma)
-        return KernelSet(difference_kernels(psfs, target, self.config.kernel_regularization), continued(psfs))
+        known = self._kernel_sets.pop(id(psfs), None)
+        if known is None or known[0] is not psfs:
+            target = model_psf(self.config.model_psf_sigma)
+            kernels = KernelSet(difference_kernels(psfs, target, self.config.kernel_regularization), continued(psfs))
+            known = psfs, kernels
+        self._kernel_sets[id(psfs)] = known
+        while len(self._kernel_sets) > _N_KERNEL_SETS:
+            self._kernel_sets.popitem(last=False)
+        return known[1]
 
     def model_ids(self) -> NDArray[np.int64]:
         """Keys of `models` and the blends they belong to, shape (2, N): objects in their order, then candidates."""
@@ -336,16 +461,11 @@ class Result:
         """Sum of all convolved models, and of their positive parts, each (B, H, W) and read-only."""
         model = np.zeros((len(self.bands), *self.shape), dtype=np.float32)
         positive = np.zeros_like(model) if self.total is None else self.total
-        # Blends often share one PSF, the same array: its kernels are made once.
-        known: dict[int, tuple[NDArray[np.float64], KernelSet]] = {}
         for model_id, blend_id in self.model_ids().T.tolist():
             source = self.models[model_id]
             if source.box.is_empty:
                 continue
-            psfs = self.psfs[blend_id]
-            if id(psfs) not in known:
-                known[id(psfs)] = psfs, self._kernels(psfs)
-            array, box = render_source(source, known[id(psfs)][1], self._outer(blend_id))
+            array, box = render_source(source, self._kernels(self.psfs[blend_id]), self._outer(blend_id))
             window = (slice(None), box.y, box.x)
             model[window] += array
             if self.total is None:
@@ -404,6 +524,36 @@ class Result:
             If the result has no coadd.
         """
         return self._need_coadd("residual").images - self.model_image()
+
+    def stamps(
+        self, kind: StampKind | str, bands: Sequence[str] | None = None, margin: int = 0
+    ) -> Iterator[tuple[int, dict[str, Stamp]]]:
+        """Cut out one kind of stamp of every object, one object at a time.
+
+        Parameters
+        ----------
+        kind, bands, margin
+            As in `ObjectHandle.stamps`.
+
+        Returns
+        -------
+        stamps : iterator of (int, dict)
+            `object_id` and its stamps by band, in the order of `objects`. Made when they are asked for and not kept:
+            the memory is that of two images and one object.
+
+        Raises
+        ------
+        InputError
+            As `ObjectHandle.stamps`, at once.
+        """
+        kind = _checked_kind(kind)
+        for band in bands or ():
+            self._band_index(band)
+        if margin < 0:
+            raise InputError(f"margin must be >= 0, got {margin}")
+        if kind is not StampKind.MODEL:
+            self._need_coadd(kind)
+        return ((handle.object_id, handle.stamps(kind, bands, margin)) for handle in self)
 
     def write(self, path: str | PathLike[str], overwrite: bool = False) -> None:
         """Write everything but the images into a directory; `kermes.open` reads it.
