@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property, lru_cache
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -23,7 +23,7 @@ from kermes.flux import redistribute, redistribution_covariance, replace_neighbo
 from kermes.geometry import Box
 from kermes.psf import continued, difference_kernels, model_psf
 from kermes.rendering import KernelSet, outer_box, render_source
-from kermes.scene import Source
+from kermes.scene import ProfileComponent, Source
 
 FloatArray = NDArray[np.float32]
 
@@ -103,6 +103,16 @@ class ObjectHandle:
         """Its peak (y, x), in the coadd's coordinates."""
         return self.source.peak[0] + self.result.origin[0], self.source.peak[1] + self.result.origin[1]
 
+    @property
+    def center(self) -> tuple[float, float]:
+        """Centre (y, x) of its model, else its peak, in the coadd's coordinates."""
+        return float(self.row["y"]), float(self.row["x"])
+
+    @property
+    def box(self) -> Box:
+        """Pixels of its stamps without a margin, in the coadd's coordinates."""
+        return self._observed[1].shift(*self.result.origin)
+
     @cached_property
     def _observed(self) -> tuple[FloatArray, Box]:
         """Convolved model (B, h, w), and its box as array index."""
@@ -112,6 +122,12 @@ class ObjectHandle:
         kernels = self.result._kernels(self.result.psfs[blend_id])
         return render_source(self.source, kernels, self.result._outer(blend_id))
 
+    def _box(self, margin: int) -> Box:
+        """Pixels of its stamps, as array index."""
+        if margin < 0:
+            raise InputError(f"margin must be >= 0, got {margin}")
+        return self._observed[1].grow(margin) & Box.of_shape(self.result.shape)
+
     def _on(self, box: Box, b: Sequence[int]) -> FloatArray:
         """Convolved model in some bands, on the pixels of a box; new pixels."""
         model, own = self._observed
@@ -119,14 +135,13 @@ class ObjectHandle:
         out[(slice(None), *own.within(box))] = model[(list(b), *box.within(own))]
         return out
 
-    def _noise(self, band: str, box: Box) -> FloatArray:
+    def _noise(self, bands: Sequence[str], box: Box) -> FloatArray:
         """White noise of one; it follows from the object, the band and the offset from the peak, not from the box."""
         y, x = self.source.peak
-        reach = max(y - box.y0, box.y1 - 1 - y, x - box.x0, box.x1 - 1 - x, 0)
-        seed = np.random.SeedSequence([self.object_id, *band.encode()])
-        draws = np.random.default_rng(seed).standard_normal((2 * reach + 1) ** 2, dtype=np.float32)
-        square = Box(y - reach, x - reach, 2 * reach + 1, 2 * reach + 1)
-        return draws[_outwards(reach)[box.within(square)]]
+        number = _outwards(box.shift(-y, -x))
+        seeds = (np.random.SeedSequence([self.object_id, *band.encode()]) for band in bands)
+        n = number.max(initial=-1) + 1
+        return np.stack([np.random.default_rng(seed).standard_normal(n, dtype=np.float32)[number] for seed in seeds])
 
     def stamps(self, kind: StampKind | str, bands: Sequence[str] | None = None, margin: int = 0) -> dict[str, Stamp]:
         """Cut out one kind of stamp in several bands.
@@ -166,9 +181,7 @@ class ObjectHandle:
         """
         kind, bands = _checked_kind(kind), self.bands if bands is None else tuple(bands)
         b = [self.result._band_index(band) for band in bands]
-        if margin < 0:
-            raise InputError(f"margin must be >= 0, got {margin}")
-        box = self._observed[1].grow(margin) & Box.of_shape(self.result.shape)
+        box = self._box(margin)
         model = self._on(box, b)
         in_coadd = box.shift(*self.result.origin)
         if kind is StampKind.MODEL:
@@ -184,14 +197,52 @@ class ObjectHandle:
                 images = redistribute(images, variance, valid, model, total)
                 variance = redistribution_covariance(variance, valid, model, model, total)
             else:
-                noise = np.stack([self._noise(band, box) for band in bands])
-                images = replace_neighbors(images, variance, valid, model, total, noise)
+                images = replace_neighbors(images, variance, valid, model, total, self._noise(bands, box))
         planes = zip(bands, images, variance, valid, strict=True)
         return {band: Stamp(array, in_coadd, noise2, used) for band, array, noise2, used in planes}
 
     def stamp(self, kind: StampKind | str, band: str, margin: int = 0) -> Stamp:
         """Cut out one kind of stamp in one band; kind, margin and errors as in `stamps`."""
         return self.stamps(kind, (band,), margin)[band]
+
+    def psf_stamps(self, bands: Sequence[str] | None = None, margin: int = 0) -> dict[str, Stamp]:
+        """Draw a point source of flux one at its centre, as its stamps would show it.
+
+        Parameters
+        ----------
+        bands, margin
+            As in `stamps`.
+
+        Returns
+        -------
+        stamps : dict
+            A `Stamp` by band on the pixels of `stamps`; zero in a band without a PSF. Wings reach as far as the stamp
+            of the PSF.
+
+        Raises
+        ------
+        InputError
+            If a band is unknown or the margin negative.
+        """
+        bands = self.bands if bands is None else tuple(bands)
+        b = [self.result._band_index(band) for band in bands]
+        box = self._box(margin)
+        psfs = self.result.psfs[int(self.row["blend_id"])]
+        y, x = (value - origin for value, origin in zip(self.center, self.result.origin, strict=True))
+        half = max(psfs.shape[1:]) // 2 + 1
+        point = ProfileComponent(
+            spectrum=np.ones(len(self.bands), dtype=np.float32),
+            center=np.array([y, x]),
+            shear=np.zeros(2),
+            sigma=self.result.config.model_psf_sigma,
+            box=Box(round(y) - half, round(x) - half, 2 * half, 2 * half),
+        )
+        source = Source(peak=self.source.peak, components=(point,))
+        light, own = render_source(source, self.result._kernels(psfs), Box.of_shape(self.result.shape))
+        out = np.zeros((len(b), *box.shape), dtype=np.float32)
+        out[(slice(None), *own.within(box))] = light[(b, *box.within(own))]
+        in_coadd = box.shift(*self.result.origin)
+        return {band: Stamp(array, in_coadd) for band, array in zip(bands, out, strict=True)}
 
     def model(self, band: str, convolved: bool = True) -> Stamp:
         """Evaluate its model in one band.
@@ -275,14 +326,14 @@ def _checked_kind(kind: StampKind | str) -> StampKind:
         raise InputError(f"kind must be one of {', '.join(StampKind)}, got {kind!r}") from None
 
 
-@lru_cache(maxsize=8)
-def _outwards(reach: int) -> NDArray[np.int64]:
-    """Number the pixels of a square of 2 reach + 1 from its middle outwards, ring by ring: a larger one goes on."""
-    offset = np.abs(np.arange(-reach, reach + 1))
-    order = np.argsort(np.maximum(offset[:, None], offset).ravel(), kind="stable")
-    number = np.empty_like(order)
-    number[order] = np.arange(len(order))
-    return number.reshape(len(offset), -1)
+def _outwards(box: Box) -> NDArray[np.int64]:
+    """Number the pixels of a box from the origin of its coordinates outwards, ring by square ring, (h, w)."""
+    dy, dx = np.arange(box.y0, box.y1)[:, None], np.arange(box.x0, box.x1)
+    ring = np.maximum(np.abs(dy), np.abs(dx))
+    # Row by row: the first row of a ring, two pixels of each of the next, the last row.
+    between = 2 * ring + 1 + 2 * (dy + ring - 1) + (dx > 0)
+    within = np.where(dy == -ring, dx + ring, np.where(dy == ring, 7 * ring - 1 + dx, between))
+    return np.asarray((ring > 0) * (2 * ring - 1) ** 2 + within)
 
 
 class _LazyTable:
