@@ -180,7 +180,12 @@ def test_fluxes_of_a_star_are_right_within_their_errors(kind):
     n, pulls = 60, []
     for seed in range(n):
         row = measure(star_result(seed=seed), kind)[0]
-        pulls.append([(row[f"{band}_psf_flux"] - flux) / row[f"{band}_psf_flux_err"] for band, flux in zip("gr", (2000, 1000), strict=True)])
+        pulls.append(
+            [
+                (row[f"{band}_psf_flux"] - flux) / row[f"{band}_psf_flux_err"]
+                for band, flux in zip("gr", (2000, 1000), strict=True)
+            ]
+        )
     # Mean and scatter of 60 numbers, four of their standard deviations.
     assert np.abs(np.mean(pulls, axis=0)).max() < 4 / np.sqrt(n)
     assert np.std(pulls, axis=0) == pytest.approx(np.ones(2), abs=4 / np.sqrt(2 * n))

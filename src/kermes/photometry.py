@@ -27,6 +27,7 @@ APERTURES = (3.0, 6.0, 9.0)
 KRON_FACTOR = 2.5
 """Kron radius in units of the first radial moment: holds more than nine tenths of the light of most galaxies."""
 
+_FULL_FIT = 4.0  # the errors of the fit count in full from a blendedness of one over this
 _KRON_REACH = 6.0  # the radial moment is taken, and the Kron radius ends, at this many sigma of the object
 _WIDTHS = (1.0, 3.0)  # radii of the circles of chi2, in widths of the PSF
 _FWHM = 2.0 * np.sqrt(2.0 * np.log(2.0))  # full width at half maximum of a Gaussian of sigma one
@@ -47,8 +48,7 @@ def measure(
     result : Result
         With its coadd.
     kind : StampKind or str, optional
-        What is measured on; see `ObjectHandle.stamps`. Errors come from the variance of the stamps, and are NaN for
-        "model", which has none.
+        What is measured on; see `ObjectHandle.stamps`.
     bands : sequence of str, optional
         Left out: all. The Kron radius is found in the mean of these.
     apertures : sequence of float, optional
@@ -71,6 +71,13 @@ def measure(
     -----
     *Apertures*: the exact area of each pixel in the circle times its flux.
 
+    *Errors of fluxes*: the variance of the stamp, summed as the flux is, and what the fit adds. With s the error of the
+    model's total flux, m the model and p the part of its flux that the same measurement finds on it, that is p^2 times
+    the excess of s^2 over what noise alone makes it, sum(m)^2 / sum(m^2 / V): the residual of a least-squares fit does
+    not covary with its parameters, and the noise of the pixels is counted already. Most of it is the doubt whose light
+    it is, of which there is none for a source alone: it is faded in with the blendedness 1 - (m . m) / (A . m) as
+    observed, A the light of all models, and counts in full from a quarter. On "model", p s is all there is.
+
     *Kron flux* (Kron 1980): within `KRON_FACTOR` times the mean radius of the light inside six sigma of the object, in
     the mean of the bands weighted by inverse variance, sigma from its adaptive moments. Not less than the width of
     the PSF.
@@ -80,7 +87,7 @@ def measure(
     variance of shared pixels as a weight would hand the flux to the faintest of them.
 
     *Adaptive moments* (Bernstein and Jarvis 2002; Hirata and Seljak 2003): those of the elliptical Gaussian that is its
-    own best weight. `snr` is that of the flux under it.
+    own best weight. `snr` is that of the flux under it, by the noise of the pixels; NaN on "model", which has none.
 
     *chi2*: of the image less the models of all objects, whatever the kind, in circles of one and three widths of the
     PSF (of a Gaussian with the PSF's adaptive moments). From the number of pixels the parameters of the object are
@@ -98,8 +105,7 @@ def measure(
     if result.coadd is None:
         raise InputError("measure needs the images: open the result with coadd=")
     columns = empty_columns(measurement_columns(bands, radii), len(result))
-    for name in ("object_id", "y", "x"):
-        columns[name][:] = result.objects[name]
+    columns["object_id"][:] = result.objects["object_id"]
     b = [result.bands.index(band) for band in bands]
     psfs, widths = None, _PsfWidths(trace=np.empty(0), fwhm=np.empty(0))
     for index, handle in enumerate(result):
@@ -107,6 +113,7 @@ def measure(
         if own is not psfs:
             psfs, widths = own, _psf_widths(own[b])
         of_object, of_bands = _measure_object(_cut(handle, kind, bands, radii, widths), radii, widths)
+        columns["y"][index], columns["x"][index] = handle.center
         for name, value in of_object.items():
             columns[name][index] = value
         for name, values in of_bands.items():
@@ -157,7 +164,10 @@ class _Pixels:
     """The stamps."""
 
     flux_variance: FloatArray
-    """Their variance; NaN for models."""
+    """Their variance; zero for models."""
+
+    is_model: bool
+    """Whether they are models."""
 
     usable: BoolArray
     """Which of their pixels can be used."""
@@ -168,11 +178,17 @@ class _Pixels:
     valid: BoolArray
     """Which pixels of the image can be used."""
 
-    residual: FloatArray
-    """The image less all models."""
+    image: FloatArray
+    """The image; may be NaN where it is not valid."""
+
+    light: FloatArray
+    """All models together."""
 
     model: FloatArray
     """The model of the object."""
+
+    model_sums: DoubleArray
+    """Sums over it, (B, 4); see `kernels.photometry.model_sums`."""
 
     psf: FloatArray
     """A point source of flux one at the centre."""
@@ -189,6 +205,9 @@ class _Pixels:
     n_parameters: float
     """Parameters of the model per band."""
 
+    model_err: DoubleArray
+    """Standard deviation of the total flux of the model, neighbours included, (B,); zero where it is not known."""
+
 
 def _cut(
     handle: ObjectHandle, kind: StampKind | str, bands: tuple[str, ...], radii: tuple[float, ...], widths: _PsfWidths
@@ -204,21 +223,27 @@ def _cut(
     in_image = box.shift(-result.origin[0], -result.origin[1])
     window = ([result.bands.index(band) for band in bands], in_image.y, in_image.x)
     valid: BoolArray = np.ascontiguousarray(coadd.valid[window])
+    variance, light = (np.ascontiguousarray(plane[window]) for plane in (coadd.variance, result.model_image()))
+    model = _planes(handle.stamps(StampKind.MODEL, bands, margin), "array")
     flux = _planes(stamps, "array")
     is_model = StampKind(kind) is StampKind.MODEL
     return _Pixels(
         flux=flux,
-        flux_variance=np.full_like(flux, np.nan) if is_model else _planes(stamps, "variance"),
+        flux_variance=np.zeros_like(flux) if is_model else _planes(stamps, "variance"),
+        is_model=is_model,
         usable=np.ones_like(valid) if is_model else valid,
-        variance=np.ascontiguousarray(coadd.variance[window]),
+        variance=variance,
         valid=valid,
-        residual=np.ascontiguousarray(coadd.images[window] - result.model_image()[window]),
-        model=_planes(handle.stamps(StampKind.MODEL, bands, margin), "array"),
+        image=coadd.images[window],
+        light=light,
+        model=model,
+        model_sums=kernels.model_sums(model, light, variance, valid),
         psf=_planes(handle.psf_stamps(bands, margin), "array"),
         center=(y - box.y0, x - box.x0),
         origin=box.origin,
         own=own.within(box),
         n_parameters=_n_parameters(handle.source, len(result.bands)),
+        model_err=np.nan_to_num([float(handle.row[f"{band}_flux_err"]) for band in bands]),
     )
 
 
@@ -253,11 +278,11 @@ def _measure_object(
         "moment_xx": xx,
         "moment_xy": xy,
         "size_ratio": (yy + xx) / widths.trace,
-        "snr": sums[:, 0] / np.sqrt(sums[:, 6]),
+        "snr": _over(sums[:, 0], np.sqrt(sums[:, 6])),
         MeasurementFlag.MOMENTS: ~found,
     }
     kron_radius, flag_kron = _kron_radius(pixels, widths)
-    columns |= _apertures(pixels, radii, kron_radius) | _total_and_psf(pixels) | _goodness(pixels, widths)
+    columns |= _fluxes(pixels, radii, kron_radius) | _goodness(pixels, widths)
     columns[MeasurementFlag.NO_DATA] = (columns["coverage"] == 0) | np.isnan(widths.trace)
     return {"kron_radius": kron_radius, "flag_kron": flag_kron}, columns
 
@@ -284,48 +309,66 @@ def _kron_radius(pixels: _Pixels, widths: _PsfWidths) -> tuple[float, bool]:
     return float(np.clip(kron, fwhm, reach)), not fwhm <= kron <= reach
 
 
-def _apertures(pixels: _Pixels, radii: tuple[float, ...], kron_radius: float) -> dict[str, NDArray[Any]]:
+def _sums(
+    light: FloatArray, noise2: FloatArray, pixels: _Pixels, radii: DoubleArray
+) -> tuple[DoubleArray, DoubleArray, DoubleArray]:
+    """Sums over apertures, over the box of the model, and with the PSF as weight: value, variance, norm (A + 2, B)."""
+    rows, columns = pixels.own
+    bounds = rows.start, rows.stop, columns.start, columns.stop
+    circles = kernels.aperture_sums(light, noise2, pixels.usable, *pixels.center, radii)
+    box = kernels.box_sums(light, noise2, pixels.usable, *bounds)
+    point = kernels.psf_sums(light, noise2, pixels.variance, pixels.valid, pixels.psf)
+    value, variance, norm = np.moveaxis(np.concatenate([circles, box[None], point[None]]), 2, 0)
+    value[-1], variance[-1] = _over(value[-1], norm[-1]), _over(variance[-1], norm[-1] ** 2)
+    return value, variance, norm
+
+
+def _fluxes(pixels: _Pixels, radii: tuple[float, ...], kron_radius: float) -> dict[str, NDArray[Any]]:
+    """Measure all fluxes, and their errors from the noise of the pixels and from the fit."""
     names = [aperture_name(radius) for radius in radii]
-    all_radii = np.array(radii)
     if np.isfinite(kron_radius):
-        names, all_radii = [*names, "kron"], np.append(all_radii, kron_radius)
-    sums = kernels.aperture_sums(pixels.flux, pixels.flux_variance, pixels.usable, *pixels.center, all_radii)
+        names, radii = [*names, "kron"], (*radii, kron_radius)
+    circles = np.array(radii)
+    flux, variance, norm = _sums(pixels.flux, pixels.flux_variance, pixels, circles)
+    of_model = _sums(pixels.model, pixels.variance, pixels, circles)[0]
+    variance += _variance_of_fit(pixels, of_model)
     columns: dict[str, NDArray[Any]] = {}
-    for name, (flux, noise2, area) in zip(names, np.moveaxis(sums, 2, 1), strict=True):
-        columns[f"{name}_flux"] = np.where(area > 0, flux, np.nan)
-        columns[f"{name}_flux_err"] = np.where(area > 0, np.sqrt(noise2), np.nan)
+    for k, name in enumerate((*names, "total", "psf")):
+        columns[f"{name}_flux"] = np.where(norm[k] > 0, flux[k], np.nan)
+        columns[f"{name}_flux_err"] = np.where(norm[k] > 0, np.sqrt(variance[k]), np.nan)
     # Areas are exact but for rounding.
-    whole = np.pi * all_radii[:, None] ** 2
-    columns[MeasurementFlag.INCOMPLETE] = (sums[:, :, 2] < (1 - 1e-6) * whole).any(axis=0)
+    missing = norm[: len(circles)] < (1 - 1e-6) * np.pi * circles[:, None] ** 2
+    columns[MeasurementFlag.INCOMPLETE] = np.asarray(missing.any(axis=0))
     return columns
 
 
-def _total_and_psf(pixels: _Pixels) -> dict[str, NDArray[Any]]:
-    rows, columns = pixels.own
-    bounds = rows.start, rows.stop, columns.start, columns.stop
-    flux, noise2, n_pixels = kernels.box_sums(pixels.flux, pixels.flux_variance, pixels.usable, *bounds).T
-    light, light2, norm = kernels.psf_sums(
-        pixels.flux, pixels.flux_variance, pixels.variance, pixels.valid, pixels.psf
-    ).T
-    return {
-        "total_flux": np.where(n_pixels > 0, flux, np.nan),
-        "total_flux_err": np.where(n_pixels > 0, np.sqrt(noise2), np.nan),
-        "psf_flux": _over(light, norm),
-        "psf_flux_err": _over(np.sqrt(light2), norm),
-    }
+def _variance_of_fit(pixels: _Pixels, of_model: DoubleArray) -> DoubleArray:
+    """Find what the errors of the models add to the variance of fluxes, (..., B).
+
+    `of_model` are the same fluxes measured on the model: the error of its total flux is in them in that proportion.
+    """
+    flux, square, overlap, signal = pixels.model_sums.T
+    part = np.divide(of_model, flux, out=np.ones_like(of_model), where=flux > 0).clip(0, 1)
+    excess = pixels.model_err**2
+    if not pixels.is_model:
+        excess -= np.divide(flux**2, signal, out=np.zeros_like(flux), where=signal > 0)
+        blendedness = 1 - np.divide(square, overlap, out=np.zeros_like(flux), where=overlap > 0)
+        excess *= np.clip(_FULL_FIT * blendedness, 0, 1)
+    return np.asarray(part**2 * np.maximum(excess, 0))
 
 
 def _goodness(pixels: _Pixels, widths: _PsfWidths) -> dict[str, NDArray[Any]]:
     radii = widths.fwhm[:, None] * np.array(_WIDTHS)
-    sums = kernels.residual_sums(pixels.residual, pixels.variance, pixels.valid, pixels.model, *pixels.center, radii)
+    residual = np.ascontiguousarray(pixels.image - pixels.light)
+    sums = kernels.residual_sums(residual, pixels.variance, pixels.valid, pixels.model, *pixels.center, radii)
     columns: dict[str, NDArray[Any]] = {}
-    signal = sums[:, 6]
+    signal = pixels.model_sums[:, 3]
     for circle, name in enumerate(("1fwhm", "3fwhm")):
         chi2, n_pixels, inside = sums[:, 3 * circle : 3 * circle + 3].T
         share = np.divide(inside, signal, out=np.zeros_like(inside), where=signal > 0)
         dof = n_pixels - pixels.n_parameters * share
         columns[f"chi2_{name}"], columns[f"dof_{name}"] = _over(chi2, dof), dof
-    columns["asymmetry"] = _over(sums[:, 7], sums[:, 8])
-    columns["coverage"] = sums[:, 4] / sums[:, 10]
-    columns["edge_fraction"] = sums[:, 9] / sums[:, 10]
+    columns["asymmetry"] = _over(sums[:, 6], sums[:, 7])
+    columns["coverage"] = sums[:, 4] / sums[:, 9]
+    columns["edge_fraction"] = sums[:, 8] / sums[:, 9]
     return columns

@@ -105,8 +105,9 @@ class ObjectHandle:
 
     @property
     def center(self) -> tuple[float, float]:
-        """Centre (y, x) of its model, else its peak, in the coadd's coordinates."""
-        return float(self.row["y"]), float(self.row["x"])
+        """Fitted centre (y, x), in the coadd's coordinates; where none was fitted, its position in the table."""
+        y, x = float(self.row["center_y"]), float(self.row["center_x"])
+        return (y, x) if np.isfinite(y + x) else (float(self.row["y"]), float(self.row["x"]))
 
     @property
     def box(self) -> Box:

@@ -93,6 +93,26 @@ def box_sums(images, variance, valid, y0, y1, x0, x1):
 
 
 @kernel
+def model_sums(model, light, variance, valid):
+    """Sums of m, m^2 and A m for a model m and the light A of all models, and of m^2 / V over valid pixels.
+
+    All (B, h, w). Returns (B, 4).
+    """
+    n_bands, height, width = model.shape
+    sums = np.zeros((n_bands, 4))
+    for b in range(n_bands):
+        for i in range(height):
+            for j in range(width):
+                m = float(model[b, i, j])
+                sums[b, 0] += m
+                sums[b, 1] += m * m
+                sums[b, 2] += light[b, i, j] * m
+                if valid[b, i, j]:
+                    sums[b, 3] += m * m / variance[b, i, j]
+    return sums
+
+
+@kernel
 def psf_sums(images, noise2, variance, valid, psf):
     """Sums of P I / V, (P / V)^2 v and P^2 / V for the psf P, images I of variance v and a weight of variance V.
 
@@ -255,28 +275,24 @@ def adaptive_moments(images, variance, valid, y, x, sigmas, states, sums):
 def residual_sums(residual, variance, valid, model, y, x, radii):
     """What the models leave in two circles round (y, x), the second the larger; radii (B, 2).
 
-    residual, variance, valid and model, that of the object alone, (B, h, w). Returns (B, 11): for each circle chi2, the
-    number of valid pixels and the sum of model^2 / variance over them; that sum over the whole stamp; the sum of
-    (r - r')^2 / (V + V') over pixels of the second circle and those opposite, each pair once, and the number of pairs;
-    the number of pixels of the second circle outside the stamp, and of all.
+    residual, variance, valid and model, that of the object alone, (B, h, w). Returns (B, 10): for each circle chi2, the
+    number of valid pixels and the sum of model^2 / variance over them; the sum of (r - r')^2 / (V + V') over pixels of
+    the second circle and those opposite, each pair once, and the number of pairs; the number of pixels of the second
+    circle outside the stamp, and of all.
     """
     n_bands, height, width = residual.shape
     # The pixel opposite is found to half a pixel.
     twice_y, twice_x = int(np.rint(2.0 * y)), int(np.rint(2.0 * x))
-    out = np.zeros((n_bands, 11))
+    out = np.zeros((n_bands, 10))
     for b in range(n_bands):
-        for i in range(height):
-            for j in range(width):
-                if valid[b, i, j]:
-                    out[b, 6] += model[b, i, j] * model[b, i, j] / variance[b, i, j]
         for i in range(int(np.ceil(y - radii[b, 1])), int(np.floor(y + radii[b, 1])) + 1):
             for j in range(int(np.ceil(x - radii[b, 1])), int(np.floor(x + radii[b, 1])) + 1):
                 square = (i - y) ** 2 + (j - x) ** 2
                 if square > radii[b, 1] ** 2:
                     continue
-                out[b, 10] += 1.0
+                out[b, 9] += 1.0
                 if not (0 <= i < height and 0 <= j < width):
-                    out[b, 9] += 1.0
+                    out[b, 8] += 1.0
                     continue
                 if not valid[b, i, j]:
                     continue
@@ -292,6 +308,6 @@ def residual_sums(residual, variance, valid, model, y, x, radii):
                 p, q = twice_y - i, twice_x - j
                 if (p, q) > (i, j) and 0 <= p < height and 0 <= q < width and valid[b, p, q]:
                     difference = residual[b, i, j] - residual[b, p, q]
-                    out[b, 7] += difference * difference / (variance[b, i, j] + variance[b, p, q])
-                    out[b, 8] += 1.0
+                    out[b, 6] += difference * difference / (variance[b, i, j] + variance[b, p, q])
+                    out[b, 7] += 1.0
     return out
