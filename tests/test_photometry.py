@@ -1,5 +1,8 @@
 """Measurements recover what was put in, agree with photutils and with slow twins, and say where they cannot."""
 
+from dataclasses import replace
+from functools import lru_cache
+
 import numpy as np
 import pytest
 from astropy import units
@@ -10,13 +13,11 @@ from photutils.aperture import CircularAperture, aperture_photometry
 import kermes
 import reference
 from kermes.catalog import measurement_columns
-from kermes.geometry import Box
 from kermes.kernels import photometry as kernels
 from kermes.photometry import APERTURES, KRON_FACTOR, measure
-from kermes.psf import model_psf
-from kermes.rendering import render_source
 from kermes.scene import Source
-from results import BANDS, ORIGIN, fitted_result, make_coadd, make_result, profile, psfs
+from kermes.simulation import render_truth, simulate_scene
+from results import BANDS, ORIGIN, fitted_result, make_result, profile, psfs
 
 SHAPE = (41, 47)
 
@@ -156,16 +157,25 @@ def table():
     return measure(fitted_result())
 
 
-def star_result(flux=2000.0, seed=1, **coadd):
-    """A single star of known flux in noise of one, and its true model as the result."""
-    models = {4: Source(peak=(30, 30), components=(profile(30.2, 29.7, [flux, 0.5 * flux]),))}
+FLUXES = {"g": 2000.0, "r": 1000.0}
+
+
+@lru_cache
+def true_star():
+    """A star of known fluxes, its true model as the result, and what it looks like without noise."""
+    models = {4: Source(peak=(30, 30), components=(profile(30.2, 29.7, list(FLUXES.values())),))}
     result = make_result(models=models, objects=make_result().objects[:1])
-    result.objects["y"], result.objects["x"] = 30.2 + ORIGIN[0], 29.7 + ORIGIN[1]
-    light, box = render_source(models[4], result._kernels(psfs()), Box.of_shape(result.shape))
-    images = np.random.default_rng(seed).normal(size=(2, *result.shape))
-    images[:, box.y, box.x] += light
-    noisy = kermes.Coadd(images=images, variance=1, psfs=psfs(), bands=BANDS, origin=ORIGIN, **coadd)
-    return make_result(models=models, objects=result.objects, coadd=noisy)
+    result.objects["center_y"], result.objects["center_x"] = 30.2 + ORIGIN[0], 29.7 + ORIGIN[1]
+    return result, result.model_image()
+
+
+def star_result(seed=1, variance=1.0, images=None):
+    """The same star in its own noise; its images may be given."""
+    result, light = true_star()
+    if images is None:
+        images = light + np.random.default_rng(seed).normal(size=light.shape) * np.sqrt(variance)
+    coadd = kermes.Coadd(images=images, variance=variance, psfs=psfs(), bands=BANDS, origin=ORIGIN, unit=units.nJy)
+    return replace(result, coadd=coadd, objects=result.objects.copy())
 
 
 def test_every_object_has_a_row_and_every_column_its_unit(table):
@@ -177,15 +187,177 @@ def test_every_object_has_a_row_and_every_column_its_unit(table):
 
 @pytest.mark.parametrize("kind", ["redistributed", "neighbor_subtracted", "noise_replaced"])
 def test_fluxes_of_a_star_are_right_within_their_errors(kind):
-    n, pulls = 60, []
+    n, names = 60, ["psf", "aperture_6"]
+    pulls = []
     for seed in range(n):
-        row = measure(star_result(seed=seed), kind)[0]
+        row = measure(star_result(seed, variance=2.0), kind, apertures=(6,))[0]
+        # A Gaussian of 1.8 or 1.6 pixels, beside that the pixel, has 0.997 of its light within 6 pixels.
+        within = {"psf": 1.0, "aperture_6": 0.997}
         pulls.append(
             [
-                (row[f"{band}_psf_flux"] - flux) / row[f"{band}_psf_flux_err"]
-                for band, flux in zip("gr", (2000, 1000), strict=True)
+                (row[f"{band}_{name}_flux"] - within[name] * flux) / row[f"{band}_{name}_flux_err"]
+                for band, flux in FLUXES.items()
+                for name in names
             ]
         )
     # Mean and scatter of 60 numbers, four of their standard deviations.
     assert np.abs(np.mean(pulls, axis=0)).max() < 4 / np.sqrt(n)
-    assert np.std(pulls, axis=0) == pytest.approx(np.ones(2), abs=4 / np.sqrt(2 * n))
+    assert np.std(pulls, axis=0) == pytest.approx(np.ones(4), abs=4 / np.sqrt(2 * n))
+
+
+def test_a_star_has_the_size_of_the_psf_and_lies_where_it_lies():
+    row = measure(star_result(variance=1e-4))[0]
+    for band in BANDS:
+        # Sampled PSFs at two sub-pixel places, and next to no noise.
+        assert row[f"{band}_size_ratio"] == pytest.approx(1, abs=2e-3)
+        assert row[f"{band}_centroid_y"] == pytest.approx(30.2 + ORIGIN[0], abs=2e-3)
+        assert row[f"{band}_centroid_x"] == pytest.approx(29.7 + ORIGIN[1], abs=2e-3)
+
+
+def test_the_kron_radius_of_a_star_is_that_of_a_gaussian():
+    row = measure(star_result(variance=1e-4))[0]
+    # The first radial moment of a Gaussian is sqrt(pi / 2) sigma; the PSFs are 1.8 and 1.6 pixels before the pixel.
+    low, high = (KRON_FACTOR * np.sqrt(np.pi / 2 * (sigma**2 + 1 / 12)) for sigma in (1.6, 1.8))
+    assert low < row["kron_radius"] < high
+    assert not row["flag_kron"]
+    for band, sigma in (("g", 1.8), ("r", 1.6)):
+        inside = 1 - np.exp(-0.5 * row["kron_radius"] ** 2 / (sigma**2 + 1 / 12))
+        assert row[f"{band}_kron_flux"] == pytest.approx(inside * FLUXES[band], rel=2e-3)
+
+
+def test_chi2_of_noise_is_one_for_each_degree_of_freedom():
+    rows = [measure(star_result(seed))[0] for seed in range(40)]
+    for name in ("1fwhm", "3fwhm"):
+        chi2, dof = (np.array([row[f"r_{what}_{name}"] for row in rows]) for what in ("chi2", "dof"))
+        # The true model was not fitted: chi2 has all pixels as degrees of freedom, the table takes parameters off.
+        n_pixels = np.round(dof + (1 + 2 / 2) * (0.9 if name == "1fwhm" else 1.0))
+        assert (chi2 * dof).sum() / n_pixels.sum() == pytest.approx(1, abs=4 * np.sqrt(2 / n_pixels.sum()) + 0.01)
+        assert dof.mean() < n_pixels.mean()
+
+
+def test_light_beside_the_model_is_asymmetric():
+    result = star_result()
+    images = result.coadd.images.copy()
+    images[:, 32, 33] += 30
+    beside, alone = measure(star_result(images=images))[0], measure(result)[0]
+    assert alone["r_asymmetry"] == pytest.approx(1, abs=0.3)
+    assert beside["r_asymmetry"] > alone["r_asymmetry"] + 0.5
+
+
+def test_what_is_missing_is_left_out_and_flagged():
+    result = star_result()
+    images = result.coadd.images.copy()
+    images[0, 25:29, 30] = np.nan
+    images[1] = np.nan
+    row = measure(star_result(images=images))[0]
+    assert row["g_flag_incomplete"]
+    assert 0.9 < row["g_coverage"] < 1
+    assert np.isfinite(row["g_aperture_6_flux"])
+    assert row["r_flag_no_data"]
+    assert all(
+        np.isnan(row[name]) for name in row.colnames if name.startswith("r_") and name.endswith(("flux", "_err"))
+    )
+
+
+def test_an_object_at_the_edge_says_so(table):
+    row = table[2]
+    assert 0 < row["g_edge_fraction"] < 1
+    assert row["g_coverage"] == pytest.approx(1 - row["g_edge_fraction"])
+    assert row["g_flag_incomplete"]
+
+
+def test_an_object_without_light_is_measured_where_its_peak_is(table):
+    row = table[3]
+    assert np.isfinite(row["g_aperture_3_flux"])
+    assert np.isnan(row["g_total_flux"])
+
+
+def test_models_have_the_errors_of_the_fit():
+    result = star_result()
+    result.objects["g_flux_err"] = 7.0
+    row = measure(result, "model", apertures=(20,))[0]
+    assert row["g_aperture_20_flux_err"] == pytest.approx(7, rel=1e-3)
+    assert np.isnan(row["g_snr"])
+
+
+def test_the_error_of_a_source_alone_is_that_of_the_pixels_and_of_a_blend_larger():
+    result = fitted_result()
+    result.objects["g_flux_err"] = 50.0
+    row = measure(result, apertures=(3.0,))
+    pixels = np.sqrt(np.pi * 3**2)  # less: pixels on the rim count with the square of their area
+    assert row["g_aperture_3_flux_err"][1] > 2 * pixels
+    star = star_result()
+    star.objects["g_flux_err"] = 50.0
+    assert measure(star, apertures=(3.0,))["g_aperture_3_flux_err"][0] < pixels
+
+
+def test_measuring_changes_neither_images_nor_answers():
+    result = fitted_result()
+    before = result.coadd.images.copy()
+    first = measure(result, "noise_replaced")
+    second = measure(result, "noise_replaced", bands=["r", "g"])
+    np.testing.assert_array_equal(result.coadd.images, before)
+    for name in ("g_psf_flux", "r_aperture_6_flux", "r_moment_xx"):
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "heavy"}, "kind must be one of model, redistributed, .*got 'heavy'"),
+        ({"bands": ["z"]}, "band must be one of g, r, got 'z'"),
+        ({"bands": []}, "bands must be some of g, r, got none"),
+        ({"apertures": (3, -1)}, r"apertures must be different radii > 0 in pixels, got \(3.0, -1.0\)"),
+        ({"apertures": (3, 3.0)}, "apertures must be different radii"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, message):
+    with pytest.raises(kermes.InputError, match=message):
+        measure(fitted_result(), **options)
+
+
+def test_measuring_needs_the_coadd():
+    with pytest.raises(kermes.InputError, match="measure needs the images"):
+        measure(fitted_result(with_coadd=False), "model")
+
+
+# ---------------------------------------------------------------- pairs of known truth
+
+
+def pulls_of_pairs(n_pairs, radius=6.0):
+    """(aperture flux - truth) / error of both sources of pairs 0.7 to 3 widths of the PSF apart, by kind of stamp."""
+    pulls = {"redistributed": [], "neighbor_subtracted": []}
+    for seed in range(n_pairs):
+        scene = simulate_scene(kind="pair", bands=("r",), magnitudes=(21, 25), seed=seed)
+        result = kermes.deblend(scene.coadd, peaks=scene.peaks, workers=1)
+        peak_index = list(result.objects["peak_index"])
+        for kind, of_kind in pulls.items():
+            table = measure(result, kind, apertures=(radius,))
+            for k in np.flatnonzero(scene.truth["peak_index"] >= 0):
+                light, box = render_truth(scene, k)
+                center = scene.truth["y"][k] - box.y0, scene.truth["x"][k] - box.x0
+                valid = np.ones(light.shape, dtype=bool)
+                truth = kernels.aperture_sums(light, light, valid, *center, np.array([radius]))[0, 0, 0]
+                row = table[peak_index.index(scene.truth["peak_index"][k])]
+                of_kind.append((row["r_aperture_6_flux"] - truth) / row["r_aperture_6_flux_err"])
+    return pulls
+
+
+def check_pulls(pulls):
+    """Median within 0.1, robust width 0.9 to 1.15; both give or take three standard errors."""
+    for kind, of_kind in pulls.items():
+        middle = np.median(of_kind)
+        width = 1.4826 * np.median(np.abs(of_kind - middle))
+        error = 1.2 / np.sqrt(len(of_kind))  # of a median, and of a median absolute deviation
+        print(f"{kind}: median {middle:.3f}, width {width:.3f}, +- {error:.3f}")
+        assert abs(middle) < 0.1 + 3 * error
+        assert 0.9 - 3 * error < width < 1.15 + 3 * error
+
+
+def test_aperture_fluxes_of_pairs_have_honest_errors():
+    check_pulls(pulls_of_pairs(40))
+
+
+@pytest.mark.science
+def test_aperture_fluxes_of_many_pairs_have_honest_errors():
+    check_pulls(pulls_of_pairs(600))
