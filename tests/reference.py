@@ -271,15 +271,16 @@ def pixel_overlap(y, x, radius, n_strips=2000):
     return float(np.mean(0.5 * (chord[1:] + chord[:-1])))
 
 
-def aperture_sums(images, variance, valid, y, x, radii):
-    """Flux, its variance and the area that was summed in circles (A,), band by band (A, B, 3)."""
+def aperture_sums(images, variance, model, valid, y, x, radii):
+    """Flux, its variance, the area that was summed and the model in circles (A,), band by band (A, B, 4)."""
     sums = []
     for radius in radii:
         area = np.zeros(images.shape[1:])
         for i, j in np.ndindex(area.shape):
             area[i, j] = pixel_overlap(i - y, j - x, radius)
         used = area * valid
-        sums.append([(w * i).sum(axis=(1, 2)) for w, i in ((used, images), (used**2, variance), (used, 1.0))])
+        parts = used * images, used**2 * variance, used, used * model
+        sums.append([part.sum(axis=(1, 2)) for part in parts])
     return np.moveaxis(np.array(sums), 1, 2)
 
 

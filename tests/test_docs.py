@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import kermes
-from kermes.catalog import BLEND_COLUMNS, PARENT_COLUMNS, candidate_columns, object_columns
+from kermes.catalog import BLEND_COLUMNS, PARENT_COLUMNS, candidate_columns, measurement_columns, object_columns
 from kermes.cli import run
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +68,12 @@ def test_page_of_files_lists_every_column():
     words = set(re.findall(r"``(\S+?)``", (ROOT / "docs" / "files.rst").read_text()))
     columns = [*object_columns(["{band}"]), *PARENT_COLUMNS, *BLEND_COLUMNS, *candidate_columns(["{band}"])]
     assert {column.name for column in columns} - words == set()
+
+
+def test_page_of_measurement_lists_every_column():
+    words = set(re.findall(r"``(\S+?)``", (ROOT / "docs" / "measurement.rst").read_text()))
+    names = {column.name.replace("aperture_3", "aperture_{radius}") for column in measurement_columns(["{band}"], [3])}
+    assert names - words == set()
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

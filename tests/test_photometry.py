@@ -48,7 +48,7 @@ def test_overlap_of_a_pixel_and_a_circle_is_that_of_an_integral(y, x, radius):
 @given(st.floats(10, 30), st.floats(10, 30), st.floats(0.1, 9))
 def test_overlaps_add_up_to_the_circle(y, x, radius):
     images, variance, valid = planes(np.ones(SHAPE))
-    sums = kernels.aperture_sums(images, variance, valid, y, x, np.array([radius]))[0, 0]
+    sums = kernels.aperture_sums(images, variance, images, valid, y, x, np.array([radius]))[0, 0]
     np.testing.assert_allclose(sums[[0, 2]], np.pi * radius**2, rtol=1e-9)
 
 
@@ -60,10 +60,10 @@ def test_apertures_agree_with_photutils(y, x, seed):
     variance = rng.uniform(0.5, 2, images.shape).astype(np.float32)
     valid[:] = rng.uniform(size=valid.shape) > 0.1
     radii = np.array([0.7, 3.0, 8.2])
-    sums = kernels.aperture_sums(images, variance, valid, y, x, radii)
+    sums = kernels.aperture_sums(images, variance, images, valid, y, x, radii)
     apertures = [CircularAperture((x, y), radius) for radius in radii]
     table = aperture_photometry(images[0], apertures, error=np.sqrt(variance[0]), mask=~valid[0])
-    for k, (flux, _, _) in enumerate(sums[:, 0]):
+    for k, flux in enumerate(sums[:, 0, 0]):
         # Photutils gives NaN where the aperture misses the image.
         expected = np.nan_to_num(float(table[f"aperture_sum_{k}"][0]))
         assert flux == pytest.approx(expected, rel=1e-6, abs=1e-6)
@@ -76,8 +76,8 @@ def test_apertures_agree_with_the_slow_twin():
     variance *= 2
     valid[0, 4, 4] = False
     radii = np.array([1.3, 4.0])
-    got = kernels.aperture_sums(images, variance, valid, 4.2, 5.9, radii)
-    np.testing.assert_allclose(got, reference.aperture_sums(images, variance, valid, 4.2, 5.9, radii), atol=1e-3)
+    arguments = images, variance, images[::-1].copy(), valid, 4.2, 5.9, radii
+    np.testing.assert_allclose(kernels.aperture_sums(*arguments), reference.aperture_sums(*arguments), atol=1e-3)
 
 
 @pytest.mark.nojit
@@ -105,16 +105,20 @@ def test_residual_sums_agree_with_the_slow_twin():
 @pytest.mark.nojit
 def test_plain_sums_agree_with_numpy():
     rng = np.random.default_rng(4)
-    images, psf = rng.normal(size=(2, 2, 8, 9)).astype(np.float32)
+    images, psf, model = rng.normal(size=(3, 2, 8, 9)).astype(np.float32)
     noise2, variance = rng.uniform(0.5, 2, (2, *images.shape)).astype(np.float32)
     valid = rng.uniform(size=images.shape) > 0.2
     part = np.where(valid, 1.0, 0.0)
-    weight = part * psf / variance.astype(float)
-    expected = [[(w * w2).sum() for w, w2 in zip(weight, v, strict=True)] for v in (images, weight * noise2, psf)]
-    np.testing.assert_allclose(kernels.psf_sums(images, noise2, variance, valid, psf).T, expected, rtol=1e-5)
+    weight = part * psf / variance
+    expected = [(weight * plane).sum(axis=(1, 2)) for plane in (images, weight * noise2, psf, model)]
+    got = kernels.psf_sums(images, noise2, model, valid, psf, variance)
+    np.testing.assert_allclose(got.T, expected, rtol=1e-5, atol=1e-6)
     cut = (slice(None), slice(2, 7), slice(1, 9))
-    expected = [(part[cut] * plane).sum(axis=(1, 2)) for plane in (images[cut], variance[cut], 1)]
-    np.testing.assert_allclose(kernels.box_sums(images, variance, valid, 2, 7, 1, 9).T, expected, rtol=1e-5)
+    expected = [(part * plane)[cut].sum(axis=(1, 2)) for plane in (images, variance, 1, model)]
+    got = kernels.box_sums(images, variance, model, valid, 2, 7, 1, 9)
+    np.testing.assert_allclose(got.T, expected, rtol=1e-5, atol=1e-6)
+    expected = [plane.sum(axis=(1, 2)) for plane in (model, model**2, images * model, part * model**2 / variance)]
+    np.testing.assert_allclose(kernels.model_sums(model, images, variance, valid).T, expected, rtol=1e-5, atol=1e-5)
 
     depth = np.array([1 / v[ok].mean() for v, ok in zip(variance, valid, strict=True)])[:, None, None]
     mean, used = np.empty((8, 9), np.float32), np.empty((8, 9), bool)
@@ -182,7 +186,7 @@ def test_every_object_has_a_row_and_every_column_its_unit(table):
     assert list(table["object_id"]) == [4, 7, 8, 9]
     assert table.colnames == [item.name for item in measurement_columns(BANDS, APERTURES)]
     assert table["g_psf_flux"].unit == units.nJy
-    assert table.meta == {"kind": "neighbor_subtracted", "apertures": [3.0, 6.0, 9.0]}
+    assert table.meta == {"kind": "neighbor_subtracted"}
 
 
 @pytest.mark.parametrize("kind", ["redistributed", "neighbor_subtracted", "noise_replaced"])
@@ -257,6 +261,15 @@ def test_what_is_missing_is_left_out_and_flagged():
     assert all(
         np.isnan(row[name]) for name in row.colnames if name.startswith("r_") and name.endswith(("flux", "_err"))
     )
+
+
+@pytest.mark.parametrize("stamp", [np.zeros((1, 1)), np.ones((1, 1)), np.ones((3, 3)) / 9], ids=["none", "1", "3"])
+def test_a_psf_may_be_tiny_or_missing(stamp):
+    result = replace(star_result(), psfs={1: np.stack([stamp, stamp]), 2: psfs()})
+    row = measure(result, apertures=())[0]
+    assert row["g_flag_no_data"] == (not stamp.any())
+    assert np.isnan(row["g_psf_flux"]) == (not stamp.any())
+    assert np.isfinite(row["g_total_flux"])
 
 
 def test_an_object_at_the_edge_says_so(table):
@@ -337,27 +350,27 @@ def pulls_of_pairs(n_pairs, radius=6.0):
                 light, box = render_truth(scene, k)
                 center = scene.truth["y"][k] - box.y0, scene.truth["x"][k] - box.x0
                 valid = np.ones(light.shape, dtype=bool)
-                truth = kernels.aperture_sums(light, light, valid, *center, np.array([radius]))[0, 0, 0]
+                truth = kernels.aperture_sums(light, light, light, valid, *center, np.array([radius]))[0, 0, 0]
                 row = table[peak_index.index(scene.truth["peak_index"][k])]
                 of_kind.append((row["r_aperture_6_flux"] - truth) / row["r_aperture_6_flux_err"])
     return pulls
 
 
-def check_pulls(pulls):
-    """Median within 0.1, robust width 0.9 to 1.15; both give or take three standard errors."""
+def check_pulls(pulls, n_errors):
+    """Median within 0.1, robust width 0.9 to 1.15; both give or take some standard errors."""
     for kind, of_kind in pulls.items():
         middle = np.median(of_kind)
         width = 1.4826 * np.median(np.abs(of_kind - middle))
         error = 1.2 / np.sqrt(len(of_kind))  # of a median, and of a median absolute deviation
         print(f"{kind}: median {middle:.3f}, width {width:.3f}, +- {error:.3f}")
-        assert abs(middle) < 0.1 + 3 * error
-        assert 0.9 - 3 * error < width < 1.15 + 3 * error
+        assert abs(middle) < 0.1 + n_errors * error
+        assert 0.9 - n_errors * error < width < 1.15 + n_errors * error
 
 
 def test_aperture_fluxes_of_pairs_have_honest_errors():
-    check_pulls(pulls_of_pairs(40))
+    check_pulls(pulls_of_pairs(40), n_errors=3)
 
 
 @pytest.mark.science
 def test_aperture_fluxes_of_many_pairs_have_honest_errors():
-    check_pulls(pulls_of_pairs(600))
+    check_pulls(pulls_of_pairs(600), n_errors=0)

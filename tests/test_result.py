@@ -366,3 +366,13 @@ def test_wrong_stamps_are_refused_before_the_first_is_cut(result):
         result.stamps("model", margin=-1)
     with pytest.raises(kermes.InputError, match="noise_replaced needs the images"):
         make_result(with_coadd=False).stamps("noise_replaced")
+
+
+def test_a_point_source_is_drawn_where_the_model_is(fitted):
+    y, x = fitted.models[7].components[0].center
+    fitted.objects["center_y"][1], fitted.objects["center_x"][1] = y + ORIGIN[0], x + ORIGIN[1]
+    point, model = fitted[7].psf_stamps(["r"])["r"], fitted[7].model("r")
+    assert point.box == model.box
+    # Drawn on stamps of different size, whose edges are joined at different places.
+    np.testing.assert_allclose(300 * point.array, model.array, atol=1e-4 * model.array.max())
+    assert fitted[7].psf_stamps(["r"], margin=20)["r"].array.sum() == pytest.approx(1, abs=1e-3)

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -47,6 +47,7 @@ Output = Annotated[Path, Parameter(alias="-o")]
 
 _INPUT_FILE = "input.json"
 _PICTURE_FILE = "picture.png"
+_TABLE_SUFFIXES = (".parquet", ".fits", ".ecsv")
 _SLOW = 2.0  # seconds, from which a blend is worth a word
 
 
@@ -220,6 +221,48 @@ def show(
     source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
     _write_file(output, _picture(kermes.open(result, coadd=io.read(**source))))
     _say(f"picture: {output}")
+
+
+@app.command
+def measure(
+    result: Path,
+    coadd: Path | None = None,
+    /,
+    *,
+    output: Output,
+    kind: str = "neighbor_subtracted",
+    bands: Words = (),
+    apertures: Annotated[tuple[float, ...], Parameter(negative=(), show_default=False)] = (),
+) -> None:
+    """Measure fluxes and shapes of every object on its stamps, and write a table.
+
+    Parameters
+    ----------
+    result
+        Directory that kermes deblend wrote.
+    coadd
+        Coadd it was made from; left out: the files that kermes deblend read.
+    output
+        Table to write: .parquet, .fits or .ecsv.
+    kind
+        What is measured on: neighbor_subtracted, redistributed, noise_replaced or model.
+    bands
+        Names of bands; left out: all of them.
+    apertures
+        Radii of circular apertures [pixels], may be repeated; left out: 3, 6 and 9.
+    """
+    _check_file_output(output, *_TABLE_SUFFIXES)
+    kermes.open(result)  # What is no result gets its own message, before anything is looked for.
+    source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
+
+    from kermes import io
+    from kermes.photometry import APERTURES
+    from kermes.photometry import measure as measure_result
+
+    opened = kermes.open(result, coadd=io.read(**source))
+    table = measure_result(opened, kind, bands or None, apertures or APERTURES)
+    _write_file(output, _table_bytes(table, output.suffix.lower()))
+    _say(f"{_count(len(table), 'object')} measured on {kind}; written to {output}")
 
 
 @app.command
@@ -429,10 +472,28 @@ def _picture(result: Result) -> bytes:
     return file.getvalue()
 
 
-def _check_file_output(path: Path, suffix: str) -> None:
+def _table_bytes(table: Table, suffix: str) -> bytes:
+    """Content of a file of a table."""
+    if suffix == ".ecsv":
+        text = StringIO()
+        table.write(text, format="ascii.ecsv")
+        return text.getvalue().encode()
+    file = BytesIO()
+    if suffix == ".fits":
+        table.write(file, format="fits")
+    else:
+        import pyarrow.parquet as pq
+
+        from kermes.store import to_arrow
+
+        pq.write_table(to_arrow(table).replace_schema_metadata(table.meta), file)
+    return file.getvalue()
+
+
+def _check_file_output(path: Path, *suffixes: str) -> None:
     """Refuse a file that cannot be written, before the work begins."""
-    if path.suffix.lower() != suffix:
-        raise InputError(f"output must end in {suffix}, got {path}")
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"output must end in {' or '.join(suffixes)}, got {path}")
     if not path.absolute().parent.is_dir():
         raise FileError(f"output must lie in a directory that exists, got {path}")
 

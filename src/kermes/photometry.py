@@ -59,8 +59,8 @@ def measure(
     table : Table
         One row per object in the order of `result.objects`, with the columns of `catalog.measurement_columns`, in the
         unit of the coadd. Invalid pixels and those outside the image are left out of every sum, and
-        `{band}_flag_incomplete` says so; what cannot be measured is NaN, and flagged. The kind and the apertures are
-        in the table's `meta`.
+        `{band}_flag_incomplete` says so; what cannot be measured is NaN, and flagged. The kind is in the table's
+        `meta`.
 
     Raises
     ------
@@ -104,23 +104,27 @@ def measure(
     result.stamps(kind, bands)  # refuses what cannot be cut, before the work begins
     if result.coadd is None:
         raise InputError("measure needs the images: open the result with coadd=")
-    columns = empty_columns(measurement_columns(bands, radii), len(result))
-    columns["object_id"][:] = result.objects["object_id"]
     b = [result.bands.index(band) for band in bands]
+    model_err = np.nan_to_num([np.asarray(result.objects[f"{band}_flux_err"], dtype=float) for band in bands]).T
     psfs, widths = None, _PsfWidths(trace=np.empty(0), fwhm=np.empty(0))
+    rows = []
     for index, handle in enumerate(result):
         own = result.psfs[int(handle.row["blend_id"])]
         if own is not psfs:
             psfs, widths = own, _psf_widths(own[b])
-        of_object, of_bands = _measure_object(_cut(handle, kind, bands, radii, widths), radii, widths)
-        columns["y"][index], columns["x"][index] = handle.center
-        for name, value in of_object.items():
-            columns[name][index] = value
-        for name, values in of_bands.items():
-            for band, value in zip(bands, values, strict=True):
-                columns[f"{band}_{name}"][index] = value
+        pixels = _cut(handle, kind, bands, radii, widths)
+        y, x = handle.center
+        rows.append({"y": y, "x": x} | _measure_object(pixels, radii, widths, model_err[index]))
+    columns = empty_columns(measurement_columns(bands, radii), len(result))
+    columns["object_id"][:] = result.objects["object_id"]
+    for name in rows[0] if rows else ():
+        values = np.array([row[name] for row in rows])
+        if values.ndim == 1:
+            columns[name] = values
+        else:
+            columns |= {f"{band}_{name}": values[:, k] for k, band in enumerate(bands)}
     table = make_measurements(columns, bands, radii, result.unit)
-    table.meta.update(kind=str(StampKind(kind)), apertures=list(radii))
+    table.meta["kind"] = str(StampKind(kind))
     return table
 
 
@@ -150,10 +154,11 @@ def _psf_widths(psfs: DoubleArray) -> _PsfWidths:
     middle = [float(side // 2) for side in stamps.shape[1:]]
     start = np.full(len(psfs), 1.5)
     found = kernels.adaptive_moments(stamps, stamps, np.ones(stamps.shape, dtype=bool), *middle, start, states, sums)
+    states[~found] = np.nan
     _, _, yy, xx, xy = states.T
     fwhm = _FWHM * (yy * xx - xy**2) ** 0.25
     fwhm[~found] = fwhm[found].mean() if found.any() else 4.0
-    return _PsfWidths(trace=np.where(found, yy + xx, np.nan), fwhm=fwhm)
+    return _PsfWidths(trace=yy + xx, fwhm=fwhm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -178,11 +183,8 @@ class _Pixels:
     valid: BoolArray
     """Which pixels of the image can be used."""
 
-    image: FloatArray
-    """The image; may be NaN where it is not valid."""
-
-    light: FloatArray
-    """All models together."""
+    residual: FloatArray
+    """The image less all models; may be NaN where it is not valid."""
 
     model: FloatArray
     """The model of the object."""
@@ -205,25 +207,24 @@ class _Pixels:
     n_parameters: float
     """Parameters of the model per band."""
 
-    model_err: DoubleArray
-    """Standard deviation of the total flux of the model, neighbours included, (B,); zero where it is not known."""
-
 
 def _cut(
     handle: ObjectHandle, kind: StampKind | str, bands: tuple[str, ...], radii: tuple[float, ...], widths: _PsfWidths
 ) -> _Pixels:
     """Cut out everything on a box that holds the apertures."""
     (y, x), own = handle.center, handle.box
-    reach = max(*radii, _WIDTHS[1] * widths.fwhm.max()) + 1.0
+    reach = max([*radii, _WIDTHS[1] * widths.fwhm.max()]) + 1.0
     nearest = min(y - own.y0, own.y1 - 1 - y, x - own.x0, own.x1 - 1 - x)
     margin = max(0, math.ceil(reach - nearest))
     result, stamps = handle.result, handle.stamps(kind, bands, margin)
     coadd, box = result.coadd, stamps[bands[0]].box
     assert coadd is not None
     in_image = box.shift(-result.origin[0], -result.origin[1])
-    window = ([result.bands.index(band) for band in bands], in_image.y, in_image.x)
-    valid: BoolArray = np.ascontiguousarray(coadd.valid[window])
-    variance, light = (np.ascontiguousarray(plane[window]) for plane in (coadd.variance, result.model_image()))
+    b = [result.bands.index(band) for band in bands]
+    image, variance, light = (
+        plane[:, in_image.y, in_image.x][b] for plane in (coadd.images, coadd.variance, result.model_image())
+    )
+    valid = coadd.valid[:, in_image.y, in_image.x][b]
     model = _planes(handle.stamps(StampKind.MODEL, bands, margin), "array")
     flux = _planes(stamps, "array")
     is_model = StampKind(kind) is StampKind.MODEL
@@ -234,8 +235,7 @@ def _cut(
         usable=np.ones_like(valid) if is_model else valid,
         variance=variance,
         valid=valid,
-        image=coadd.images[window],
-        light=light,
+        residual=image - light,
         model=model,
         model_sums=kernels.model_sums(model, light, variance, valid),
         psf=_planes(handle.psf_stamps(bands, margin), "array"),
@@ -243,7 +243,6 @@ def _cut(
         origin=box.origin,
         own=own.within(box),
         n_parameters=_n_parameters(handle.source, len(result.bands)),
-        model_err=np.nan_to_num([float(handle.row[f"{band}_flux_err"]) for band in bands]),
     )
 
 
@@ -262,16 +261,22 @@ def _n_parameters(source: Source, n_bands: int) -> float:
 
 
 def _measure_object(
-    pixels: _Pixels, radii: tuple[float, ...], widths: _PsfWidths
-) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """Measure one object: values of the columns of the object, and (B,) of those of its bands."""
+    pixels: _Pixels, radii: tuple[float, ...], widths: _PsfWidths, model_err: DoubleArray
+) -> dict[str, Any]:
+    """Measure one object: a value for the columns of the object, (B,) for those of its bands.
+
+    model_err (B,) is the error of the total flux of its model, zero where it is not known.
+    """
     states, sums = np.empty((len(pixels.flux), 5)), np.empty((len(pixels.flux), 7))
     found = kernels.adaptive_moments(
         pixels.flux, pixels.flux_variance, pixels.usable, *pixels.center, widths.fwhm / _FWHM, states, sums
     )
     states[~found], sums[~found] = np.nan, np.nan
     y, x, yy, xx, xy = states.T
-    columns: dict[str, NDArray[Any]] = {
+    kron_radius, flag_kron = _kron_radius(pixels, widths)
+    columns: dict[str, Any] = {
+        "kron_radius": kron_radius,
+        "flag_kron": flag_kron,
         "centroid_y": y + pixels.origin[0],
         "centroid_x": x + pixels.origin[1],
         "moment_yy": yy,
@@ -281,10 +286,9 @@ def _measure_object(
         "snr": _over(sums[:, 0], np.sqrt(sums[:, 6])),
         MeasurementFlag.MOMENTS: ~found,
     }
-    kron_radius, flag_kron = _kron_radius(pixels, widths)
-    columns |= _fluxes(pixels, radii, kron_radius) | _goodness(pixels, widths)
-    columns[MeasurementFlag.NO_DATA] = (columns["coverage"] == 0) | np.isnan(widths.trace)
-    return {"kron_radius": kron_radius, "flag_kron": flag_kron}, columns
+    columns |= _fluxes(pixels, radii, kron_radius, model_err) | _goodness(pixels, widths)
+    columns[MeasurementFlag.NO_DATA] = (columns["coverage"] == 0) | ~pixels.psf.any(axis=(1, 2))
+    return columns
 
 
 def _over(numerator: DoubleArray, denominator: DoubleArray) -> DoubleArray:
@@ -309,47 +313,39 @@ def _kron_radius(pixels: _Pixels, widths: _PsfWidths) -> tuple[float, bool]:
     return float(np.clip(kron, fwhm, reach)), not fwhm <= kron <= reach
 
 
-def _sums(
-    light: FloatArray, noise2: FloatArray, pixels: _Pixels, radii: DoubleArray
-) -> tuple[DoubleArray, DoubleArray, DoubleArray]:
-    """Sums over apertures, over the box of the model, and with the PSF as weight: value, variance, norm (A + 2, B)."""
-    rows, columns = pixels.own
-    bounds = rows.start, rows.stop, columns.start, columns.stop
-    circles = kernels.aperture_sums(light, noise2, pixels.usable, *pixels.center, radii)
-    box = kernels.box_sums(light, noise2, pixels.usable, *bounds)
-    point = kernels.psf_sums(light, noise2, pixels.variance, pixels.valid, pixels.psf)
-    value, variance, norm = np.moveaxis(np.concatenate([circles, box[None], point[None]]), 2, 0)
-    value[-1], variance[-1] = _over(value[-1], norm[-1]), _over(variance[-1], norm[-1] ** 2)
-    return value, variance, norm
-
-
-def _fluxes(pixels: _Pixels, radii: tuple[float, ...], kron_radius: float) -> dict[str, NDArray[Any]]:
+def _fluxes(
+    pixels: _Pixels, radii: tuple[float, ...], kron_radius: float, model_err: DoubleArray
+) -> dict[str, NDArray[Any]]:
     """Measure all fluxes, and their errors from the noise of the pixels and from the fit."""
-    names = [aperture_name(radius) for radius in radii]
-    if np.isfinite(kron_radius):
-        names, radii = [*names, "kron"], (*radii, kron_radius)
-    circles = np.array(radii)
-    flux, variance, norm = _sums(pixels.flux, pixels.flux_variance, pixels, circles)
-    of_model = _sums(pixels.model, pixels.variance, pixels, circles)[0]
-    variance += _variance_of_fit(pixels, of_model)
-    columns: dict[str, NDArray[Any]] = {}
-    for k, name in enumerate((*names, "total", "psf")):
-        columns[f"{name}_flux"] = np.where(norm[k] > 0, flux[k], np.nan)
-        columns[f"{name}_flux_err"] = np.where(norm[k] > 0, np.sqrt(variance[k]), np.nan)
+    # A circle of radius zero has no pixel, so its flux is NaN.
+    circles = np.array([*radii, np.nan_to_num(kron_radius)])
+    planes = pixels.flux, pixels.flux_variance, pixels.model
+    rows, columns = pixels.own
+    in_circles = kernels.aperture_sums(*planes, pixels.usable, *pixels.center, circles)
+    in_box = kernels.box_sums(*planes, pixels.usable, rows.start, rows.stop, columns.start, columns.stop)
+    in_psf = kernels.psf_sums(*planes, pixels.valid, pixels.psf, pixels.variance)
+    flux, variance, norm, of_model = np.moveaxis(np.concatenate([in_circles, in_box[None], in_psf[None]]), 2, 0)
+    for sums, power in ((flux, 1), (variance, 2), (of_model, 1)):
+        sums[-1] = _over(sums[-1], norm[-1] ** power)
+    error = np.sqrt(variance + _variance_of_fit(pixels, of_model, model_err))
+    flux[norm <= 0] = error[norm <= 0] = np.nan
+    measured: dict[str, NDArray[Any]] = {}
+    for k, name in enumerate((*map(aperture_name, radii), "kron", "total", "psf")):
+        measured[f"{name}_flux"], measured[f"{name}_flux_err"] = flux[k], error[k]
     # Areas are exact but for rounding.
     missing = norm[: len(circles)] < (1 - 1e-6) * np.pi * circles[:, None] ** 2
-    columns[MeasurementFlag.INCOMPLETE] = np.asarray(missing.any(axis=0))
-    return columns
+    measured[MeasurementFlag.INCOMPLETE] = np.asarray(missing.any(axis=0))
+    return measured
 
 
-def _variance_of_fit(pixels: _Pixels, of_model: DoubleArray) -> DoubleArray:
+def _variance_of_fit(pixels: _Pixels, of_model: DoubleArray, model_err: DoubleArray) -> DoubleArray:
     """Find what the errors of the models add to the variance of fluxes, (..., B).
 
     `of_model` are the same fluxes measured on the model: the error of its total flux is in them in that proportion.
     """
     flux, square, overlap, signal = pixels.model_sums.T
     part = np.divide(of_model, flux, out=np.ones_like(of_model), where=flux > 0).clip(0, 1)
-    excess = pixels.model_err**2
+    excess = model_err**2
     if not pixels.is_model:
         excess -= np.divide(flux**2, signal, out=np.zeros_like(flux), where=signal > 0)
         blendedness = 1 - np.divide(square, overlap, out=np.zeros_like(flux), where=overlap > 0)
@@ -359,8 +355,7 @@ def _variance_of_fit(pixels: _Pixels, of_model: DoubleArray) -> DoubleArray:
 
 def _goodness(pixels: _Pixels, widths: _PsfWidths) -> dict[str, NDArray[Any]]:
     radii = widths.fwhm[:, None] * np.array(_WIDTHS)
-    residual = np.ascontiguousarray(pixels.image - pixels.light)
-    sums = kernels.residual_sums(residual, pixels.variance, pixels.valid, pixels.model, *pixels.center, radii)
+    sums = kernels.residual_sums(pixels.residual, pixels.variance, pixels.valid, pixels.model, *pixels.center, radii)
     columns: dict[str, NDArray[Any]] = {}
     signal = pixels.model_sums[:, 3]
     for circle, name in enumerate(("1fwhm", "3fwhm")):

@@ -188,12 +188,11 @@ class ObjectHandle:
         if kind is StampKind.MODEL:
             return {band: Stamp(array, in_coadd) for band, array in zip(bands, model, strict=True)}
         coadd = self.result._need_coadd(kind)
-        window = (b, box.y, box.x)
-        images, variance, valid = coadd.images[window], coadd.variance[window], coadd.valid[window]
+        images, variance, valid = (_cut(plane, b, box) for plane in (coadd.images, coadd.variance, coadd.valid))
         if kind is StampKind.NEIGHBOR_SUBTRACTED:
-            images -= self.result.model_image()[window] - model
+            images -= _cut(self.result.model_image(), b, box) - model
         else:
-            total = self.result.model_image(positive=True)[window]
+            total = _cut(self.result.model_image(positive=True), b, box)
             if kind is StampKind.REDISTRIBUTED:
                 images = redistribute(images, variance, valid, model, total)
                 variance = redistribution_covariance(variance, valid, model, model, total)
@@ -229,6 +228,7 @@ class ObjectHandle:
         b = [self.result._band_index(band) for band in bands]
         box = self._box(margin)
         psfs = self.result.psfs[int(self.row["blend_id"])]
+        out = np.zeros((len(b), *box.shape), dtype=np.float32)
         y, x = (value - origin for value, origin in zip(self.center, self.result.origin, strict=True))
         half = max(psfs.shape[1:]) // 2 + 1
         point = ProfileComponent(
@@ -238,10 +238,10 @@ class ObjectHandle:
             sigma=self.result.config.model_psf_sigma,
             box=Box(round(y) - half, round(x) - half, 2 * half, 2 * half),
         )
-        source = Source(peak=self.source.peak, components=(point,))
-        light, own = render_source(source, self.result._kernels(psfs), Box.of_shape(self.result.shape))
-        out = np.zeros((len(b), *box.shape), dtype=np.float32)
-        out[(slice(None), *own.within(box))] = light[(b, *box.within(own))]
+        if psfs.any():
+            source = Source(peak=self.source.peak, components=(point,))
+            light, own = render_source(source, self.result._kernels(psfs), Box.of_shape(self.result.shape))
+            out[(slice(None), *own.within(box))] = light[(b, *box.within(own))]
         in_coadd = box.shift(*self.result.origin)
         return {band: Stamp(array, in_coadd) for band, array in zip(bands, out, strict=True)}
 
@@ -309,10 +309,10 @@ class ObjectHandle:
         other = self.result[object_id]
         coadd = self.result._need_coadd("redistribution_covariance")
         box = self._observed[1] & other._observed[1]
-        window = (b, box.y, box.x)
-        total = self.result.model_image(positive=True)[window]
+        planes = coadd.variance, coadd.valid, self.result.model_image(positive=True)
+        variance, valid, total = (_cut(plane, b, box) for plane in planes)
         models = self._on(box, b), other._on(box, b)
-        covariance = redistribution_covariance(coadd.variance[window], coadd.valid[window], *models, total)
+        covariance = redistribution_covariance(variance, valid, *models, total)
         return Stamp(covariance[0], box.shift(*self.result.origin))
 
     def __repr__(self) -> str:
@@ -325,6 +325,11 @@ def _checked_kind(kind: StampKind | str) -> StampKind:
         return StampKind(kind)
     except ValueError:
         raise InputError(f"kind must be one of {', '.join(StampKind)}, got {kind!r}") from None
+
+
+def _cut(planes: NDArray[Any], b: Sequence[int], box: Box) -> NDArray[Any]:
+    """Cut some of the planes (B, H, W) to a box; new pixels."""
+    return np.asarray(planes[:, box.y, box.x][list(b)])
 
 
 def _outwards(box: Box) -> NDArray[np.int64]:

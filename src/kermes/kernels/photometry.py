@@ -56,13 +56,13 @@ def pixel_overlap(y, x, radius):
 
 
 @kernel
-def aperture_sums(images, variance, valid, y, x, radii):
+def aperture_sums(images, variance, model, valid, y, x, radii):
     """Sums of the valid pixels of images (B, h, w) in circles of some radii (A,) round (y, x).
 
-    Returns (A, B, 3): flux, its variance, and the area that was summed. Cost O(B r^2).
+    Returns (A, B, 4): flux, its variance, the area that was summed, and the flux of the model. Cost O(B r^2).
     """
     n_bands, height, width = images.shape
-    sums = np.zeros((len(radii), n_bands, 3))
+    sums = np.zeros((len(radii), n_bands, 4))
     for a in range(len(radii)):
         radius = radii[a]
         for i in range(max(0, int(np.floor(y - radius))), min(height, int(np.ceil(y + radius)) + 1)):
@@ -75,13 +75,17 @@ def aperture_sums(images, variance, valid, y, x, radii):
                         sums[a, b, 0] += area * images[b, i, j]
                         sums[a, b, 1] += area * area * variance[b, i, j]
                         sums[a, b, 2] += area
+                        sums[a, b, 3] += area * model[b, i, j]
     return sums
 
 
 @kernel
-def box_sums(images, variance, valid, y0, y1, x0, x1):
-    """Sums of the valid pixels of a part of images (B, h, w). Returns (B, 3): flux, its variance, number of pixels."""
-    sums = np.zeros((len(images), 3))
+def box_sums(images, variance, model, valid, y0, y1, x0, x1):
+    """Sums of the valid pixels of a part of images (B, h, w).
+
+    Returns (B, 4): flux, its variance, the number of pixels, and the flux of the model.
+    """
+    sums = np.zeros((len(images), 4))
     for b in range(len(images)):
         for i in range(y0, y1):
             for j in range(x0, x1):
@@ -89,6 +93,7 @@ def box_sums(images, variance, valid, y0, y1, x0, x1):
                     sums[b, 0] += images[b, i, j]
                     sums[b, 1] += variance[b, i, j]
                     sums[b, 2] += 1.0
+                    sums[b, 3] += model[b, i, j]
     return sums
 
 
@@ -113,21 +118,23 @@ def model_sums(model, light, variance, valid):
 
 
 @kernel
-def psf_sums(images, noise2, variance, valid, psf):
-    """Sums of P I / V, (P / V)^2 v and P^2 / V for the psf P, images I of variance v and a weight of variance V.
+def psf_sums(images, variance, model, valid, psf, weight_variance):
+    """Sums for the flux of a point source, with its image P (B, h, w), over the valid pixels.
 
-    All (B, h, w). Returns (B, 3).
+    Returns (B, 4), with the weights w = P / V for the variance V of the weights: sum(w I), sum(w^2 variance), sum(w P)
+    and sum(w m) for the model m.
     """
     n_bands, height, width = images.shape
-    sums = np.zeros((n_bands, 3))
+    sums = np.zeros((n_bands, 4))
     for b in range(n_bands):
         for i in range(height):
             for j in range(width):
-                if valid[b, i, j]:
-                    weight = psf[b, i, j] / variance[b, i, j]
+                if valid[b, i, j] and psf[b, i, j] != 0.0:
+                    weight = psf[b, i, j] / weight_variance[b, i, j]
                     sums[b, 0] += weight * images[b, i, j]
-                    sums[b, 1] += weight * weight * noise2[b, i, j]
+                    sums[b, 1] += weight * weight * variance[b, i, j]
                     sums[b, 2] += weight * psf[b, i, j]
+                    sums[b, 3] += weight * model[b, i, j]
     return sums
 
 
