@@ -69,7 +69,8 @@ class Stamp:
 class ObjectHandle:
     """One object of a result: its row and its pixels.
 
-    All stamps share one box: that of the model as observed. A model without light has empty stamps.
+    All stamps share one box: that of the model as observed, and a margin if one is asked for. A model without light has
+    empty stamps, but for the margin.
     """
 
     result: Result
