@@ -329,6 +329,11 @@ def test_what_cannot_be_measured_is_refused(options, message):
         measure(fitted_result(), **options)
 
 
+def test_no_objects_make_a_table_without_rows():
+    table = measure(make_result(models={}, objects=make_result().objects[:0]))
+    assert (len(table), table.colnames) == (0, [item.name for item in measurement_columns(BANDS, APERTURES)])
+
+
 def test_measuring_needs_the_coadd():
     with pytest.raises(kermes.InputError, match="measure needs the images"):
         measure(fitted_result(with_coadd=False), "model")

@@ -137,7 +137,7 @@ def replace_neighbors(
     -----
     A share takes the part a^2 of the variance with it, and the noise fills it up, so that the variance of every pixel
     is V whoever had its light. A source alone keeps its pixels bit by bit. The noise replacer of LSST (Bosch et al.
-    2018, section 4.9.10) has the same aim, but adds no noise to the pixels of the child.
+    2018) has the same aim, but adds no noise to the pixels of the child.
     """
     share = shares(variance, valid, model, total)
     taken = claimed(variance, valid, total)
