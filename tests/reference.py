@@ -358,3 +358,67 @@ def share_stray(image, places, peaks, templates, takes, rule, clip):
         shares[m, shares[m] < clip * shares[m].sum()] = 0
         shares[m] *= image[y, x] / shares[m].sum()
     return shares
+
+
+# ---------------------------------------------------------------- photometry
+
+
+def pixel_overlap(y, x, radius, n_strips=2000):
+    """Area that the pixel centred on (y, x) shares with a circle round the origin: the sum over strips along y."""
+    edges = x - 0.5 + np.arange(n_strips + 1) / n_strips
+    half = np.sqrt(np.maximum(radius**2 - edges**2, 0))
+    chord = np.maximum(np.minimum(half, y + 0.5) - np.maximum(-half, y - 0.5), 0)
+    return float(np.mean(0.5 * (chord[1:] + chord[:-1])))
+
+
+def aperture_sums(images, variance, model, valid, y, x, radii):
+    """Flux, its variance, the area that was summed and the model in circles (A,), band by band (A, B, 4)."""
+    sums = []
+    for radius in radii:
+        area = np.zeros(images.shape[1:])
+        for i, j in np.ndindex(area.shape):
+            area[i, j] = pixel_overlap(i - y, j - x, radius)
+        used = area * valid
+        parts = used * images, used**2 * variance, used, used * model
+        sums.append([part.sum(axis=(1, 2)) for part in parts])
+    return np.moveaxis(np.array(sums), 1, 2)
+
+
+def gaussian_sums(image, variance, valid, state):
+    """Sums of w I times 1, dy, dx, dy^2, dx^2, dy dx and of w^2 V under a Gaussian cut at five sigma."""
+    y, x, yy, xx, xy = state
+    dy, dx = np.indices(image.shape)
+    dy, dx = dy - y, dx - x
+    square = np.einsum("iyx,ij,jyx->yx", [dy, dx], np.linalg.inv([[yy, xy], [xy, xx]]), [dy, dx])
+    weight = np.where((square <= 25) & valid, np.exp(-0.5 * square), 0)
+    light = weight * image
+    moments = [(light * factor).sum() for factor in (1, dy, dx, dy**2, dx**2, dy * dx)]
+    return np.array([*moments, (weight**2 * variance).sum()])
+
+
+def residual_sums(residual, variance, valid, model, y, x, radii):
+    """Chi2, pixels and squared signal in two circles; squared differences of opposite pixels; pixels outside, all."""
+    n_bands, height, width = residual.shape
+    out = np.zeros((n_bands, 10))
+    for b in range(n_bands):
+        used = {}
+        for i in range(-50, 60):
+            for j in range(-50, 60):
+                distance = np.hypot(i - y, j - x)
+                if distance > radii[b, 1]:
+                    continue
+                inside = 0 <= i < height and 0 <= j < width
+                out[b, 8] += not inside
+                out[b, 9] += 1
+                if inside and valid[b, i, j]:
+                    used[i, j] = float(residual[b, i, j]), float(variance[b, i, j])
+                    part = [residual[b, i, j] ** 2 / variance[b, i, j], 1, model[b, i, j] ** 2 / variance[b, i, j]]
+                    out[b, 3:6] += part
+                    out[b, :3] += np.array(part) * (distance <= radii[b, 0])
+        for (i, j), (value, noise2) in used.items():
+            opposite = round(2 * y) - i, round(2 * x) - j
+            if opposite > (i, j) and 0 <= opposite[0] < height and 0 <= opposite[1] < width and valid[(b, *opposite)]:
+                other, other_noise2 = float(residual[(b, *opposite)]), float(variance[(b, *opposite)])
+                out[b, 6] += (value - other) ** 2 / (noise2 + other_noise2)
+                out[b, 7] += 1
+    return out

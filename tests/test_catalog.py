@@ -40,8 +40,14 @@ def test_positions_are_double_precision_pixels(columns):
 
 @pytest.mark.parametrize(
     "definitions",
-    [catalog.object_columns(["g"]), catalog.PARENT_COLUMNS, catalog.BLEND_COLUMNS, catalog.candidate_columns(["g"])],
-    ids=["objects", "parents", "blends", "candidates"],
+    [
+        catalog.object_columns(["g"]),
+        catalog.PARENT_COLUMNS,
+        catalog.BLEND_COLUMNS,
+        catalog.candidate_columns(["g"]),
+        catalog.measurement_columns(["g"], (3, 6.5)),
+    ],
+    ids=["objects", "parents", "blends", "candidates", "measurements"],
 )
 def test_every_column_is_named_once_and_described_in_one_line(definitions):
     assert len({item.name for item in definitions}) == len(definitions)

@@ -16,7 +16,7 @@ from astropy.io import fits
 from astropy.table import Table
 
 import kermes
-from kermes import cli, io
+from kermes import cli, io, photometry
 from kermes.config import Config, config_from_dict, load_config
 from kermes.metrics import FRACTIONS, overlap_fractions
 from kermes.simulation import simulate_patch, simulate_scene
@@ -483,3 +483,28 @@ def test_version_is_that_of_the_package(capsys):
 def test_help_needs_neither_numpy_nor_numba():
     code = "import sys; from kermes.cli import run; run(['--help']); sys.exit(len({'numpy', 'numba'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".fits", ".ecsv"])
+def test_measurements_are_those_of_the_library(output, archive, tmp_path, suffix):
+    path = tmp_path / f"table{suffix}"
+    options = ["--kind", "redistributed", "--bands", "r", "--apertures", "4", "--apertures", "7.5"]
+    assert cli.run(["measure", str(output), str(archive), "-o", str(path), *options]) == 0
+    result = kermes.open(output, coadd=io.read(archive))
+    expected = photometry.measure(result, "redistributed", bands=["r"], apertures=(4, 7.5))
+    table = from_arrow(pq.read_table(path)) if suffix == ".parquet" else Table.read(path)
+    assert table.colnames == expected.colnames
+    for name in expected.colnames:
+        np.testing.assert_array_equal(np.asarray(table[name]), np.asarray(expected[name]))
+    assert table["r_psf_flux"].unit == expected["r_psf_flux"].unit
+
+
+def test_measuring_remembers_the_input(output, tmp_path):
+    assert cli.run(["measure", str(output), "-o", str(tmp_path / "table.parquet")]) == 0
+
+
+def test_an_unknown_kind_and_an_unknown_format_are_one_line_each(output, tmp_path, capsys):
+    assert cli.run(["measure", str(output), "-o", str(tmp_path / "table.ecsv"), "--kind", "heavy"]) == 1
+    assert message_of(capsys).startswith("kind must be one of model")
+    assert cli.run(["measure", str(output), "-o", str(tmp_path / "table.txt")]) == 1
+    assert message_of(capsys).startswith("output must end in .parquet or .fits or .ecsv, got")

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import kermes
-from kermes.catalog import BLEND_COLUMNS, PARENT_COLUMNS, candidate_columns, object_columns
+from kermes.catalog import BLEND_COLUMNS, PARENT_COLUMNS, candidate_columns, measurement_columns, object_columns
 from kermes.cli import run
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +74,12 @@ def test_page_of_templates_lists_the_columns_that_others_do_not_have():
     words = set(re.findall(r"``(\S+?)``", (ROOT / "docs" / "templates.rst").read_text()))
     more = {column.name for column in object_columns(["{band}"], "templates")}
     assert more - {column.name for column in object_columns(["{band}"])} - words == set()
+
+
+def test_page_of_measurement_lists_every_column():
+    words = set(re.findall(r"``(\S+?)``", (ROOT / "docs" / "measurement.rst").read_text()))
+    names = {column.name.replace("aperture_3", "aperture_{radius}") for column in measurement_columns(["{band}"], [3])}
+    assert names - words == set()
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

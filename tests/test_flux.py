@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kermes.coadd import Coadd
-from kermes.flux import LEAST_MODEL, add_positive, claimed, redistribute, shared_fluxes
+from kermes.flux import (
+    LEAST_MODEL,
+    add_positive,
+    claimed,
+    redistribute,
+    redistribution_covariance,
+    replace_neighbors,
+    shared_fluxes,
+)
 from kermes.geometry import Box
 from kermes.kernels import flux as kernels
 from kermes.rendering import SourceModels
@@ -168,3 +176,35 @@ def test_sources_are_the_sums_of_their_components():
     for s, box in enumerate(Box(*row) for row in joined.tolist()):
         stamp = combined[:, starts[s] : starts[s + 1]].reshape(2, *box.shape)
         np.testing.assert_allclose(stamp, expected[s][:, box.y, box.x], rtol=1e-6, atol=1e-6)
+
+
+@given(pixels())
+def test_covariance_of_all_shares_adds_up_to_the_variance(given_pixels):
+    _, variance, valid, models = given_pixels
+    total = total_of(models)
+    covariances = sum(
+        redistribution_covariance(variance, valid, first, second, total).astype(float)
+        for first in models
+        for second in models
+    )
+    # The shares add up to one, so their products do; a few float32 roundings each.
+    np.testing.assert_allclose(covariances, np.where(claimed(variance, valid, total), variance, 0), rtol=5e-6)
+
+
+def test_a_source_alone_keeps_its_pixels():
+    rng = np.random.default_rng(3)
+    images = rng.normal(size=SHAPE).astype(np.float32)
+    images[0, 2, 3] = np.nan
+    variance, valid = np.ones(SHAPE, np.float32), np.isfinite(images)
+    model = rng.uniform(0.5, 2, SHAPE).astype(np.float32)
+    noise = rng.normal(size=SHAPE).astype(np.float32)
+    np.testing.assert_array_equal(replace_neighbors(images, variance, valid, model, model, noise), images)
+
+
+def test_pixels_of_a_neighbour_become_noise_and_what_nobody_claims_stays():
+    images, variance = np.full((1, 1, 3), 7.0, np.float32), np.full((1, 1, 3), 4.0, np.float32)
+    model, total = np.array([[[0, 0, 1]]], np.float32), np.array([[[5, 0, 2]]], np.float32)
+    noise = np.array([[[1, 1, -1]]], np.float32)
+    replaced = replace_neighbors(images, variance, np.ones((1, 1, 3), bool), model, total, noise)
+    # All noise; the image; half the image, and noise with the three quarters of the variance that are missing.
+    np.testing.assert_allclose(replaced, [[[2, 7, 3.5 - np.sqrt(3)]]], rtol=1e-6)

@@ -11,8 +11,9 @@ from kermes.flux import claimed
 from kermes.geometry import Box
 from kermes.psf import continued, difference_kernels, model_psf
 from kermes.rendering import KernelSet, convolve, render_scene
+from kermes.result import StampKind
 from kermes.scene import ProfileComponent, Scene
-from results import fitted_result, light_of_candidates, make_result
+from results import BANDS, ORIGIN, fitted_result, light_of_candidates, make_coadd, make_result, psfs, sources
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_membership_asks_for_the_id(result):
     assert 1000 not in result
 
 
-@pytest.mark.parametrize("method", ["model", "redistributed", "neighbor_subtracted"])
+@pytest.mark.parametrize("method", list(StampKind))
 def test_an_unknown_band_is_refused_with_the_known_ones(result, method):
     with pytest.raises(kermes.InputError, match="band must be one of g, r, got 'z'"):
         getattr(result[7], method)("z")
@@ -198,7 +199,7 @@ def test_the_total_given_by_the_tile_is_used_as_it_is(result):
     np.testing.assert_array_equal(given[7].redistributed("g").array, result[7].redistributed("g").array)
 
 
-@pytest.mark.parametrize("what", ["redistributed", "neighbor_subtracted"])
+@pytest.mark.parametrize("what", ["redistributed", "neighbor_subtracted", "noise_replaced"])
 def test_observed_stamps_need_the_coadd(what):
     result = make_result(with_coadd=False)
     with pytest.raises(kermes.InputError, match=f"{what} needs the images: open the result with coadd="):
@@ -238,3 +239,149 @@ def test_magnitudes_need_a_zero_point(result):
     with pytest.raises(kermes.InputError, match="need the zero point"):
         without.catalog(magnitudes=True)
     assert without.catalog().colnames == result.objects.colnames
+
+
+# ---------------------------------------------------------------- kinds of stamps
+
+
+@pytest.mark.parametrize("kind", StampKind)
+def test_the_two_ways_to_a_stamp_lead_to_the_same(result, kind):
+    short, long = getattr(result[7], kind)("r"), result[7].stamp(kind, "r")
+    assert short.box == long.box
+    np.testing.assert_array_equal(short.array, long.array)
+
+
+@pytest.mark.parametrize("kind", StampKind)
+def test_a_margin_adds_pixels_and_changes_none(fitted, kind):
+    small, large = fitted[7].stamp(kind, "g"), fitted[7].stamp(kind, "g", margin=5)
+    assert large.box == small.box.grow(5) & fitted.coadd.box
+    inner = small.box.within(large.box)
+    for name in ("array", "variance", "valid"):
+        if kind is not StampKind.MODEL or name == "array":
+            np.testing.assert_array_equal(getattr(large, name)[inner], getattr(small, name))
+
+
+def test_a_margin_stops_at_the_edge_of_the_image(fitted):
+    assert fitted[8].stamp("neighbor_subtracted", "g", margin=200).box == fitted.coadd.box
+
+
+def test_what_is_shared_and_what_is_not_make_up_the_image(fitted):
+    coadd = fitted.coadd
+    whole = np.zeros(fitted.shape)
+    for _, stamps in fitted.stamps("redistributed", ["r"]):
+        whole[stamps["r"].box.within(coadd.box)] += stamps["r"].array
+    total = fitted.model_image(positive=True)
+    shared = claimed(coadd.variance, coadd.valid, total)[1]
+    # Two candidates have a share, but no row.
+    others = np.maximum(light_of_candidates(fitted)[:, 1], 0).sum(axis=0, dtype=np.float64)
+    whole += np.where(shared, coadd.images[1] * others / np.where(shared, total[1], 1), 0)
+    unassigned = np.where(shared, 0, coadd.images[1])
+    np.testing.assert_allclose(whole + unassigned, coadd.images[1], rtol=1e-5, atol=1e-6)
+
+
+def test_noise_does_not_depend_on_what_was_cut_before(fitted):
+    backwards = {handle.object_id: handle.stamps("noise_replaced", ["r", "g"]) for handle in list(fitted)[::-1]}
+    for object_id, stamps in fitted_result().stamps("noise_replaced"):
+        for band, stamp in stamps.items():
+            np.testing.assert_array_equal(stamp.array, backwards[object_id][band].array)
+
+
+def test_noise_differs_between_objects_and_bands(result):
+    noises = np.concatenate([result[object_id]._noise("gr", Box(28, 28, 8, 8)) for object_id in (4, 7)])
+    correlation = np.corrcoef(noises.reshape(4, -1))
+    # Off the diagonal the scatter is 1 / sqrt(64) = 0.125; six pairs stay within four times that.
+    assert np.abs(correlation - np.eye(4)).max() < 0.5
+
+
+def test_images_stay_as_they_are():
+    result = make_result()
+    images, variance = result.coadd.images.copy(), result.coadd.variance.copy()
+    for kind in StampKind:
+        for _, stamps in result.stamps(kind, margin=3):
+            for stamp in stamps.values():
+                stamp.array[:] = 1e6
+                if stamp.variance is not None:
+                    stamp.variance[:] = -1
+    np.testing.assert_array_equal(result.coadd.images, images)
+    np.testing.assert_array_equal(result.coadd.variance, variance)
+
+
+def test_noise_in_the_place_of_a_neighbour_has_the_variance_of_the_image():
+    coadd = make_coadd()
+    rng = np.random.default_rng(8)
+    variance = rng.uniform(0.5, 8, coadd.images.shape).astype(np.float32)
+    bright = kermes.Coadd(images=coadd.images + 1e4, variance=variance, psfs=psfs(), bands=BANDS, origin=ORIGIN)
+    result = make_result(coadd=bright)
+    stamp = result[7].stamp("noise_replaced", "r", margin=20)
+    model = result[7].stamp("model", "r", margin=20).array
+    taken = claimed(variance, bright.valid, result.model_image(positive=True))[1][stamp.box.within(bright.box)]
+    far = taken & (model <= 0)
+    scaled = stamp.array[far] / np.sqrt(stamp.variance[far])
+    assert far.sum() > 100
+    # Errors of a standard deviation and a mean of n numbers, four times.
+    assert np.std(scaled) == pytest.approx(1, abs=4 / np.sqrt(2 * far.sum()))
+    assert abs(np.mean(scaled)) < 4 / np.sqrt(far.sum())
+
+
+@pytest.mark.parametrize("kind", ["redistributed", "neighbor_subtracted", "noise_replaced"])
+def test_the_variance_of_a_stamp_is_the_scatter_of_its_pixels(kind):
+    n, stamps = 200, []
+    models = {object_id: source for object_id, source in sources().items() if object_id != 9}
+    objects = make_result().objects[:3]
+    for seed in range(n):
+        result = make_result(coadd=make_coadd(seed), models=models, objects=objects)
+        stamps.append(result[4].stamp(kind, "r"))
+    scatter2 = np.var([stamp.array for stamp in stamps], axis=0)
+    if kind == "noise_replaced":
+        # The noise that is put in is the same every time: what scatters is the share.
+        expected = result[4].redistribution_covariance(4, "r").array
+        shared = claimed(result.coadd.variance, result.coadd.valid, result.model_image(positive=True))[1]
+        expected = np.where(shared[stamps[0].box.within(result.coadd.box)], expected, stamps[0].variance)
+    else:
+        expected = stamps[0].variance
+    # Mean over all pixels of a ratio whose scatter is sqrt(2 / n) = 0.1 each; single pixels within five times.
+    ratio = scatter2[expected > 0] / expected[expected > 0]
+    assert ratio.mean() == pytest.approx(1, abs=0.02)
+    assert np.abs(ratio - 1).max() < 0.5
+
+
+def test_covariance_with_itself_is_the_variance_and_with_others_symmetric(result):
+    own = result[4].redistribution_covariance(4, "r")
+    np.testing.assert_array_equal(own.array, result[4].redistributed("r").variance)
+    there, back = result[4].redistribution_covariance(7, "r"), result[7].redistribution_covariance(4, "r")
+    assert there.box == back.box
+    np.testing.assert_array_equal(there.array, back.array)
+    assert there.array.max() > 0
+
+
+def test_stamps_come_in_the_order_of_the_table_one_at_a_time(result):
+    stamps = result.stamps("model", ["r"])
+    assert next(stamps)[0] == result.objects["object_id"][0]
+    assert [object_id for object_id, _ in stamps] == list(result.objects["object_id"][1:])
+
+
+def test_an_object_without_light_has_pixels_within_the_margin(result):
+    stamp = result[9].stamp("neighbor_subtracted", "r", margin=2)
+    assert stamp.box.origin == (result[9].peak[0] - 2, result[9].peak[1] - 2)
+    assert stamp.array.shape == (4, 4)
+
+
+def test_wrong_stamps_are_refused_before_the_first_is_cut(result):
+    with pytest.raises(kermes.InputError, match="kind must be one of model, redistributed, .*got 'heavy'"):
+        result.stamps("heavy")
+    with pytest.raises(kermes.InputError, match="band must be one of g, r, got 'z'"):
+        result.stamps("model", ["z"])
+    with pytest.raises(kermes.InputError, match="margin must be >= 0, got -1"):
+        result.stamps("model", margin=-1)
+    with pytest.raises(kermes.InputError, match="noise_replaced needs the images"):
+        make_result(with_coadd=False).stamps("noise_replaced")
+
+
+def test_a_point_source_is_drawn_where_the_model_is(fitted):
+    y, x = fitted.models[7].components[0].center
+    fitted.objects["center_y"][1], fitted.objects["center_x"][1] = y + ORIGIN[0], x + ORIGIN[1]
+    point, model = fitted[7].psf_stamps(["r"])["r"], fitted[7].model("r")
+    assert point.box == model.box
+    # Drawn on stamps of different size, whose edges are joined at different places.
+    np.testing.assert_allclose(300 * point.array, model.array, atol=1e-4 * model.array.max())
+    assert fitted[7].psf_stamps(["r"], margin=20)["r"].array.sum() == pytest.approx(1, abs=1e-3)

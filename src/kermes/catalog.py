@@ -344,6 +344,78 @@ def forced_columns(bands: Sequence[str]) -> tuple[ColumnDefinition, ...]:
     )
 
 
+class MeasurementFlag(StrEnum):
+    """Names of the boolean columns of a band in the table of measurements."""
+
+    NO_DATA = "flag_no_data"
+    INCOMPLETE = "flag_incomplete"
+    MOMENTS = "flag_moments"
+
+
+MEASUREMENT_FLAG_DESCRIPTIONS: Mapping[MeasurementFlag, str] = {
+    MeasurementFlag.NO_DATA: "no valid pixel within three widths of the PSF, or no PSF",
+    MeasurementFlag.INCOMPLETE: "the largest aperture or that of Kron misses pixels, which are left out",
+    MeasurementFlag.MOMENTS: "the adaptive moments did not converge",
+}
+"""What a flag of a measurement says when it is True."""
+
+_MEASURED = (
+    ColumnDefinition("total_flux", np.float64, "Sum over the box of the model", "flux"),
+    ColumnDefinition("total_flux_err", np.float64, "Standard deviation of total_flux", "flux"),
+    ColumnDefinition("kron_flux", np.float64, "Flux within kron_radius", "flux"),
+    ColumnDefinition("kron_flux_err", np.float64, "Standard deviation of kron_flux", "flux"),
+    ColumnDefinition("psf_flux", np.float64, "Flux of a point source at the centre of the model", "flux"),
+    ColumnDefinition("psf_flux_err", np.float64, "Standard deviation of psf_flux", "flux"),
+    ColumnDefinition(
+        "centroid_y", np.float64, "Row of the centre by adaptive moments, coordinates of the coadd", "pix"
+    ),
+    ColumnDefinition("centroid_x", np.float64, "Column of the centre by adaptive moments, likewise", "pix"),
+    ColumnDefinition("moment_yy", np.float64, "Adaptive second moment along y, PSF included", "pix2"),
+    ColumnDefinition("moment_xx", np.float64, "Adaptive second moment along x", "pix2"),
+    ColumnDefinition("moment_xy", np.float64, "Adaptive mixed second moment", "pix2"),
+    ColumnDefinition("size_ratio", np.float64, "moment_yy + moment_xx over that of the PSF; 1: a star"),
+    ColumnDefinition("snr", np.float64, "Flux under the adaptive Gaussian over its standard deviation"),
+    ColumnDefinition("chi2_1fwhm", np.float64, "chi2 over dof_1fwhm of what all models leave within one PSF width"),
+    ColumnDefinition("dof_1fwhm", np.float64, "Degrees of freedom within one width of the PSF"),
+    ColumnDefinition("chi2_3fwhm", np.float64, "chi2 over dof_3fwhm of what all models leave within three PSF widths"),
+    ColumnDefinition("dof_3fwhm", np.float64, "Degrees of freedom within three widths of the PSF"),
+    ColumnDefinition("asymmetry", np.float64, "Residual less its mirror image, squared, over its variance; 1: noise"),
+    ColumnDefinition("coverage", np.float64, "Share of valid pixels within three widths of the PSF"),
+    ColumnDefinition("edge_fraction", np.float64, "Share of pixels outside the image within three widths of the PSF"),
+)
+
+
+def aperture_name(radius: float) -> str:
+    """Name the columns of an aperture: "aperture_3" for a radius of 3 pixels; errors add "_flux_err"."""
+    return f"aperture_{radius:g}"
+
+
+def measurement_columns(bands: Sequence[str], apertures: Sequence[float]) -> tuple[ColumnDefinition, ...]:
+    """Columns of the table of measurements for these bands and radii of apertures [pixels], in order."""
+    of_apertures = tuple(
+        ColumnDefinition(f"{aperture_name(radius)}_flux{suffix}", np.float64, f"{what} {radius:g} pixels", "flux")
+        for radius in apertures
+        for suffix, what in (("", "Flux within"), ("_err", "Standard deviation of the flux within"))
+    )
+    return (
+        ColumnDefinition("object_id", np.int64, "Number of the object"),
+        ColumnDefinition("y", np.float64, "Row of the centre of the model, in the coordinates of the coadd", "pix"),
+        ColumnDefinition("x", np.float64, "Column of the centre of the model, in the coordinates of the coadd", "pix"),
+        ColumnDefinition("kron_radius", np.float64, "Radius of the Kron aperture, the same in all bands", "pix"),
+        *(
+            ColumnDefinition(f"{band}_{column.name}", column.dtype, f"{column.description}, band {band}", column.unit)
+            for band in bands
+            for column in (*of_apertures, *_MEASURED)
+        ),
+        ColumnDefinition("flag_kron", np.bool_, "True: kron_radius could not be measured, or met a limit"),
+        *(
+            ColumnDefinition(f"{band}_{flag}", np.bool_, f"True: {MEASUREMENT_FLAG_DESCRIPTIONS[flag]}, band {band}")
+            for band in bands
+            for flag in MeasurementFlag
+        ),
+    )
+
+
 def empty_columns(definitions: Sequence[ColumnDefinition], n_rows: int) -> dict[str, NDArray[Any]]:
     """Make columns that are yet to be filled: NaN, 0, False or empty text (of at most 16 letters)."""
     columns = {}
@@ -495,3 +567,13 @@ def in_nanojansky(objects: Table, zero_point: float) -> Table:
             column *= column.dtype.type(factor)
             column.unit = units.nJy
     return table
+
+
+def make_measurements(
+    columns: Mapping[str, ArrayLike], bands: Sequence[str], apertures: Sequence[float], unit: units.UnitBase | None
+) -> Table:
+    """Make the table of measurements.
+
+    Parameters, and what is returned, are as in `make_objects`, with the columns of `measurement_columns`.
+    """
+    return _make_table(columns, measurement_columns(bands, apertures), unit)

@@ -307,6 +307,52 @@ def forced(
 
 
 @app.command
+def measure(
+    result: Path,
+    coadd: Path | None = None,
+    /,
+    *,
+    output: Output,
+    kind: str = "neighbor_subtracted",
+    bands: Words = (),
+    apertures: Annotated[tuple[float, ...], Parameter(negative=(), show_default=False)] = (),
+    overwrite: Switch = False,
+) -> None:
+    """Measure fluxes and shapes of every object on its stamps, and write a table.
+
+    Parameters
+    ----------
+    result
+        Directory that kermes deblend wrote.
+    coadd
+        Coadd it was made from; left out: the files that kermes deblend read.
+    output
+        Table to write: .parquet, .fits, .ecsv, .csv or .vot (VOTable).
+    kind
+        What is measured on: neighbor_subtracted, redistributed, noise_replaced or model.
+    bands
+        Names of bands; left out: all of them.
+    apertures
+        Radii of circular apertures [pixels], may be repeated; left out: 3, 6 and 9.
+    overwrite
+        Replace an earlier file of the same name.
+    """
+    _check_file_output(output, *_TABLE_SUFFIXES, overwrite=overwrite)
+    kermes.open(result)  # What is no result gets its own message, before anything is looked for.
+    source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
+
+    from kermes import io
+    from kermes.photometry import APERTURES
+    from kermes.photometry import measure as measure_result
+    from kermes.store import table_bytes
+
+    opened = kermes.open(result, coadd=io.read(**source))
+    table = measure_result(opened, kind, bands or None, apertures or APERTURES)
+    _write_file(output, table_bytes(table, output.suffix.lower()))
+    _say(f"{_count(len(table), 'object')} measured on {kind}; written to {output}")
+
+
+@app.command
 def metrics(
     result: Path,
     /,

@@ -36,17 +36,13 @@ def claimed(variance: FloatArray, valid: NDArray[np.bool_], total: FloatArray) -
     return np.asarray(valid & (total > LEAST_MODEL * np.sqrt(variance, where=valid, out=np.zeros_like(variance))))
 
 
-def redistribute(
-    images: FloatArray, variance: FloatArray, valid: NDArray[np.bool_], model: FloatArray, total: FloatArray
-) -> FloatArray:
-    """Give one source its share of the observed flux.
+def shares(variance: FloatArray, valid: NDArray[np.bool_], model: FloatArray, total: FloatArray) -> FloatArray:
+    """Find what part of each pixel belongs to one source.
 
     Parameters
     ----------
-    images : ndarray, shape (B, h, w)
-        Observed flux per pixel [unit].
     variance : ndarray, shape (B, h, w)
-        Its variance [unit^2].
+        Variance of the observed flux [unit^2].
     valid : ndarray, shape (B, h, w)
         True where the pixel may be used.
     model : ndarray, shape (B, h, w)
@@ -57,13 +53,96 @@ def redistribute(
     Returns
     -------
     share : ndarray, shape (B, h, w)
-        Flux per pixel [unit]; zero where the pixel is not `claimed`. Over all sources the shares add up to the image.
+        From 0 to 1; zero where the pixel is not `claimed`, else the shares of all sources add up to one.
     """
-    share = np.zeros_like(images)
-    own = claimed(variance, valid, total) & (model > 0)
-    np.divide(model, total, out=share, where=own)
-    np.multiply(share, images, out=share, where=own)
+    share = np.zeros_like(model)
+    np.divide(model, total, out=share, where=claimed(variance, valid, total) & (model > 0))
     return share
+
+
+def redistribute(
+    images: FloatArray, variance: FloatArray, valid: NDArray[np.bool_], model: FloatArray, total: FloatArray
+) -> FloatArray:
+    """Give one source its share of the observed flux.
+
+    Parameters
+    ----------
+    images : ndarray, shape (B, h, w)
+        Observed flux per pixel [unit].
+    variance, valid, model, total : ndarray, shape (B, h, w)
+        As in `shares`.
+
+    Returns
+    -------
+    flux : ndarray, shape (B, h, w)
+        Flux per pixel [unit]; zero where the pixel is not `claimed`. Over all sources it adds up to the image. Its
+        variance is the square of the share times that of the pixel.
+    """
+    share = shares(variance, valid, model, total)
+    return np.multiply(share, images, out=share, where=share > 0)
+
+
+def redistribution_covariance(
+    variance: FloatArray, valid: NDArray[np.bool_], first: FloatArray, second: FloatArray, total: FloatArray
+) -> FloatArray:
+    """Find the covariance of what two sources get of the same pixels.
+
+    Both get a fixed part of one noisy number, so the noise of both goes the same way; different pixels do not covary.
+    The covariance of two sums over pixels is the sum of it over the pixels that both have.
+
+    Parameters
+    ----------
+    variance, valid, total : ndarray, shape (B, h, w)
+        As in `shares`.
+    first, second : ndarray, shape (B, h, w)
+        Models of the two sources as observed [unit]; the same twice gives the variance.
+
+    Returns
+    -------
+    covariance : ndarray, shape (B, h, w)
+        a_1 a_2 V for shares a and the variance V of the pixel [unit^2]; zero where one has no share. The models are
+        taken as they are: their own errors are not in it.
+    """
+    product = shares(variance, valid, first, total)
+    product *= shares(variance, valid, second, total)
+    return np.multiply(product, variance, out=product, where=product > 0)
+
+
+def replace_neighbors(
+    images: FloatArray,
+    variance: FloatArray,
+    valid: NDArray[np.bool_],
+    model: FloatArray,
+    total: FloatArray,
+    noise: FloatArray,
+) -> FloatArray:
+    """Leave one source in an image and put noise in the place of all others.
+
+    Parameters
+    ----------
+    images : ndarray, shape (B, h, w)
+        Observed flux per pixel [unit].
+    variance, valid, model, total : ndarray, shape (B, h, w)
+        As in `shares`.
+    noise : ndarray, shape (B, h, w)
+        White noise of one.
+
+    Returns
+    -------
+    replaced : ndarray, shape (B, h, w)
+        Flux per pixel [unit]: a I + sqrt((1 - a^2) V) noise where the pixel is `claimed`, for the share a, the image I
+        and its variance V; else the image as it is, NaN included.
+
+    Notes
+    -----
+    A share takes the part a^2 of the variance with it, and the noise fills it up, so that the variance of every pixel
+    is V whoever had its light. A source alone keeps its pixels bit by bit. The noise replacer of LSST (Bosch et al.
+    2018) has the same aim, but adds no noise to the pixels of the child.
+    """
+    share = shares(variance, valid, model, total)
+    taken = claimed(variance, valid, total)
+    missing = np.sqrt(np.maximum(1 - share**2, 0) * np.where(taken, variance, 0))
+    return np.where(taken, share * np.where(taken, images, 0) + missing * noise, images)
 
 
 def add_positive(total: FloatArray, models: SourceModels) -> FloatArray:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 from os import PathLike
 from typing import Any
@@ -24,14 +26,33 @@ from kermes.catalog import (
 from kermes.coadd import Coadd
 from kermes.config import Config
 from kermes.errors import InputError
-from kermes.flux import redistribute
+from kermes.flux import redistribute, redistribution_covariance, replace_neighbors
 from kermes.geometry import Box
 from kermes.metrics import registered_metrics
 from kermes.psf import continued, difference_kernels, model_psf
 from kermes.rendering import KernelSet, outer_box, render_source
-from kermes.scene import Source
+from kermes.scene import ProfileComponent, Source
 
 FloatArray = NDArray[np.float32]
+
+
+_N_KERNEL_SETS = 16  # PSFs whose kernels are kept; blends that follow each other often share one
+
+
+class StampKind(StrEnum):
+    """What the pixels of one object are made from."""
+
+    MODEL = "model"
+    """Its model as observed."""
+
+    REDISTRIBUTED = "redistributed"
+    """Its share of the image; zero in pixels that belong to nobody."""
+
+    NEIGHBOR_SUBTRACTED = "neighbor_subtracted"
+    """The image less the models of all others."""
+
+    NOISE_REPLACED = "noise_replaced"
+    """Its share of the image, and noise in place of what belongs to others."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,12 +65,20 @@ class Stamp:
     box: Box
     """Pixels of `array`, in the coadd's coordinates."""
 
+    variance: FloatArray | None = None
+    """Variance of `array` from the noise of the pixels [unit^2], shape of `box`; errors of models are not in it. None:
+    a model, which has no noise."""
+
+    valid: NDArray[np.bool_] | None = None
+    """True where the pixel of the image may be used, shape of `box`. None: a model, which has light everywhere."""
+
 
 @dataclass(frozen=True, eq=False)
 class ObjectHandle:
     """One object of a result: its row and its pixels.
 
-    All stamps share one box: that of the model as observed. A model without light has empty stamps.
+    All stamps share one box: that of the model as observed, and a margin if one is asked for. A model without light has
+    empty stamps, but for the margin.
     """
 
     result: Result
@@ -83,6 +112,17 @@ class ObjectHandle:
         """Its peak (y, x), in the coadd's coordinates."""
         return self.source.peak[0] + self.result.origin[0], self.source.peak[1] + self.result.origin[1]
 
+    @property
+    def center(self) -> tuple[float, float]:
+        """Fitted centre (y, x), in the coadd's coordinates; where none was fitted, its position in the table."""
+        y, x = float(self.row["center_y"]), float(self.row["center_x"])
+        return (y, x) if np.isfinite(y + x) else (float(self.row["y"]), float(self.row["x"]))
+
+    @property
+    def box(self) -> Box:
+        """Pixels of its stamps without a margin, in the coadd's coordinates."""
+        return self._observed[1].shift(*self.result.origin)
+
     @cached_property
     def _observed(self) -> tuple[FloatArray, Box]:
         """Convolved model (B, h, w), and its box as array index."""
@@ -92,8 +132,127 @@ class ObjectHandle:
         kernels = self.result._kernels(self.result.psfs[blend_id])
         return render_source(self.source, kernels, self.result._outer(blend_id))
 
-    def _stamp(self, array: FloatArray) -> Stamp:
-        return Stamp(array, self._observed[1].shift(*self.result.origin))
+    def _box(self, margin: int) -> Box:
+        """Pixels of its stamps, as array index."""
+        if margin < 0:
+            raise InputError(f"margin must be >= 0, got {margin}")
+        return self._observed[1].grow(margin) & Box.of_shape(self.result.shape)
+
+    def _on(self, box: Box, b: Sequence[int]) -> FloatArray:
+        """Convolved model in some bands, on the pixels of a box; new pixels."""
+        model, own = self._observed
+        out = np.zeros((len(b), *box.shape), dtype=np.float32)
+        out[(slice(None), *own.within(box))] = model[(list(b), *box.within(own))]
+        return out
+
+    def _noise(self, bands: Sequence[str], box: Box) -> FloatArray:
+        """White noise of one; it follows from the object, the band and the offset from the peak, not from the box."""
+        y, x = self.source.peak
+        number = _outwards(box.shift(-y, -x))
+        seeds = (np.random.SeedSequence([self.object_id, *band.encode()]) for band in bands)
+        n = number.max(initial=-1) + 1
+        return np.stack([np.random.default_rng(seed).standard_normal(n, dtype=np.float32)[number] for seed in seeds])
+
+    def stamps(self, kind: StampKind | str, bands: Sequence[str] | None = None, margin: int = 0) -> dict[str, Stamp]:
+        """Cut out one kind of stamp in several bands.
+
+        Parameters
+        ----------
+        kind : StampKind or str
+            "model": as observed. "redistributed": every valid pixel is divided among all objects of the image in
+            proportion to the positive part of their models as observed; over all objects the shares add up to the
+            image. "neighbor_subtracted": the image less the models of all other objects. "noise_replaced": the share,
+            and noise that brings the variance back to that of the image; where the object has no share of a pixel,
+            noise alone. See `kermes.flux` for the formulas.
+        bands : sequence of str, optional
+            Left out: all.
+        margin : int, optional
+            Pixels added on each side of the box of the model, so that apertures fit.
+
+        Returns
+        -------
+        stamps : dict
+            A `Stamp` by band, all with the same box, cut at the edge of the image; new pixels. Where all models
+            together stay below `flux.LEAST_MODEL` times the noise, a pixel belongs to nobody: "redistributed" is zero
+            and "noise_replaced" is the image there. Invalid pixels are zero in "redistributed"; in
+            "neighbor_subtracted" and "noise_replaced" they are as in the image, NaN included. The variance is that of
+            the image, and the share squared times it for "redistributed".
+
+        Raises
+        ------
+        InputError
+            If the kind or a band is unknown, the margin is negative, or the result has no coadd and the kind is not
+            "model".
+
+        Notes
+        -----
+        The noise is drawn from `object_id`, the name of the band and the offset from the peak: it does not depend on
+        the order in which stamps are cut, on other bands or on the margin.
+        """
+        kind, bands = _checked_kind(kind), self.bands if bands is None else tuple(bands)
+        b = [self.result._band_index(band) for band in bands]
+        box = self._box(margin)
+        model = self._on(box, b)
+        in_coadd = box.shift(*self.result.origin)
+        if kind is StampKind.MODEL:
+            return {band: Stamp(array, in_coadd) for band, array in zip(bands, model, strict=True)}
+        coadd = self.result._need_coadd(kind)
+        images, variance, valid = (_cut(plane, b, box) for plane in (coadd.images, coadd.variance, coadd.valid))
+        if kind is StampKind.NEIGHBOR_SUBTRACTED:
+            images -= _cut(self.result.model_image(), b, box) - model
+        else:
+            total = _cut(self.result.model_image(positive=True), b, box)
+            if kind is StampKind.REDISTRIBUTED:
+                images = redistribute(images, variance, valid, model, total)
+                variance = redistribution_covariance(variance, valid, model, model, total)
+            else:
+                images = replace_neighbors(images, variance, valid, model, total, self._noise(bands, box))
+        planes = zip(bands, images, variance, valid, strict=True)
+        return {band: Stamp(array, in_coadd, noise2, used) for band, array, noise2, used in planes}
+
+    def stamp(self, kind: StampKind | str, band: str, margin: int = 0) -> Stamp:
+        """Cut out one kind of stamp in one band; kind, margin and errors as in `stamps`."""
+        return self.stamps(kind, (band,), margin)[band]
+
+    def psf_stamps(self, bands: Sequence[str] | None = None, margin: int = 0) -> dict[str, Stamp]:
+        """Draw a point source of flux one at its centre, as its stamps would show it.
+
+        Parameters
+        ----------
+        bands, margin
+            As in `stamps`.
+
+        Returns
+        -------
+        stamps : dict
+            A `Stamp` by band on the pixels of `stamps`; zero in a band without a PSF. Wings reach as far as the stamp
+            of the PSF.
+
+        Raises
+        ------
+        InputError
+            If a band is unknown or the margin negative.
+        """
+        bands = self.bands if bands is None else tuple(bands)
+        b = [self.result._band_index(band) for band in bands]
+        box = self._box(margin)
+        psfs = self.result.psfs[int(self.row["blend_id"])]
+        out = np.zeros((len(b), *box.shape), dtype=np.float32)
+        y, x = (value - origin for value, origin in zip(self.center, self.result.origin, strict=True))
+        half = max(psfs.shape[1:]) // 2 + 1
+        point = ProfileComponent(
+            spectrum=np.ones(len(self.bands), dtype=np.float32),
+            center=np.array([y, x]),
+            shear=np.zeros(2),
+            sigma=self.result.config.model_psf_sigma,
+            box=Box(round(y) - half, round(x) - half, 2 * half, 2 * half),
+        )
+        if psfs.any():
+            source = Source(peak=self.source.peak, components=(point,))
+            light, own = render_source(source, self.result._kernels(psfs), Box.of_shape(self.result.shape))
+            out[(slice(None), *own.within(box))] = light[(b, *box.within(own))]
+        in_coadd = box.shift(*self.result.origin)
+        return {band: Stamp(array, in_coadd) for band, array in zip(bands, out, strict=True)}
 
     def model(self, band: str, convolved: bool = True) -> Stamp:
         """Evaluate its model in one band.
@@ -114,70 +273,82 @@ class ObjectHandle:
         InputError
             If the band is unknown.
         """
-        b = self.result._band_index(band)
-        convolved_model, box = self._observed
+        stamp = self.stamp(StampKind.MODEL, band)
         if convolved:
-            return self._stamp(convolved_model[b].copy())
+            return stamp
+        box, source_box = self._observed[1], self.source.box
         model = np.zeros(box.shape, dtype=np.float32)
-        source_box = self.source.box
+        b = self.result._band_index(band)
         model[source_box.within(box)] = self.source.model(len(self.bands))[(b, *box.within(source_box))]
-        return self._stamp(model)
+        return Stamp(model, stamp.box)
 
     def redistributed(self, band: str) -> Stamp:
-        """Share out the observed flux in one band and return what belongs to this object.
-
-        Every valid pixel is divided among all objects of the image in proportion to the positive part of their
-        models as observed; over all objects the shares add up to the image. Where all models together stay below
-        `flux.LEAST_MODEL` times the noise, the pixel belongs to nobody.
-
-        Parameters
-        ----------
-        band : str
-
-        Returns
-        -------
-        stamp : Stamp
-            Zero in invalid pixels.
-
-        Raises
-        ------
-        InputError
-            If the band is unknown, or the result has no coadd.
-        """
-        b = self.result._band_index(band)
-        coadd = self.result._need_coadd("redistributed")
-        model, box = self._observed
-        window = (slice(b, b + 1), box.y, box.x)
-        total = self.result.model_image(positive=True)
-        images, variance, valid = coadd.images[window], coadd.variance[window], coadd.valid[window]
-        return self._stamp(redistribute(images, variance, valid, model[b : b + 1], total[window])[0])
+        """Share out the observed flux in one band and return what belongs to this object, as `stamps` says."""
+        return self.stamp(StampKind.REDISTRIBUTED, band)
 
     def neighbor_subtracted(self, band: str) -> Stamp:
-        """Subtract the models of all other objects from the image.
+        """Subtract the models of all other objects from the image in one band, as `stamps` says."""
+        return self.stamp(StampKind.NEIGHBOR_SUBTRACTED, band)
+
+    def noise_replaced(self, band: str) -> Stamp:
+        """Replace in one band what belongs to others by noise of the same variance, as `stamps` says."""
+        return self.stamp(StampKind.NOISE_REPLACED, band)
+
+    def redistribution_covariance(self, object_id: int, band: str) -> Stamp:
+        """Find the covariance of its redistributed pixels with those of another object.
 
         Parameters
         ----------
+        object_id : int
+            The other object; its own number gives the variance.
         band : str
 
         Returns
         -------
-        stamp : Stamp
-            Invalid pixels are as in the image, NaN included.
+        covariance : Stamp
+            Per pixel [unit^2] on the pixels that both boxes hold; see `kermes.flux.redistribution_covariance`. Its
+            `variance` and `valid` are None.
 
         Raises
         ------
         InputError
-            If the band is unknown, or the result has no coadd.
+            If the object or the band is unknown, or the result has no coadd.
         """
-        b = self.result._band_index(band)
-        coadd = self.result._need_coadd("neighbor_subtracted")
-        model, box = self._observed
-        window = (b, box.y, box.x)
-        return self._stamp(coadd.images[window] - (self.result.model_image()[window] - model[b]))
+        b = [self.result._band_index(band)]
+        other = self.result[object_id]
+        coadd = self.result._need_coadd("redistribution_covariance")
+        box = self._observed[1] & other._observed[1]
+        planes = coadd.variance, coadd.valid, self.result.model_image(positive=True)
+        variance, valid, total = (_cut(plane, b, box) for plane in planes)
+        models = self._on(box, b), other._on(box, b)
+        covariance = redistribution_covariance(variance, valid, *models, total)
+        return Stamp(covariance[0], box.shift(*self.result.origin))
 
     def __repr__(self) -> str:
         y, x = self.peak
         return f"<Object {self.object_id}: peak y={y}, x={x}, {self.row['outcome']}, bands {' '.join(self.bands)}>"
+
+
+def _checked_kind(kind: StampKind | str) -> StampKind:
+    try:
+        return StampKind(kind)
+    except ValueError:
+        raise InputError(f"kind must be one of {', '.join(StampKind)}, got {kind!r}") from None
+
+
+def _cut(planes: NDArray[Any], b: Sequence[int], box: Box) -> NDArray[Any]:
+    """Cut some of the planes (B, H, W) to a box; new pixels."""
+    return np.asarray(planes[:, box.y, box.x][list(b)])
+
+
+def _outwards(box: Box) -> NDArray[np.int64]:
+    """Number the pixels of a box from the origin of its coordinates outwards, ring by square ring, (h, w)."""
+    dy, dx = np.arange(box.y0, box.y1)[:, None], np.arange(box.x0, box.x1)
+    ring = np.maximum(np.abs(dy), np.abs(dx))
+    # Row by row: the first row of a ring, two pixels of each of the next, the last row.
+    between = 2 * ring + 1 + 2 * (dy + ring - 1) + (dx > 0)
+    within = np.where(dy == -ring, dx + ring, np.where(dy == ring, 7 * ring - 1 + dx, between))
+    return np.asarray((ring > 0) * (2 * ring - 1) ** 2 + within)
 
 
 class _LazyTable:
@@ -320,9 +491,21 @@ class Result:
             raise InputError(f"{what} needs the images: open the result with coadd=")
         return self.coadd
 
+    @cached_property
+    def _kernel_sets(self) -> OrderedDict[int, tuple[NDArray[np.float64], KernelSet]]:
+        """The last PSFs that were asked for, by id, and their kernels."""
+        return OrderedDict()
+
     def _kernels(self, psfs: NDArray[np.float64]) -> KernelSet:
-        target = model_psf(self.config.model_psf_sigma)
-        return KernelSet(difference_kernels(psfs, target, self.config.kernel_regularization), continued(psfs))
+        known = self._kernel_sets.pop(id(psfs), None)
+        if known is None or known[0] is not psfs:
+            target = model_psf(self.config.model_psf_sigma)
+            kernels = KernelSet(difference_kernels(psfs, target, self.config.kernel_regularization), continued(psfs))
+            known = psfs, kernels
+        self._kernel_sets[id(psfs)] = known
+        while len(self._kernel_sets) > _N_KERNEL_SETS:
+            self._kernel_sets.popitem(last=False)
+        return known[1]
 
     def model_ids(self) -> NDArray[np.int64]:
         """Keys of `models` and the blends they belong to, shape (2, N): objects in their order, then candidates."""
@@ -344,16 +527,11 @@ class Result:
         """Sum of all convolved models, and of their positive parts, each (B, H, W) and read-only."""
         model = np.zeros((len(self.bands), *self.shape), dtype=np.float32)
         positive = np.zeros_like(model) if self.total is None else self.total
-        # Blends often share one PSF, the same array: its kernels are made once.
-        known: dict[int, tuple[NDArray[np.float64], KernelSet]] = {}
         for model_id, blend_id in self.model_ids().T.tolist():
             source = self.models[model_id]
             if source.box.is_empty:
                 continue
-            psfs = self.psfs[blend_id]
-            if id(psfs) not in known:
-                known[id(psfs)] = psfs, self._kernels(psfs)
-            array, box = render_source(source, known[id(psfs)][1], self._outer(blend_id))
+            array, box = render_source(source, self._kernels(self.psfs[blend_id]), self._outer(blend_id))
             window = (slice(None), box.y, box.x)
             model[window] += array
             if self.total is None:
@@ -412,6 +590,36 @@ class Result:
             If the result has no coadd.
         """
         return self._need_coadd("residual").images - self.model_image()
+
+    def stamps(
+        self, kind: StampKind | str, bands: Sequence[str] | None = None, margin: int = 0
+    ) -> Iterator[tuple[int, dict[str, Stamp]]]:
+        """Cut out one kind of stamp of every object, one object at a time.
+
+        Parameters
+        ----------
+        kind, bands, margin
+            As in `ObjectHandle.stamps`.
+
+        Returns
+        -------
+        stamps : iterator of (int, dict)
+            `object_id` and its stamps by band, in the order of `objects`. Made when they are asked for and not kept:
+            the memory is that of two images and one object.
+
+        Raises
+        ------
+        InputError
+            As `ObjectHandle.stamps`, at once.
+        """
+        kind = _checked_kind(kind)
+        for band in bands or ():
+            self._band_index(band)
+        if margin < 0:
+            raise InputError(f"margin must be >= 0, got {margin}")
+        if kind is not StampKind.MODEL:
+            self._need_coadd(kind)
+        return ((handle.object_id, handle.stamps(kind, bands, margin)) for handle in self)
 
     def catalog(self, *, magnitudes: bool = False, nanojansky: bool = False) -> Table:
         """Make the table of objects as others want it.
