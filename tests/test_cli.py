@@ -507,4 +507,4 @@ def test_an_unknown_kind_and_an_unknown_format_are_one_line_each(output, tmp_pat
     assert cli.run(["measure", str(output), "-o", str(tmp_path / "table.ecsv"), "--kind", "heavy"]) == 1
     assert message_of(capsys).startswith("kind must be one of model")
     assert cli.run(["measure", str(output), "-o", str(tmp_path / "table.txt")]) == 1
-    assert message_of(capsys).startswith("output must end in .parquet or .fits or .ecsv, got")
+    assert message_of(capsys).startswith("output must end in .parquet, .fits, .ecsv, .csv, .vot, got")
