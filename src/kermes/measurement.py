@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kermes.coadd import Blend
+from kermes.geometry import Box
 from kermes.initialization import reach_of_components
 from kermes.kernels import spectra as kernels_spectra
 from kermes.rendering import KernelSet, Packed, render_packed
 
 DoubleArray = NDArray[np.float64]
+FloatArray = NDArray[np.float32]
 
 MAX_NEIGHBOURS = 40
 """Neighbours of a source that stay free when the error of its flux is worked out; the most degenerate ones."""
@@ -79,3 +81,36 @@ def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, kernels: Kernel
         flux=flux,
         flux_err=np.sqrt(variance),
     )
+
+
+def point_fluxes(
+    image: FloatArray, weights: FloatArray, psf: DoubleArray, peaks: NDArray[np.int64]
+) -> tuple[DoubleArray, DoubleArray]:
+    """Measure points at peaks in one band, each as if it were alone.
+
+    Parameters
+    ----------
+    image : ndarray, shape (H, W)
+        Flux per pixel [unit]; finite.
+    weights : ndarray, shape (H, W)
+        Inverse variance [1 / unit^2]; zero where a pixel is not used.
+    psf : ndarray, shape (P, Q)
+        Odd sides.
+    peaks : ndarray, shape (S, 2)
+        Array index (y, x); may lie outside.
+
+    Returns
+    -------
+    flux, flux_err : ndarray, shape (S,)
+        sum(w psf I) / sum(w psf^2) and its error [unit]; NaN without a valid pixel under the PSF.
+    """
+    flux, flux_err = np.full((2, len(peaks)), np.nan)
+    frame, stamp = Box.of_shape(image.shape), Box.of_shape(psf.shape)
+    for k, (y, x) in enumerate(peaks.tolist()):
+        own = stamp.shift(y - stamp.height // 2, x - stamp.width // 2)
+        window, part = own.within(frame), psf[frame.within(own)]
+        weighted = weights[window] * part
+        norm = float((weighted * part).sum())
+        if norm > 0:
+            flux[k], flux_err[k] = float((weighted * image[window]).sum()) / norm, norm**-0.5
+    return flux, flux_err

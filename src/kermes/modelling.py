@@ -22,7 +22,7 @@ from kermes.initialization import fit_kernels, initialize
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import metrics as kernels_metrics
 from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, POINT, SERSIC
-from kermes.measurement import Fluxes, measure_fluxes
+from kermes.measurement import Fluxes, measure_fluxes, point_fluxes
 from kermes.metrics import BlendMetrics, blend_metrics, model_metrics
 from kermes.planning import BlendTask, TilePlan, footprint_pixels, rungs, usable_pixels
 from kermes.profile_fitting import KINDS, ProfileFit, fit_profiles, scene_of_fit
@@ -447,9 +447,8 @@ def _limits(
     too_big, masked = False, False
     if len(y):
         box = Box.where(footprint)
-        minor2, major2 = (
-            np.linalg.eigvalsh(np.cov(np.stack([y, x]), bias=True)) + 1 / 12
-        ).tolist()  # of a pixel itself
+        of_a_pixel = 1 / 12
+        minor2, major2 = (np.linalg.eigvalsh(np.cov(np.stack([y, x]), bias=True)) + of_a_pixel).tolist()
         too_big = (
             0 < config.largest_area < len(y)
             or 0 < config.largest_side < max(box.shape)
@@ -524,7 +523,8 @@ def _with_free_form(
 def _with_peaks(plan: TilePlan, task: BlendTask, cut: Blend, reason: Reason) -> BlendOutcome:
     """Describe a blend whose sources are PSFs at their peaks, each measured as if it were alone: this always works."""
     n_sources = len(task.members)
-    flux, flux_err = _peak_fluxes(cut, n_sources)
+    bands = zip(cut.images, cut.weights, cut.psfs, strict=True)
+    flux, flux_err = np.stack([point_fluxes(*band, cut.peaks[:n_sources]) for band in bands], axis=2)
     side = 2 * PEAK_HALF
     sources = []
     for (y, x), spectrum in zip((cut.peaks[:n_sources] + np.array(task.outer.origin)).tolist(), flux, strict=True):
@@ -566,22 +566,6 @@ def _with_peaks(plan: TilePlan, task: BlendTask, cut: Blend, reason: Reason) -> 
         },
         blend_columns={"n_components": n_sources, f"n_{Outcome.PEAK}": n_sources},
     )
-
-
-def _peak_fluxes(cut: Blend, n_sources: int) -> tuple[DoubleArray, DoubleArray]:
-    """Fluxes of points at the first peaks and their errors, (S, B), by the PSF; NaN where no pixel is valid."""
-    flux, flux_err = np.full((2, n_sources, len(cut.images)), np.nan)
-    frame = Box.of_shape(cut.images.shape)
-    stamp = Box.of_shape(cut.psfs.shape)
-    for s, (y, x) in enumerate(cut.peaks[:n_sources].tolist()):
-        own = stamp.shift(y - stamp.height // 2, x - stamp.width // 2)
-        window, part = (slice(None), *own.within(frame)), (slice(None), *frame.within(own))
-        psf, weights = cut.psfs[part], cut.weights[window].astype(np.float64)
-        norm = (weights * psf**2).sum(axis=(1, 2))
-        signal = (weights * psf * cut.images[window]).sum(axis=(1, 2))
-        known = norm > 0
-        flux[s, known], flux_err[s, known] = signal[known] / norm[known], norm[known] ** -0.5
-    return flux, flux_err
 
 
 def _describe(

@@ -17,6 +17,7 @@ from kermes.geometry import Box
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import spectra as kernels_spectra
 from kermes.kernels import templates as kernels
+from kermes.measurement import point_fluxes
 from kermes.psf import gaussian_fwhm
 from kermes.rendering import SourceModels
 
@@ -568,22 +569,6 @@ def _amplitudes(models: SourceModels, first: DoubleArray, blend: Blend) -> Doubl
     return spectra.astype(np.float64)
 
 
-def _point_fluxes(
-    image: FloatArray, weights: FloatArray, psf: DoubleArray, peaks: LabelArray
-) -> tuple[DoubleArray, DoubleArray]:
-    """Flux of a point source at each peak, as if it were alone, and its error, each (K,); NaN without valid pixels."""
-    flux, flux_err = np.full((2, len(peaks)), np.nan)
-    frame, stamp = Box.of_shape(image.shape), Box.of_shape(psf.shape)
-    for k, (y, x) in enumerate(peaks.tolist()):
-        own = stamp.shift(y - stamp.height // 2, x - stamp.width // 2)
-        window, part = own.within(frame), psf[frame.within(own)]
-        weighted = weights[window] * part
-        norm = float((weighted * part).sum())
-        if norm > 0:
-            flux[k], flux_err[k] = float((weighted * image[window]).sum()) / norm, norm**-0.5
-    return flux, flux_err
-
-
 def _brightest(blend: Blend, n_peaks: int) -> LabelArray:
     """Rows of the most significant peaks, ascending; all for 0."""
     if n_peaks == 0 or n_peaks >= len(blend.peaks):
@@ -669,7 +654,7 @@ def share_blend(
     for b, (of_band, image, weights, psf) in enumerate(zip(own, blend.images, blend.weights, blend.psfs, strict=True)):
         missing = ~of_band.has_light & ~of_band.decided("degenerate")
         points = np.zeros(len(missing))
-        points[missing], errors[missing, b] = _point_fluxes(image, weights, psf, blend.peaks[missing])
+        points[missing], errors[missing, b] = point_fluxes(image, weights, psf, blend.peaks[missing])
         templates.append(of_band.with_points(psf, points, blend.peaks, shape) if (points > 0).any() else of_band)
     if config.image != "each":
         # Neighbours of other colours differ in other proportions than in the image that the templates are from.
