@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import ndimage, signal
 
 from blends import KERNELS, TARGET, blend_of, gaussian, observe, observed, source, three_sources
+from kermes.coadd import Coadd
 from kermes.geometry import Box
-from kermes.measurement import measure_fluxes
-from kermes.psf import difference_kernels
+from kermes.measurement import measure_fluxes, noise_factors
+from kermes.psf import difference_kernels, model_psf
 from kermes.rendering import KernelSet, pack
 from kermes.scene import FactorizedComponent, Scene, Source
 from kermes.simulation import MoffatPsf
@@ -162,3 +164,44 @@ def test_two_sources_on_one_pixel_keep_their_common_flux_with_large_errors():
     # How much belongs to which is not known.
     assert np.isfinite(fluxes.flux_err).all()
     assert (fluxes.flux_err > 100 * alone.flux_err).all()
+
+
+# ---------------------------------------------------------------- correlated noise
+
+
+def noisy_coadd(images, variance=1.0):
+    """Coadd of pure noise, seen through a Gaussian PSF."""
+    images = np.asarray(images, dtype=np.float32)
+    psf = model_psf(1.7, 21)
+    return Coadd(images=images, variance=variance, psfs=[psf] * len(images), bands=["g", "r", "i"][: len(images)])
+
+
+def test_white_noise_has_a_factor_of_one_and_wrong_variance_its_root():
+    noise = np.random.default_rng(0).normal(size=(2, 300, 300))
+    noise[1] *= 1.5
+    factors = noise_factors(noisy_coadd(noise), np.zeros((300, 300), dtype=int))
+    # Some 5 000 independent places: the percentiles are known to 0.02.
+    np.testing.assert_allclose(factors, [1.0, 1.5], rtol=0.06)
+
+
+def test_correlated_noise_has_the_factor_of_its_correlation():
+    white = np.random.default_rng(1).normal(size=(400, 400))
+    kernel = model_psf(1.0, 9)
+    noise = ndimage.convolve(white, kernel, mode="wrap") / np.sqrt((kernel**2).sum())
+    psf = model_psf(1.7, 21)
+    # The noise of a sum over the PSF: that of the white noise under the PSF and the kernel together.
+    both = signal.convolve(psf, kernel) / np.sqrt((kernel**2).sum())
+    expected = np.sqrt((both**2).sum() / (psf**2).sum())
+    factor = noise_factors(noisy_coadd(noise[None]), np.zeros(noise.shape, dtype=int))[0]
+    assert expected > 2
+    assert factor == pytest.approx(expected, rel=0.1)
+
+
+def test_sources_in_footprints_and_too_few_pixels_do_not_count():
+    noise = np.random.default_rng(2).normal(size=(1, 200, 200))
+    footprints = np.zeros((200, 200), dtype=int)
+    footprints[50:150, 50:150] = 1
+    noise[0, 60:140, 60:140] += 100
+    assert noise_factors(noisy_coadd(noise), footprints)[0] == pytest.approx(1, abs=0.1)
+    footprints[:] = 1
+    assert np.isnan(noise_factors(noisy_coadd(noise), footprints)).all()

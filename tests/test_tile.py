@@ -10,7 +10,7 @@ import pytest
 import kermes
 from kermes import modelling, tile
 from kermes.catalog import Flag, Model, Outcome
-from kermes.config import BudgetConfig, Config, FitConfig, PartitionConfig
+from kermes.config import BudgetConfig, Config, FitConfig, FreeFormConfig, PartitionConfig, ProfileConfig
 from kermes.errors import BlendError, ConfigError, InputError, ShapeError
 from kermes.geometry import Box
 from kermes.kernels.stamps import EXPONENTIAL, POINT
@@ -761,3 +761,39 @@ def test_a_blend_that_is_fitted_badly_gets_the_simpler_model_that_fits_better(mo
     assert (result.objects["outcome"][poor] == Outcome.POINT).all()
     assert (result.objects["reason"][poor] == "poor_fit").all()
     assert (result.blends["chi2"] < modelling.POOR_CHI2).all()
+
+
+# ---------------------------------------------------------------- flags that help
+
+
+def gaussians(*sources, shape=(80, 80), seed=0):
+    """Coadd of one band with unit noise of round Gaussians (y, x, sigma, flux), seen through a PSF of 1.7 pixels."""
+    rows, columns = np.indices(shape)
+    image = np.random.default_rng(seed).normal(size=shape)
+    for y, x, sigma, flux in sources:
+        light = np.exp(-0.5 * ((rows - y) ** 2 + (columns - x) ** 2) / (sigma**2 + 1.7**2))
+        image += flux * light / light.sum()
+    return kermes.Coadd(images=image[None], variance=1.0, psfs=model_psf(1.7, 31)[None], bands=["r"])
+
+
+def test_a_faint_source_on_a_bright_one_is_dominated_by_it():
+    coadd = gaussians((40, 40, 5, 60_000), (40, 47, 0, 1500), (15, 15, 0, 1500))
+    objects = kermes.deblend(coadd, [(40, 40), (40, 47), (15, 15)]).objects
+    np.testing.assert_array_equal(objects[Flag.NEIGHBOR_DOMINATED], [False, True, False])
+
+
+def test_a_source_with_an_unlisted_companion_may_be_two():
+    coadd = gaussians((40, 40, 0, 3000), (40, 46, 0, 1500), (15, 15, 0, 3000))
+    result = kermes.deblend(coadd, [(40, 40), (15, 15)])
+    assert len(result.candidates) == 1
+    np.testing.assert_array_equal(result.objects[Flag.UNRESOLVED_BLEND], [True, False])
+
+
+def test_a_shape_that_no_model_has_is_said_to_be_modelled_poorly():
+    coadd = gaussians((20, 20, 2, 3000))
+    rows, columns = np.indices(coadd.shape)
+    checks = 40 * ((rows // 2 + columns // 2) % 2) * (np.hypot(rows - 55, columns - 55) < 8)
+    coadd = replace(coadd, images=(coadd.images + checks).astype(np.float32))
+    config = Config(free_form=FreeFormConfig(min_snr=1e9, point_snr=1e9), profiles=ProfileConfig(residual_rounds=0))
+    objects = kermes.deblend(coadd, [(20, 20), (55, 55)], config=config).objects
+    np.testing.assert_array_equal(objects[Flag.POOR_MODEL], [False, True])

@@ -94,6 +94,9 @@ class Flag(StrEnum):
     NOT_CONVERGED = "flag_not_converged"
     NULL_MODEL = "flag_null_model"
     DIVIDED_PARENT = "flag_divided_parent"
+    NEIGHBOR_DOMINATED = "flag_neighbor_dominated"
+    UNRESOLVED_BLEND = "flag_unresolved_blend"
+    POOR_MODEL = "flag_poor_model"
     SATURATED = "flag_saturated"
     SUSPECT = "flag_suspect"
     EDGE_PLANE = "flag_edge_plane"
@@ -114,6 +117,9 @@ FLAG_DESCRIPTIONS: Mapping[Flag, str] = {
     Flag.NOT_CONVERGED: "the fit stopped before it converged",
     Flag.NULL_MODEL: "the model has no light",
     Flag.DIVIDED_PARENT: "its parent was too large for one blend and was divided",
+    Flag.NEIGHBOR_DOMINATED: "its pixels have more light of neighbours than its own, in the band where it is clearest",
+    Flag.UNRESOLVED_BLEND: "a source that nobody listed was found in the residuals within two widths of the PSF",
+    Flag.POOR_MODEL: "what the models leave of its pixels has a chi2 above 1.5",
     Flag.SATURATED: "a pixel near its peak is saturated, as the mask says",
     Flag.SUSPECT: "a pixel near its peak is suspect, as the mask says",
     Flag.EDGE_PLANE: "a pixel near its peak is at the edge of a detector or of the data, as the mask says",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kermes.coadd import Blend
+from kermes.coadd import Blend, Coadd, psf_of_box
 from kermes.geometry import Box
 from kermes.initialization import reach_of_components
 from kermes.kernels import spectra as kernels_spectra
@@ -114,3 +114,51 @@ def point_fluxes(
         if norm > 0:
             flux[k], flux_err[k] = float((weighted * image[window]).sum()) / norm, norm**-0.5
     return flux, flux_err
+
+
+LEAST_EMPTY = 1000
+"""Fewest pixels without a source from which the noise is measured."""
+
+
+def noise_factors(coadd: Coadd, footprints: NDArray[np.int64]) -> DoubleArray:
+    """Measure how much larger the errors of fluxes are than the variance of the pixels says.
+
+    Coadds are resampled, so that the noise of neighbouring pixels is correlated: sums over a PSF have more noise than
+    independent pixels would give them, or their variance is not what it says. All errors of kermes are those of
+    independent pixels; multiply them by this.
+
+    Parameters
+    ----------
+    coadd : Coadd
+    footprints : ndarray, shape (H, W)
+        Zero in pixels without a source.
+
+    Returns
+    -------
+    factors : ndarray, shape (B,)
+        Robust width, from the 16th to the 50th percentile, of the signal-to-noise of point sources,
+        sum(w psf I) / sqrt(sum(w psf^2)), at the valid pixels outside of all footprints: 1 for white noise of the
+        variance that the coadd has. NaN in a band with fewer than `LEAST_EMPTY` such pixels.
+
+    Notes
+    -----
+    The lower half alone, as faint sources that were not detected are in the upper one. With the PSF at the middle of
+    the image. O(H W log HW) per band.
+    """
+    from scipy.signal import oaconvolve
+
+    factors = np.full(coadd.n_bands, np.nan)
+    psfs = psf_of_box(coadd, Box.of_shape(coadd.shape))
+    for b, psf in enumerate(psfs):
+        valid = coadd.valid[b]
+        empty = valid & (footprints == 0)
+        if empty.sum() < LEAST_EMPTY or not psf.any():
+            continue
+        weights = np.divide(1.0, coadd.variance[b], out=np.zeros(coadd.shape), where=valid)
+        mirrored = psf[::-1, ::-1]
+        signal = oaconvolve(weights * np.where(valid, coadd.images[b], 0), mirrored, mode="same")
+        information = oaconvolve(weights, mirrored**2, mode="same")
+        known = empty & (information > 0.5 * np.median(information[empty]))
+        low, middle = np.percentile(signal[known] / np.sqrt(information[known]), [15.87, 50])
+        factors[b] = middle - low
+    return factors

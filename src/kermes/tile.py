@@ -27,12 +27,16 @@ from kermes.metrics import observed_metrics
 from kermes.modelling import BlendOutcome, fit_blend
 from kermes.partition import Parent
 from kermes.planning import BlendTask, TilePlan, number_of_workers, plan_tile
+from kermes.psf import gaussian_fwhm
 from kermes.rendering import SourceModels
 from kermes.result import Result
 from kermes.scene import Source
 
 Watch = Callable[[TilePlan, Iterator[BlendOutcome]], Iterable[BlendOutcome]]
 """What looks on while blends are fitted; see `deblend`."""
+
+POOR_CHI2 = 1.5
+"""Objects that are left with a larger mean of residual^2 / variance have a model that does not suffice."""
 
 QUEUE = 4
 """Most blends for each worker that are waiting, in work, or done but not yet collected."""
@@ -167,8 +171,10 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         models.update(zip((task.members + 1).tolist(), outcome.scene.sources, strict=True))
         window = (slice(None), task.outer.y, task.outer.x)
         total[window] = add_positive(total[window], outcome.claims)
+        objects[Flag.POOR_MODEL][task.members] = objects["chi2"][task.members] > POOR_CHI2
         if outcome.candidates:
             found.append(_Found(task.index, outcome.candidates, outcome.candidate_columns))
+            objects[Flag.UNRESOLVED_BLEND][task.members] = _near_candidates(outcome, objects)
 
         waiting.append((task, outcome.models))
         for complete in [waits for waits in waiting if waits[0].last_neighbor <= n_done]:
@@ -216,6 +222,18 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     )
 
 
+def _near_candidates(outcome: BlendOutcome, objects: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Whether a candidate of a blend lies within two widths of the PSF of each of its members, (S,)."""
+    members = outcome.task.members
+    widths = [gaussian_fwhm(psf) for psf in outcome.task.psfs if psf.any()]
+    square = np.zeros((len(members), len(outcome.candidates)))
+    for axis in "yx":
+        fitted = objects[f"center_{axis}"][members]
+        own = np.where(np.isfinite(fitted), fitted, objects[axis][members])
+        square += np.square(own[:, None] - np.asarray(outcome.candidate_columns[axis]))
+    return np.asarray((square < (2.0 * np.mean(widths)) ** 2).any(axis=1))
+
+
 def _share(
     coadd: Coadd,
     task: BlendTask,
@@ -239,6 +257,12 @@ def _share(
         known = np.isfinite(objects[f"{band}_flux_err"][members])
         for name, values in columns.items():
             objects[f"{band}_{name}"][members] = np.where(known, values[:, b], np.nan)
+    fluxes, errors = (
+        np.array([objects[f"{band}_{name}"][members] for band in coadd.bands]) for name in ("flux", "flux_err")
+    )
+    snr = np.divide(fluxes, errors, out=np.full_like(fluxes, -np.inf), where=errors > 0)
+    clearest = snr.argmax(axis=0)
+    objects[Flag.NEIGHBOR_DOMINATED][members] = overlap.overlap_fraction[np.arange(len(members)), clearest] > 1
 
 
 class _Found(NamedTuple):
