@@ -6,7 +6,6 @@ from astropy.table import Table
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kermes
 import reference
 from blends import gaussian, source, three_sources
 from kermes import metrics
@@ -16,7 +15,6 @@ from kermes.geometry import Box
 from kermes.metrics import blend_metrics, model_metrics, observed_metrics, overlap_fractions
 from kermes.rendering import SourceModels, frame_models, pack
 from kermes.scene import Scene, Source
-from tiles import group_scene
 
 pytestmark = pytest.mark.nojit
 
@@ -230,23 +228,6 @@ def test_fractions_of_an_unknown_band_are_refused():
 
 
 # ---------------------------------------------------------------- metrics of others
-
-
-def test_a_registered_metric_is_measured_on_every_object(monkeypatch):
-    monkeypatch.setattr(metrics, "_REGISTERED", {})
-
-    def light(model, others, variance, valid):
-        """Light of the model and of all others on its pixels."""
-        assert model.shape == others.shape == variance.shape == valid.shape
-        return model.sum(axis=(1, 2)) + others.sum(axis=(1, 2))
-
-    metrics.register_metric("light", light)
-    result = kermes.deblend(group_scene().coadd, group_scene().peaks)
-    table = result.registered_metrics()
-    assert table.colnames == ["object_id", "g_light", "r_light", "i_light"]
-    assert table["g_light"].description == "Light of the model and of all others on its pixels."
-    assert np.isfinite(table["r_light"]).all()
-    assert (table["r_light"] > 0.9 * result.objects["r_flux"]).all()
 
 
 @pytest.mark.parametrize(("name", "metric", "message"), [("a b", len, "name must be"), ("a", 3, "metric must be")])

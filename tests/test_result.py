@@ -7,6 +7,7 @@ import pytest
 from astropy import units
 
 import kermes
+from kermes import metrics
 from kermes.flux import claimed
 from kermes.geometry import Box
 from kermes.psf import continued, difference_kernels, model_psf
@@ -14,6 +15,7 @@ from kermes.rendering import KernelSet, convolve, render_scene
 from kermes.result import StampKind
 from kermes.scene import ProfileComponent, Scene
 from results import BANDS, ORIGIN, fitted_result, light_of_candidates, make_coadd, make_result, psfs, sources
+from tiles import group_scene
 
 
 @pytest.fixture(scope="module")
@@ -385,3 +387,23 @@ def test_a_point_source_is_drawn_where_the_model_is(fitted):
     # Drawn on stamps of different size, whose edges are joined at different places.
     np.testing.assert_allclose(300 * point.array, model.array, atol=1e-4 * model.array.max())
     assert fitted[7].psf_stamps(["r"], margin=20)["r"].array.sum() == pytest.approx(1, abs=1e-3)
+
+
+# ---------------------------------------------------------------- metrics of others
+
+
+def test_a_registered_metric_is_measured_on_every_object(monkeypatch):
+    monkeypatch.setattr(metrics, "_REGISTERED", {})
+
+    def light(model, others, variance, valid):
+        """Light of the model and of all others on its pixels."""
+        assert model.shape == others.shape == variance.shape == valid.shape
+        return model.sum(axis=(1, 2)) + others.sum(axis=(1, 2))
+
+    metrics.register_metric("light", light)
+    result = kermes.deblend(group_scene().coadd, group_scene().peaks)
+    table = result.registered_metrics()
+    assert table.colnames == ["object_id", "g_light", "r_light", "i_light"]
+    assert table["g_light"].description == "Light of the model and of all others on its pixels."
+    assert np.isfinite(table["r_light"]).all()
+    assert (table["r_light"] > 0.9 * result.objects["r_flux"]).all()
