@@ -231,6 +231,23 @@ def test_what_is_outside_or_masked_is_said_to_be(deep):
     assert abs(row["r_flux"] - 3000) < 5 * row["r_flux_err"]
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (50, 40)])
+def test_images_of_the_other_side_of_the_sky_hold_nothing(deep, shape):
+    wcs = make_wcs((30, 31))
+    wcs.wcs.crval = [330.0, -2.0]
+    away = replace(visit(FLUX, 1.8, 5.0, np.random.default_rng(0), shape=shape), wcs=wcs)
+    table = kermes.forced_photometry(deep, away)
+    assert table["flag_outside"].all()
+    assert np.isnan(table["r_flux"]).all()
+    assert np.isnan(table["y"]).all()
+
+
+def test_a_much_wider_psf_loses_no_light(deep):
+    row = kermes.forced_photometry(deep, visit(FLUX, 3.2, 0.01, np.random.default_rng(0), shape=SHAPE))
+    # A PSF twice as wide as that of the result, cut at 4.7 sigma.
+    np.testing.assert_allclose(row["r_flux"], [3000, 5000], rtol=1e-3)
+
+
 def test_a_band_that_the_result_does_not_have_uses_the_mean_shape(deep):
     other = visit(FLUX, 1.8, 5.0, np.random.default_rng(0), bands=("y",))
     table = kermes.forced_photometry(deep, other)

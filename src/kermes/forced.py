@@ -22,7 +22,7 @@ from kermes.kernels import flux as kernels_flux
 from kermes.kernels import metrics as kernels_metrics
 from kermes.kernels import spectra as kernels_spectra
 from kermes.measurement import MAX_NEIGHBOURS
-from kermes.psf import MODEL_PSF_SIGMAS, continued, difference_kernels, model_psf
+from kermes.psf import MODEL_PSF_SIGMAS, continued, difference_kernels, gaussian_fwhm, model_psf
 from kermes.rendering import KernelSet, SourceModels, render_scene
 from kermes.result import Result
 from kermes.scene import Component, FactorizedComponent, ProfileComponent, Scene, Source
@@ -67,8 +67,9 @@ class _Grid:
             return cls(result, coadd, is_same=True)
         grid = cls(result, coadd, is_same=False)
         corners = np.array([[0, 0], [0, result.shape[1] - 1], [result.shape[0] - 1, 0]], dtype=float)
-        moved = same and np.abs(grid.forward(corners) - corners).max() > 1e-3
-        return replace(grid, is_same=same and not moved)
+        # Where the sky of one is not on the other at all the mapping is NaN.
+        stays = same and bool((np.abs(grid.forward(corners) - corners) <= 1e-3).all())
+        return replace(grid, is_same=stays)
 
     def forward(self, points: DoubleArray) -> DoubleArray:
         """Map points (N, 2), (y, x)."""
@@ -90,10 +91,15 @@ class _Grid:
         return np.array([[by_x[1], by_y[1]], [by_x[0], by_y[0]]])
 
 
-def _moved_profile(component: ProfileComponent, grid: _Grid) -> ProfileComponent:
-    """The same profile on another grid: its ellipse M becomes J M J^T, J the local derivatives of the mapping."""
+def _moved_profile(component: ProfileComponent, grid: _Grid) -> ProfileComponent | None:
+    """The same profile on another grid: its ellipse M becomes J M J^T, J the local derivatives of the mapping.
+
+    None where the sky is not on the other grid.
+    """
     center = grid.forward(component.center[None])[0]
     jacobian = grid.jacobian(component.center)
+    if not np.isfinite(center).all() or not np.isfinite(jacobian).all():
+        return None
     scale = float(np.sqrt(abs(np.linalg.det(jacobian))))
     radius, shear = component.radius * scale, np.zeros(2)
     if not component.is_point:
@@ -113,6 +119,8 @@ def _moved_pixels(component: FactorizedComponent, grid: _Grid) -> FactorizedComp
     box = component.box
     corners = np.array([(y, x) for y in (box.y0 - 1, box.y1) for x in (box.x0 - 1, box.x1)], dtype=float)
     there = grid.forward(corners)
+    if not np.isfinite(there).all():
+        return None
     low, high = np.floor(there.min(axis=0)), np.ceil(there.max(axis=0))
     target = Box.from_bounds(low[0], high[0] + 1, low[1], high[1] + 1) & Box.of_shape(grid.coadd.shape)
     if target.is_empty:
@@ -124,13 +132,19 @@ def _moved_pixels(component: FactorizedComponent, grid: _Grid) -> FactorizedComp
     return replace(component, morphology=(pixels / area).astype(np.float32), box=target)
 
 
-def _moved(component: Component, grid: _Grid) -> Component | None:
-    if grid.is_same:
-        return component
+def _moved(component: Component, grid: _Grid, wider: float) -> Component | None:
+    """The same component on another grid, where the PSF is so many times wider; None where nothing of it is left."""
     if isinstance(component, ProfileComponent):
-        return _moved_profile(component, grid)
+        moved = component if grid.is_same else _moved_profile(component, grid)
+        return None if moved is None else _on_stamp(moved, wider)
     assert isinstance(component, FactorizedComponent)
-    return _moved_pixels(component, grid)
+    return component if grid.is_same else _moved_pixels(component, grid)
+
+
+def _on_stamp(component: ProfileComponent, wider: float) -> ProfileComponent:
+    """The same profile on a stamp that is so many times larger, for a wider PSF; never on a smaller one."""
+    more = int(np.ceil(0.5 * component.box.height * max(wider - 1.0, 0.0)))
+    return replace(component, box=component.box.grow(more)) if more else component
 
 
 # ---------------------------------------------------------------- models of flux one
@@ -189,12 +203,22 @@ def _unit_sources(result: Result, band: str, grid: _Grid) -> list[Source]:
     """All models of a result with a flux of one, on the pixels of another coadd."""
     weights = _band_weights(result, band)
     sigma = result.config.model_psf_sigma
+    wider = _psf_ratio(result, band, grid)
     sources = []
     for model_id, mix in zip(result.model_ids()[0].tolist(), weights, strict=True):
         source = _unit_source(result.models[model_id], mix, sigma)
-        components = (_moved(component, grid) for component in source.components)
+        components = (_moved(component, grid, wider) for component in source.components)
         sources.append(replace(source, components=tuple(c for c in components if c is not None)))
     return sources
+
+
+def _psf_ratio(result: Result, band: str, grid: _Grid) -> float:
+    """Width of the PSF of a band of the coadd over the widest one of the result, both on the pixels of the coadd."""
+    blends = result.blends["blend_id"]
+    known = [] if not len(blends) else [gaussian_fwhm(psf) for psf in result.psfs[int(blends[0])]]
+    here = psf_of_box(grid.coadd, Box.of_shape(grid.coadd.shape))[grid.coadd.bands.index(band)]
+    widest = max(known, default=0.0) * _scale(result, grid)
+    return gaussian_fwhm(here) / widest if widest > 0 else 1.0
 
 
 def _centers(sources: Sequence[Source], grid: _Grid) -> DoubleArray:
@@ -207,9 +231,12 @@ def _centers(sources: Sequence[Source], grid: _Grid) -> DoubleArray:
     return peaks
 
 
-def _render(sources: Sequence[Source], centers: DoubleArray, band: int, coadd: Coadd, sigma: float) -> SourceModels:
+def _render(
+    sources: Sequence[Source], centers: DoubleArray, band: int, coadd: Coadd, sigma: float, regularization: float
+) -> SourceModels:
     """Draw all sources in one band of a coadd, in their order, with the PSF of the cell of 256 pixels they are in."""
     whole = Box.of_shape(coadd.shape)
+    centers = np.nan_to_num(centers, nan=-1.0)
     cells = (centers // CELL).astype(np.int64) if callable(coadd.psfs) else np.zeros((len(sources), 2), dtype=np.int64)
     boxes = np.zeros((len(sources), 4), dtype=np.int64)
     pieces: list[FloatArray] = [np.zeros(0, dtype=np.float32)] * len(sources)
@@ -219,7 +246,7 @@ def _render(sources: Sequence[Source], centers: DoubleArray, band: int, coadd: C
         psfs = psf_of_box(coadd, whole if box.is_empty else box)[band : band + 1]
         if not psfs.any():
             continue
-        kernels = KernelSet(difference_kernels(psfs, model_psf(sigma)), continued(psfs))
+        kernels = KernelSet(difference_kernels(psfs, model_psf(sigma), regularization), continued(psfs))
         models = render_scene(Scene(sources=tuple(sources[s] for s in members), box=whole), kernels)
         boxes[members] = models.boxes
         for n, s in enumerate(members):
@@ -371,7 +398,7 @@ def forced_photometry(result: Result, coadd: Coadd) -> Table:
             columns["ra"], columns["dec"] = coadd.sky(y=columns["y"], x=columns["x"])
             height, width = coadd.shape
             columns["flag_outside"] = ~((y > -0.5) & (y < height - 0.5) & (x > -0.5) & (x < width - 0.5))
-        models = _render(sources, centers, b, coadd, sigma)
+        models = _render(sources, centers, b, coadd, sigma, result.config.kernel_regularization)
         valid = coadd.valid[b]
         weights = np.divide(1, coadd.variance[b], out=np.zeros_like(coadd.variance[b]), where=valid)
         image = np.where(valid, coadd.images[b], np.float32(0))
@@ -398,11 +425,15 @@ def forced_photometry(result: Result, coadd: Coadd) -> Table:
 def _sigma_there(result: Result, grid: _Grid) -> float:
     """Width of the PSF of the model frame in pixels of the other coadd, as far as kernels go."""
     sigma = result.config.model_psf_sigma
+    return sigma if grid.is_same else max(sigma * _scale(result, grid), MODEL_PSF_SIGMAS[-1])
+
+
+def _scale(result: Result, grid: _Grid) -> float:
+    """Side of a pixel of the result in pixels of the coadd, in the middle of the image; 1 where it cannot be mapped."""
     if grid.is_same:
-        return sigma
-    middle = 0.5 * np.array(result.shape, dtype=float)
-    scale = float(np.sqrt(abs(np.linalg.det(grid.jacobian(middle)))))
-    return max(sigma * scale, MODEL_PSF_SIGMAS[-1])
+        return 1.0
+    jacobian = grid.jacobian(0.5 * np.array(result.shape, dtype=float))
+    return float(np.sqrt(abs(np.linalg.det(jacobian)))) if np.isfinite(jacobian).all() else 1.0
 
 
 def light_curves(result: Result, visits: Iterable[tuple[Any, Coadd]]) -> Table:
