@@ -89,13 +89,12 @@ def test_the_smaller_one_of_two_mirrored_pixels_counts():
         [8, -1, 2, 3, 4],
     ]
     found = templates_of(image, [(1, 2)])
+    # The corner of 1 has 4 for its mirror, the 4 has -1, and the corner of 0 has 8.
     expected = [
-        [1, 2, 2, 0, 0],  # the corner of 0 has 8 for a mirror, the pixel beside it one of -1
+        [1, 2, 2, 0, 0],
         [5, 6, 20, 6, 5],
         [0, 0, 2, 2, 1],
     ]
-    expected[0] = [min(1, 4), min(2, 3), min(3, 2), max(min(4, -1), 0), min(0, 8)]
-    expected[2] = expected[0][::-1]
     np.testing.assert_array_equal(filled(found, 0, (3, 5)), expected)
 
 
@@ -232,7 +231,7 @@ def test_shadows_know_no_direction(seed):
         np.testing.assert_array_equal(turned, turn(whole))
 
 
-def test_monotonic_templates_do_not_know_the_box_they_were_made_on(monkeypatch):
+def test_monotonic_templates_do_not_know_the_box_they_were_made_on():
     # Boxes grow until the template ends in them: a wide and a narrow source in one footprint.
     image = gaussian((161, 161), 80, 80, 14.0, 1e5) + gaussian((161, 161), 40, 120, 2.0, 3e3)
     config = TemplatesConfig(find_points=False, edges="clip")
