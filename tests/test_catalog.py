@@ -117,10 +117,18 @@ def test_magnitudes_are_ab_magnitudes_and_faint_fluxes_have_limits():
     np.testing.assert_array_equal(np.isfinite(limit), [False, False, True, True, False, False])
 
 
+def test_what_is_no_flux_has_no_unit_of_flux():
+    columns = catalog.empty_columns(catalog.object_columns(["g"], "templates"), 2)
+    table = catalog.in_nanojansky(catalog.make_objects(columns, ["g"], None, "templates"), ["g"], 27.0)
+    assert table["g_stray_flux"].unit == table["g_max_overlap"].unit == units.nJy
+    assert table["g_has_stray_flux"].unit is None
+    assert table["g_has_stray_flux"].dtype == bool
+
+
 def test_fluxes_in_nanojansky_have_the_same_magnitudes(columns):
     columns = {**columns, "g_flux": np.full(3, 100.0), "g_flux_err": np.full(3, 5.0)}
     table = catalog.make_objects(columns, ["g", "r"], units.Unit("ct"))
-    in_njy = catalog.in_nanojansky(table, 27.0)
+    in_njy = catalog.in_nanojansky(table, ["g", "r"], 27.0)
     assert in_njy["g_flux"].unit == units.nJy
     assert in_njy["g_redistributed_flux"].unit == units.nJy
     assert in_njy["g_observed_max_overlap"].unit is None

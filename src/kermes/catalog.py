@@ -556,20 +556,22 @@ def with_magnitudes(objects: Table, bands: Sequence[str], zero_point: float) -> 
     return table
 
 
-def in_nanojansky(objects: Table, zero_point: float) -> Table:
+def in_nanojansky(objects: Table, bands: Sequence[str], zero_point: float) -> Table:
     """Give all fluxes of a table of objects in nanojansky.
 
     Parameters
     ----------
     objects : Table
+        Not changed.
+    bands : sequence of str
     zero_point : float
         AB magnitude of a flux of one of their units.
     """
     factor = 10 ** (-0.4 * (zero_point - MAGNITUDE_OF_NJY))
+    fluxes = {item.name for item in object_columns(bands, "templates") if item.unit == "flux"}
     table = objects.copy()
-    words = ("flux", "flux_err", "max_overlap", "flux_overlap")
     for column in table.itercols():
-        if column.name.endswith(words) and "observed" not in column.name:
+        if column.name in fluxes:
             column *= column.dtype.type(factor)
             column.unit = units.nJy
     return table

@@ -166,50 +166,51 @@ def _band_weights(result: Result, band: str) -> DoubleArray:
     return weights
 
 
-def _unit_source(source: Source, weights: DoubleArray, sigma: float) -> Source:
+def _unit_source(source: Source, weights: DoubleArray) -> Source:
     """The source with a total flux of one in a single band, its components in the proportions of its own bands.
 
     The flux is that of the profiles, where there are any; pixels on top of them are part of the shape. What has no
-    usable shape is a point source at its peak.
+    flux in these bands has the proportions of all of them, or keeps its shape alone.
     """
-    usable = [c for c in source.components if isinstance(c, ProfileComponent | FactorizedComponent)]
-    for mix in (weights, np.ones_like(weights)):
-        spectra = [float(np.nan_to_num(component.spectrum) @ mix) for component in usable]
-        profiles = [isinstance(component, ProfileComponent) for component in usable]
-        sums = [
-            1.0 if isinstance(component, ProfileComponent) else float(component.morphology.sum(dtype=float))
-            for component in usable
-        ]
-        counted = profiles if any(profiles) else [True] * len(usable)
-        flux = sum(s * n for s, n, counts in zip(spectra, sums, counted, strict=True) if counts)
-        if flux > 0:
-            components = tuple(
-                replace(component, spectrum=np.array([value / flux], dtype=np.float32))
-                for component, value in zip(usable, spectra, strict=True)
-            )
-            return replace(source, components=components)
-    y, x = source.peak
-    point = ProfileComponent(
-        spectrum=np.ones(1, dtype=np.float32),
-        center=np.array([y, x], dtype=float),
-        shear=np.zeros(2),
-        sigma=sigma,
-        box=Box(y - POINT_SIDE // 2, x - POINT_SIDE // 2, POINT_SIDE, POINT_SIDE),
+    is_profile = [isinstance(component, ProfileComponent) for component in source.components]
+    counted = np.array(is_profile if any(is_profile) else [True] * len(is_profile), dtype=float)
+    spectra = np.array([np.nan_to_num(component.parameters["spectrum"]) for component in source.components])
+    sums = np.array(
+        [c.morphology.sum(dtype=float) if isinstance(c, FactorizedComponent) else 1.0 for c in source.components]
     )
-    return replace(source, components=(point,))
+    for values in (spectra @ weights, spectra.sum(axis=1), counted) if len(counted) else ():
+        flux = float((values * sums * counted).sum())
+        if flux > 0:
+            components = (
+                component.updated({"spectrum": np.array([value / flux], dtype=np.float32)})
+                for component, value in zip(source.components, values, strict=True)
+            )
+            return replace(source, components=tuple(components))
+    return replace(source, components=())
 
 
-def _unit_sources(result: Result, band: str, grid: _Grid) -> list[Source]:
-    """All models of a result with a flux of one, on the pixels of another coadd."""
-    weights = _band_weights(result, band)
-    sigma = result.config.model_psf_sigma
-    wider = _psf_ratio(result, band, grid)
+def _sources_there(result: Result, grid: _Grid) -> list[Source]:
+    """All models of a result on the pixels of another coadd; what has no model of its own is a point at its peak."""
+    wider = max(_psf_ratio(result, band, grid) for band in grid.coadd.bands)
     sources = []
-    for model_id, mix in zip(result.model_ids()[0].tolist(), weights, strict=True):
-        source = _unit_source(result.models[model_id], mix, sigma)
-        components = (_moved(component, grid, wider) for component in source.components)
+    for model_id in result.model_ids()[0].tolist():
+        source = result.models[model_id]
+        usable = [c for c in source.components if isinstance(c, ProfileComponent | FactorizedComponent)]
+        components = (_moved(component, grid, wider) for component in usable or [_point(source, result)])
         sources.append(replace(source, components=tuple(c for c in components if c is not None)))
     return sources
+
+
+def _point(source: Source, result: Result) -> ProfileComponent:
+    """A point source at the peak of a source."""
+    y, x = source.peak
+    return ProfileComponent(
+        spectrum=np.ones(len(result.bands), dtype=np.float32),
+        center=np.array([y, x], dtype=float),
+        shear=np.zeros(2),
+        sigma=result.config.model_psf_sigma,
+        box=Box(y - POINT_SIDE // 2, x - POINT_SIDE // 2, POINT_SIDE, POINT_SIDE),
+    )
 
 
 def _psf_ratio(result: Result, band: str, grid: _Grid) -> float:
@@ -362,7 +363,7 @@ def forced_photometry(result: Result, coadd: Coadd) -> Table:
     Parameters
     ----------
     result : Result
-        Of any scene model. Sources that have templates, or no light, for a model are measured as points at their peaks.
+        Of any scene model. Sources that have templates, or nothing, for a model are measured as points at their peaks.
     coadd : Coadd
         On the same pixels, or on others if both have a WCS.
 
@@ -389,15 +390,16 @@ def forced_photometry(result: Result, coadd: Coadd) -> Table:
     n_objects = len(result)
     columns: dict[str, ArrayLike] = {"object_id": ids[:n_objects]}
     sigma = _sigma_there(result, grid)
+    shapes = _sources_there(result, grid)
+    centers = _centers(shapes, grid)
+    y, x = centers[:n_objects].T
+    columns |= {"y": y + coadd.origin[0], "x": x + coadd.origin[1]}
+    columns["ra"], columns["dec"] = coadd.sky(y=columns["y"], x=columns["x"])
+    height, width = coadd.shape
+    columns["flag_outside"] = ~((y > -0.5) & (y < height - 0.5) & (x > -0.5) & (x < width - 0.5))
     for b, band in enumerate(coadd.bands):
-        sources = _unit_sources(result, band, grid)
-        centers = _centers(sources, grid)
-        if b == 0:
-            y, x = centers[:n_objects].T
-            columns |= {"y": y + coadd.origin[0], "x": x + coadd.origin[1]}
-            columns["ra"], columns["dec"] = coadd.sky(y=columns["y"], x=columns["x"])
-            height, width = coadd.shape
-            columns["flag_outside"] = ~((y > -0.5) & (y < height - 0.5) & (x > -0.5) & (x < width - 0.5))
+        weights_of_bands = _band_weights(result, band)
+        sources = [_unit_source(shape, mix) for shape, mix in zip(shapes, weights_of_bands, strict=True)]
         models = _render(sources, centers, b, coadd, sigma, result.config.kernel_regularization)
         valid = coadd.valid[b]
         weights = np.divide(1, coadd.variance[b], out=np.zeros_like(coadd.variance[b]), where=valid)

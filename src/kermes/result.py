@@ -643,13 +643,15 @@ class Result:
             If either is asked for and the zero point of the images is not known.
         """
         table = self.objects.copy(copy_data=False)
-        if (magnitudes or nanojansky) and self.zero_point is None:
+        if not magnitudes and not nanojansky:
+            return table
+        if self.zero_point is None:
             raise InputError(
                 "magnitudes and nanojansky need the zero point of the images: give the coadd one, or a unit"
             )
         if magnitudes:
-            table = with_magnitudes(table, self.bands, float(self.zero_point or 0.0))
-        return in_nanojansky(table, float(self.zero_point or 0.0)) if nanojansky else table
+            table = with_magnitudes(table, self.bands, self.zero_point)
+        return in_nanojansky(table, self.bands, self.zero_point) if nanojansky else table
 
     def registered_metrics(self) -> Table:
         """Measure the metrics that were registered with `metrics.register_metric` on every object.
