@@ -182,7 +182,7 @@ def light_of_candidates(result):
     images = np.zeros((len(result.candidates), len(result.bands), *result.shape), dtype=np.float32)
     for image, row in zip(images, result.candidates, strict=True):
         blend_id = int(row["blend_id"])
-        kernels = result._kernels(result.psfs[blend_id])
+        kernels = result.kernels(result.psfs[blend_id])
         pixels, box = render_source(result.models[-int(row["candidate_id"])], kernels, result._outer(blend_id))
         image[:, box.y, box.x] = pixels
     return images

@@ -212,7 +212,7 @@ def test_the_fit_uses_regularized_kernels_and_so_does_the_result():
     coadd = coadd_of(1.5)
     expected = difference_kernels(np.asarray(coadd.psfs), TARGET, 1e-2)
     np.testing.assert_array_equal(plan_tile(coadd, config=config).tasks[0].kernels.stamps, expected)
-    np.testing.assert_array_equal(deblend(coadd, config=config)._kernels(np.asarray(coadd.psfs)).stamps, expected)
+    np.testing.assert_array_equal(deblend(coadd, config=config).kernels(np.asarray(coadd.psfs)).stamps, expected)
 
 
 @pytest.mark.parametrize(

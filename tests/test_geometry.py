@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from kermes.geometry import Box
+from kermes.geometry import Box, Footprint, Footprints
 
 coordinates = st.integers(-8, 8)
 sides = st.integers(0, 6)
@@ -86,3 +87,50 @@ def test_crossed_bounds_make_an_empty_box():
 def test_negative_sides_are_refused():
     with pytest.raises(ValueError, match="sides >= 0, got height -1"):
         Box(0, 0, -1, 2)
+
+
+masks = arrays(bool, st.tuples(st.integers(0, 6), st.integers(0, 7)))
+
+
+@given(masks, coordinates, coordinates)
+def test_a_footprint_holds_the_pixels_of_its_mask(mask, y0, x0):
+    footprint = Footprint.of_mask(mask, y0, x0)
+    expected = np.argwhere(mask) + [y0, x0]
+    np.testing.assert_array_equal(footprint.pixels(), expected)
+    assert footprint.area == mask.sum()
+    assert footprint.box == (Box.around(expected) if mask.any() else Box(0, 0, 0, 0))
+    np.testing.assert_array_equal(footprint.mask(Box.of_shape(mask.shape, y0, x0)), mask)
+
+
+@given(masks, boxes)
+def test_a_footprint_is_cut_by_a_box(mask, box):
+    expected = np.zeros(box.shape, dtype=bool)
+    for y, x in np.argwhere(mask):
+        if (y, x) in box:
+            expected[y - box.y0, x - box.x0] = True
+    np.testing.assert_array_equal(Footprint.of_mask(mask).mask(box), expected)
+
+
+@given(masks)
+def test_runs_are_as_long_as_they_can_be(mask):
+    spans = Footprint.of_mask(mask).spans
+    assert (spans[:, 2] > spans[:, 1]).all()
+    same_row = spans[1:, 0] == spans[:-1, 0]
+    assert (spans[1:, 1] > spans[:-1, 2])[same_row].all()
+
+
+@given(arrays(np.int64, (5, 6), elements=st.integers(0, 3)))
+def test_footprints_of_labels_are_those_of_each_label(labels):
+    footprints = Footprints.of_labels(labels, {1: 11, 3: 33, 7: 77})
+    assert list(footprints) == [11, 33, 77]
+    for label, number in ((1, 11), (3, 33), (7, 77)):
+        np.testing.assert_array_equal(footprints[number].pixels(), np.argwhere(labels == label))
+    np.testing.assert_array_equal(footprints.shifted(2, -3)[11].spans, footprints[11].shift(2, -3).spans)
+
+
+def test_footprints_are_a_mapping():
+    footprints = Footprints.of(
+        {4: Footprint.of_mask(np.eye(3, dtype=bool)), 2: Footprint.of_mask(np.zeros((2, 2), bool))}
+    )
+    assert (len(footprints), list(footprints), 2 in footprints, 3 in footprints) == (2, [4, 2], True, False)
+    assert [footprints[number].area for number in footprints] == [3, 0]

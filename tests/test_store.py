@@ -3,18 +3,27 @@
 import json
 import os
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
+import fsspec
+import hypothesis.extra.numpy
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from astropy import units
 from astropy.table import Column, Table
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kermes
-from kermes import store
-from kermes.scene import CubeComponent, ProfileComponent, Source
-from results import fitted_result, make_coadd, make_result
+from kermes import component_rows, storage, store
+from kermes.geometry import Box, Footprint, Footprints
+from kermes.io import tables
+from kermes.scene import CubeComponent, FactorizedComponent, PointComponent, ProfileComponent, Source
+from results import ORIGIN, SHAPE, fitted_result, make_coadd, make_result
 
 FILES = {
     "metadata.json",
@@ -23,9 +32,14 @@ FILES = {
     "blends.parquet",
     "candidates.parquet",
     "models.parquet",
+    "index.parquet",
     "psfs.parquet",
+    "footprints.parquet",
+    "checksums.json",
     "timings.json",
 }
+PARQUET = sorted(file for file in FILES if file.endswith(".parquet"))
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +49,8 @@ def result():
 
 @pytest.fixture
 def written(result, tmp_path):
-    result.write(tmp_path / "out")
+    """The result on disk, nothing of it rounded."""
+    result.write(tmp_path / "out", tolerance=None)
     return tmp_path / "out"
 
 
@@ -63,17 +78,17 @@ def test_a_table_of_every_type_comes_back_exactly():
             "text": np.array(["", "µ"], dtype="U8"),
         }
     )
-    assert_same_table(store.from_arrow(store.to_arrow(table)), table)
+    assert_same_table(tables.from_arrow(tables.to_arrow(table)), table)
 
 
 def test_a_table_without_rows_comes_back_exactly():
     table = Table({"text": np.zeros(0, dtype="U3"), "flag": np.zeros(0, dtype=bool)})
-    assert_same_table(store.from_arrow(store.to_arrow(table)), table)
+    assert_same_table(tables.from_arrow(tables.to_arrow(table)), table)
 
 
 def test_big_endian_columns_are_written_as_they_are_meant():
     table = Table({"flux": np.array([1.5, 2.5], dtype=">f4")})
-    np.testing.assert_array_equal(store.from_arrow(store.to_arrow(table))["flux"], [1.5, 2.5])
+    np.testing.assert_array_equal(tables.from_arrow(tables.to_arrow(table))["flux"], [1.5, 2.5])
 
 
 def test_an_unknown_unit_keeps_its_name(tmp_path):
@@ -112,7 +127,7 @@ def test_profiles_come_back_exactly(tmp_path):
 
 def test_stamps_of_profiles_are_the_same_after_opening(tmp_path):
     result = fitted_result()
-    result.write(tmp_path / "out")
+    result.write(tmp_path / "out", tolerance=None)
     opened = kermes.open(tmp_path / "out", coadd=make_coadd())
     for handle in result:
         for what in ("model", "redistributed", "neighbor_subtracted"):
@@ -148,12 +163,29 @@ def test_a_profile_takes_little_room(tmp_path):
     assert (tmp_path / "out" / "models.parquet").stat().st_size < 200 * n
 
 
+def test_cubes_and_templates_come_back_exactly(tmp_path):
+    rng = np.random.default_rng(3)
+    cubes = {
+        object_id: CubeComponent(
+            cube=rng.normal(size=(2, 4, 5)).astype(np.float32), box=kermes.Box(30, 30, 4, 5), observed=object_id == 7
+        )
+        for object_id in (4, 7)
+    }
+    models = make_result().models | {
+        object_id: Source(peak=(31, 31), components=(cube,)) for object_id, cube in cubes.items()
+    }
+    make_result(models=models).write(tmp_path / "out", tolerance=None)
+    opened = kermes.open(tmp_path / "out")
+    for object_id, cube in cubes.items():
+        (got,) = opened.models[object_id].components
+        assert (got.box, got.observed) == (cube.box, cube.observed)
+        np.testing.assert_array_equal(got.cube, cube.cube, strict=True)
+
+
 def test_components_of_other_kinds_are_not_written(tmp_path):
-    cube = CubeComponent(cube=np.ones((2, 3, 3), dtype=np.float32), box=kermes.Box(30, 30, 3, 3))
-    models = make_result().models | {7: Source(peak=(31, 31), components=(cube,))}
-    with pytest.raises(
-        kermes.InputError, match="components must be factorized, profiles or templates to be written, got a Cube"
-    ):
+    point = PointComponent(spectrum=np.ones(2, dtype=np.float32), center=np.array([30.0, 30.0]), sigma=0.8)
+    models = make_result().models | {7: Source(peak=(31, 31), components=(point,))}
+    with pytest.raises(kermes.InputError, match="components must be factorized, cubes, profiles or templates"):
         make_result(models=models).write(tmp_path / "out")
 
 
@@ -202,23 +234,85 @@ def test_an_empty_result_comes_back(tmp_path):
     assert not opened.model_image().any()
 
 
-def test_one_object_costs_one_small_read(tmp_path, monkeypatch):
-    one = make_result()
-    ids = np.arange(400)
-    objects = one.objects[np.zeros(400, dtype=int)]
-    objects["object_id"] = ids
-    make_result(objects=objects, models=dict.fromkeys(ids.tolist(), one.models[7])).write(tmp_path / "out")
-    file = pq.ParquetFile(tmp_path / "out" / "models.parquet")
-    rows = max(file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups))
-    opened = kermes.open(tmp_path / "out")
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    """A result of 3000 objects in 3000 blends on a grid, each with a morphology of its own."""
+    one, n = make_result(), 3000
+    ids = np.arange(1, n + 1)
+    rng = np.random.default_rng(4)
+    y, x = 40 * (ids // 60), 40 * (ids % 60)
+    rng.shuffle(ids)
+    objects, blends = (table[np.zeros(n, dtype=int)] for table in (one.objects, one.blends))
+    objects["object_id"] = objects["blend_id"] = blends["blend_id"] = ids
+    blends["y0"], blends["x0"] = y + ORIGIN[0], x + ORIGIN[1]
+    blends["height"] = blends["width"] = 20
+    models = {}
+    for object_id, y0, x0 in zip(ids.tolist(), y.tolist(), x.tolist(), strict=True):
+        component = FactorizedComponent(
+            spectrum=rng.uniform(1, 9, 2).astype(np.float32),
+            morphology=rng.uniform(0, 1, (9, 9)).astype(np.float32),
+            box=kermes.Box(y0 + 5, x0 + 5, 9, 9),
+        )
+        models[object_id] = Source(peak=(y0 + 9, x0 + 9), components=(component,))
+    result = make_result(
+        with_coadd=False,
+        objects=objects,
+        blends=blends,
+        models=models,
+        psfs=dict.fromkeys(ids.tolist(), one.psfs[1]),
+        shape=(2050, 2400),
+        wcs=None,
+    )
+    path = tmp_path_factory.mktemp("crowd") / "out"
+    result.write(path)
+    return result, path
 
-    read = []
-    original = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *args: read.append(args[1]) or original(*args))
-    opened[333].model("g")
 
-    assert rows <= 64
-    assert len(read) == 2  # one of the models, one of the PSFs
+def test_one_object_costs_a_small_part_of_the_file(crowd):
+    result, path = crowd
+    size = (path / "models.parquet").stat().st_size
+    opened = kermes.open(path)
+    before = opened.models.bytes_read
+    opened.models[333]
+    # Of a dozen row groups one is read, and the index and the footer of the file.
+    assert opened.models.bytes_read - before < size / 4
+    np.testing.assert_array_equal(
+        opened.models[333].components[0].morphology, result.models[333].components[0].morphology
+    )
+
+
+def test_every_object_is_found_by_its_number(crowd):
+    result, path = crowd
+    opened = kermes.open(path)
+    assert list(opened.models) == list(result.objects["object_id"])
+    for object_id in (1, 1500, 3000):
+        assert opened[object_id].peak == result[object_id].peak
+        assert opened[object_id].blend_id == object_id
+    for missing in (0, 3001, -1, 2**40, "7", None):
+        with pytest.raises(kermes.InputError, match="object_id must be one of the 3000"):
+            opened[missing]
+
+
+def test_objects_near_a_position_are_found_without_the_tables(crowd):
+    result, path = crowd
+    opened = kermes.open(path)
+    # The eight around the nearest lie 40 pixels from it along the axes, 57 along the diagonals.
+    y, x = 40 * 20 + 9 + ORIGIN[0], 40 * 30 + 9 + ORIGIN[1]
+    before = opened.models.bytes_read
+    found = opened.near(y=y + 3, x=x, radius=50)
+    assert opened.models.bytes_read - before < (path / "models.parquet").stat().st_size / 2
+    assert len(found) == 5
+    assert found[0].peak == (y, x)
+    assert [each.object_id for each in found] == [each.object_id for each in result.near(y=y + 3, x=x, radius=50)]
+
+
+def test_blends_that_are_near_each_other_lie_in_one_row_group(crowd):
+    file = pq.ParquetFile(crowd[1] / "models.parquet")
+    assert file.num_row_groups > 5
+    for number in range(file.num_row_groups - 1):
+        rows = file.read_row_group(number, columns=["peak_y", "peak_x"])
+        area = np.prod([np.ptp(rows[name].to_numpy()) + 40 for name in ("peak_y", "peak_x")])
+        assert area < 6 * 40**2 * rows.num_rows  # strips of one row of blends would be as wide as the image
 
 
 def test_the_same_result_gives_the_same_bytes(result, tmp_path):
@@ -234,8 +328,18 @@ def test_what_was_opened_is_written_as_it_was(written, tmp_path):
         assert (written / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
 
+def test_what_was_rounded_is_written_as_it_was(tmp_path):
+    fitted_result().write(tmp_path / "out")
+    kermes.open(tmp_path / "out").write(tmp_path / "again")
+    kermes.open(tmp_path / "out", coadd=make_coadd()).write(tmp_path / "with_coadd")
+    for file in FILES:
+        content = (tmp_path / "out" / file).read_bytes()
+        assert content == (tmp_path / "again" / file).read_bytes(), file
+        assert content == (tmp_path / "with_coadd" / file).read_bytes(), file
+
+
 def test_timings_are_in_their_own_file_alone(result, written, tmp_path):
-    make_result(timings={"fit": 99.0}).write(tmp_path / "slow")
+    make_result(timings={"fit": 99.0}).write(tmp_path / "slow", tolerance=None)
     differ = {file for file in FILES if (written / file).read_bytes() != (tmp_path / "slow" / file).read_bytes()}
     assert differ == {"timings.json"}
 
@@ -344,21 +448,30 @@ def test_a_file_is_not_a_result(tmp_path):
         kermes.open(tmp_path / "out")
 
 
-def as_first_schema(folder):
-    """Turn a written result of factorized components into what the first version wrote."""
-    metadata = json.loads((folder / "metadata.json").read_text())
-    (folder / "metadata.json").write_text(json.dumps(metadata | {"schema": 1}))
-    (folder / "candidates.parquet").unlink()
-    models = pq.read_table(folder / "models.parquet")
-    groups = pq.read_metadata(folder / "models.parquet").num_rows
-    pq.write_table(models.select(models.column_names[:12]), folder / "models.parquet", row_group_size=groups)
+@pytest.mark.parametrize("schema", [1, 2])
+def test_results_of_earlier_schemas_open(schema):
+    expected = {1: make_result, 2: fitted_result}[schema]()
+    opened = kermes.open(DATA / f"result_schema_{schema}", coadd=make_coadd())
+    for got, wanted in ((opened.objects, expected.objects), (opened.blends, expected.blends)):
+        assert len(got.colnames) > 10
+        for name in set(got.colnames) & set(wanted.colnames):  # later versions may have others
+            np.testing.assert_array_equal(np.asarray(got[name]), np.asarray(wanted[name]), err_msg=name)
+    assert len(opened.candidates) == {1: 0, 2: 2}[schema]
+    assert list(opened.models) == list(expected.models)
+    for handle in expected:
+        for what in ("model", "redistributed"):
+            got, wanted = (getattr(each[handle.object_id], what)("g") for each in (opened, expected))
+            np.testing.assert_allclose(got.array, wanted.array, rtol=0, atol=1e-4)  # of fluxes of hundreds
 
 
-def test_a_result_of_the_first_schema_opens(result, written):
-    as_first_schema(written)
-    opened = kermes.open(written)
-    assert len(opened.candidates) == 0
-    np.testing.assert_array_equal(opened[4].model("g").array, result[4].model("g").array)
+@pytest.mark.parametrize("schema", [1, 2])
+def test_results_of_earlier_schemas_can_be_written_anew(schema, tmp_path):
+    old = kermes.open(DATA / f"result_schema_{schema}")
+    old.write(tmp_path / "new")
+    new = kermes.open(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "metadata.json").read_text())["schema"] == store.SCHEMA
+    for handle in old:
+        np.testing.assert_array_equal(new[handle.object_id].model("r").array, handle.model("r").array)
 
 
 def test_a_newer_schema_is_refused(written):
@@ -368,7 +481,7 @@ def test_a_newer_schema_is_refused(written):
         kermes.open(written)
 
 
-@pytest.mark.parametrize("file", sorted(FILES - {"timings.json", "metadata.json"}))
+@pytest.mark.parametrize("file", PARQUET)
 def test_a_truncated_file_is_named(written, file):
     content = (written / file).read_bytes()
     (written / file).write_bytes(content[: len(content) // 2])
@@ -376,7 +489,7 @@ def test_a_truncated_file_is_named(written, file):
         kermes.open(written)
 
 
-@pytest.mark.parametrize("file", sorted(FILES - {"timings.json", "metadata.json"}))
+@pytest.mark.parametrize("file", PARQUET)
 def test_a_missing_file_is_named(written, file):
     (written / file).unlink()
     with pytest.raises(kermes.FileError, match=f"must be a complete kermes result, but {file} is missing"):
@@ -385,7 +498,7 @@ def test_a_missing_file_is_named(written, file):
 
 def test_a_flipped_bit_in_a_model_is_an_error(written):
     file = written / "models.parquet"
-    column = pq.read_metadata(file).row_group(0).column(11)
+    column = pq.read_metadata(file).row_group(0).column(13)
     content = bytearray(file.read_bytes())
     content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
     file.write_bytes(content)
@@ -393,12 +506,271 @@ def test_a_flipped_bit_in_a_model_is_an_error(written):
         kermes.open(written)[7].model("g")
 
 
-def test_damaged_metadata_are_an_error(written):
+def test_altered_metadata_are_an_error(written):
+    text = (written / "metadata.json").read_text()
+    (written / "metadata.json").write_text(text.replace('"nJy"', '"mJy"'))
+    with pytest.raises(kermes.FileError, match=r"metadata\.json must be .* damaged: its checksum is wrong"):
+        kermes.open(written)
+
+
+def test_missing_metadata_are_an_error(written):
+    shutil.rmtree(written)
+    shutil.copytree(DATA / "result_schema_2", written)
     metadata = json.loads((written / "metadata.json").read_text())
     del metadata["origin"]
     (written / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(kermes.FileError, match="metadata are damaged: 'origin'"):
         kermes.open(written)
+
+
+@pytest.mark.parametrize("file", ["models.parquet", "objects.parquet", "metadata.json", "checksums.json"])
+def test_a_file_of_another_result_is_refused(written, tmp_path, file):
+    fitted_result().write(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / file, written / file)
+    with pytest.raises(kermes.FileError, match="is damaged"):
+        read_everything(kermes.open(written))
+
+
+def read_everything(result):
+    """Use all that a result holds; returns numbers that depend on all of it."""
+    for table in (result.objects, result.parents, result.blends, result.candidates):
+        assert len(table.colnames) > 3
+    fluxes = [result.models[number].flux(len(result.bands)).tolist() for number in result.models]
+    psfs = [float(result.psfs[number].sum()) for number in result.psfs]
+    areas = [footprint.area for footprint in result.footprints.values()]
+    return fluxes, psfs, areas, result.timings, result.model_image().tobytes()
+
+
+def test_whatever_is_altered_is_refused_and_never_taken_for_data(tmp_path):
+    # The pages of Parquet files are a small part of the files of a small result; most of it are footers.
+    fitted_result(with_coadd=False).write(tmp_path / "out")
+    files = {file.name: file.read_bytes() for file in sorted((tmp_path / "out").iterdir())}
+    rng = np.random.default_rng(5)
+    for trial in range(60):
+        name = [*files][trial % len(files)]
+        content = bytearray(files[name])
+        place = int(rng.integers(len(content)))
+        if trial % 3 == 0:
+            content = content[:place]
+        else:
+            content[place] ^= int(rng.integers(1, 256))
+        (tmp_path / "out" / name).write_bytes(bytes(content))
+        with pytest.raises(kermes.FileError):
+            read_everything(kermes.open(tmp_path / "out"))
+        (tmp_path / "out" / name).write_bytes(files[name])
+    read_everything(kermes.open(tmp_path / "out"))
+
+
+def test_another_program_s_tables_are_refused(written):
+    pq.write_table(pq.read_table(written / "objects.parquet"), written / "objects.parquet")
+    with pytest.raises(kermes.FileError, match=r"objects\.parquet must be a file of a kermes result, but is damaged"):
+        kermes.open(written)
+
+
+# ---------------------------------------------------------------- rounding
+
+
+def rendered_difference(result, path):
+    """Largest difference of stored models as observed, in sigma of the pixel."""
+    opened, coadd, largest = kermes.open(path), result.coadd, 0.0
+    for handle in result:
+        for b, band in enumerate(result.bands):
+            got, expected = opened[handle.object_id].model(band), handle.model(band)
+            window = (b, *expected.box.within(coadd.box))
+            noise = np.sqrt(np.where(coadd.valid[window], coadd.variance[window], np.inf))
+            largest = max(largest, (np.abs(got.array - expected.array) / noise).max(initial=0.0))
+    return largest
+
+
+@pytest.mark.parametrize("tolerance", [0.01, 0.05, 1.0])
+def test_stored_models_stay_within_the_tolerance(tmp_path, tolerance):
+    result = make_result()
+    result.write(tmp_path / "out", tolerance=tolerance)
+    difference = rendered_difference(result, tmp_path / "out")
+    assert difference <= tolerance
+    assert difference > 0  # else nothing would be saved
+    assert kermes.open(tmp_path / "out").tolerance == tolerance
+
+
+def test_fluxes_in_the_tables_are_never_rounded(result, tmp_path):
+    result.write(tmp_path / "out", tolerance=5.0)
+    assert_same_table(kermes.open(tmp_path / "out").objects, result.objects)
+
+
+def test_a_coarser_tolerance_takes_less_room(tmp_path):
+    rng = np.random.default_rng(6)
+    wide = FactorizedComponent(
+        spectrum=np.float32([40, 50]), morphology=rng.uniform(0, 1, (40, 40)).astype(np.float32), box=Box(5, 5, 40, 40)
+    )
+    sizes = []
+    for tolerance in (None, 0.01, 0.05, 0.5):
+        models = make_result().models | {7: Source(peak=(25, 25), components=(wide,))}
+        make_result(models=models).write(tmp_path / "out", overwrite=True, tolerance=tolerance)
+        sizes.append((tmp_path / "out" / "models.parquet").stat().st_size)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("tolerance", [0, -1.0, np.nan, np.inf])
+def test_a_tolerance_must_be_positive(result, tmp_path, tolerance):
+    with pytest.raises(kermes.InputError, match="tolerance must be positive, or None"):
+        result.write(tmp_path / "out", tolerance=tolerance)
+
+
+pixels = hypothesis.extra.numpy.arrays(
+    np.float32, (2, 3, 4), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+)
+
+
+@given(pixels, st.floats(1e-6, 1e6))
+def test_rounding_keeps_its_promise_and_needs_few_bits(planes, error):
+    rounded = component_rows.rounded(planes, np.array([error, error]))
+    # Half a unit of the last bit of a float32 comes from the multiplication with the step.
+    assert (np.abs(rounded - planes) <= error + 1e-7 * np.abs(planes)).all()
+
+
+@given(pixels)
+def test_whole_numbers_are_exact_where_they_are_used(planes):
+    whole = component_rows.levels_of(planes)
+    if whole is not None:
+        levels, steps = whole
+        np.testing.assert_array_equal((levels * steps[:, None, None]).astype(np.float32), planes)
+
+
+def test_rounded_pixels_are_written_as_whole_numbers():
+    planes = np.random.default_rng(1).uniform(0, 1, (1, 9, 9)).astype(np.float32)
+    levels, steps = component_rows.levels_of(component_rows.rounded(planes, np.array([0.003])))
+    assert steps == [2.0**-8]  # the largest power of two that is not above twice the error
+    assert levels.max() <= 256
+
+
+# ---------------------------------------------------------------- footprints, near, inputs
+
+
+def test_footprints_come_back(tmp_path):
+    mask = np.random.default_rng(2).uniform(size=SHAPE) > 0.5
+    footprints = {3: Footprint.of_mask(mask, 0, 0), 8: Footprint.of_mask(mask[:5, :7], 50, 60)}
+    make_result(footprints=Footprints.of(footprints)).write(tmp_path / "out")
+    opened = kermes.open(tmp_path / "out")
+    assert list(opened.footprints) == [3, 8]
+    for number, footprint in footprints.items():
+        np.testing.assert_array_equal(opened.footprints[number].spans, footprint.spans)
+
+
+def test_another_coadd_is_warned_of(written):
+    other = replace(make_coadd(), images=make_coadd().images + 1)
+    with pytest.warns(kermes.errors.DataWarning, match="coadd must be the one that .* was made from"):
+        kermes.open(written, coadd=other)
+
+
+def test_positions_must_be_whole(result):
+    for words in ({"y": 1.0}, {"ra": 1.0, "dec": 2.0, "y": 3.0, "x": 4.0}, {}):
+        with pytest.raises(kermes.InputError, match="position must be y and x or ra and dec"):
+            result.near(**words, radius=1.0)
+    with pytest.raises(kermes.InputError, match="radius must be >= 0"):
+        result.near(y=1.0, x=1.0, radius=-1.0)
+    with pytest.raises(kermes.InputError, match="ra and dec need a WCS"):
+        make_result(wcs=None).near(ra=1.0, dec=2.0, radius=1.0)
+
+
+def test_a_position_on_the_sky_is_that_of_its_pixel(result, written):
+    (y, x) = result[7].peak
+    sky = result.wcs.pixel_to_world(x - ORIGIN[1], y - ORIGIN[0])
+    for each in (result, kermes.open(written)):
+        assert [handle.object_id for handle in each.near(ra=sky.ra.deg, dec=sky.dec.deg, radius=0.5)] == [7]
+        # 0.2 arcsec per pixel: the pair is 6.1 pixels apart.
+        assert [handle.object_id for handle in each.near(ra=sky.ra.deg, dec=sky.dec.deg, radius=1.3)] == [7, 4]
+
+
+# ---------------------------------------------------------------- other file systems
+
+
+def test_a_result_lives_on_any_file_system(tmp_path):
+    path = f"memory://{tmp_path.name}/out"
+    result = fitted_result()
+    result.write(path, tolerance=None)
+    for _ in range(2):
+        opened = kermes.open(path)
+        assert read_everything(opened) == read_everything(kermes.open(path))
+        with pytest.raises(kermes.FileError, match="which exists; overwrite replaces it"):
+            result.write(path)
+        result.write(path, overwrite=True, tolerance=None)
+    filesystem = fsspec.filesystem("memory")
+    # One directory and the file that names it; the earlier one is gone.
+    assert len(filesystem.ls(f"/{tmp_path.name}/out")) == 2
+
+
+def test_a_failed_upload_keeps_what_was_there(tmp_path, monkeypatch):
+    path = f"memory://{tmp_path.name}/out"
+    make_result().write(path, tolerance=None)
+    filesystem = fsspec.filesystem("memory")
+    original, calls = filesystem.pipe_file, []
+
+    def fail(name, content, **options):
+        calls.append(name)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return original(name, content, **options)
+
+    monkeypatch.setattr(type(filesystem), "pipe_file", staticmethod(fail))
+    with pytest.raises(kermes.FileError, match="No space left on device"):
+        fitted_result().write(path, overwrite=True)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(kermes.open(path)[7].model("g").array, make_result()[7].model("g").array)
+    assert len(filesystem.ls(f"/{tmp_path.name}/out")) == 2
+
+
+def test_what_fsspec_cannot_read_is_an_error():
+    with pytest.raises(kermes.FileError, match="path must be one that fsspec can read"):
+        kermes.open("nosuchprotocol://out")
+
+
+# ---------------------------------------------------------------- writers at odds
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_two_writers_leave_one_whole_result(tmp_path, monkeypatch, swaps):
+    if not swaps:
+        monkeypatch.setattr(storage, "_swap", lambda one, other: False)
+    results = [make_result(), fitted_result()]
+    expected = [result[7].model("g").array.sum() for result in results]
+    results[0].write(tmp_path / "out", tolerance=None)
+    seen, failures = set(), []
+
+    def write(result):
+        for _ in range(10):
+            try:
+                result.write(tmp_path / "out", overwrite=True, tolerance=None)
+            except kermes.FileError as error:
+                failures.append(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(write, result) for result in results]
+        while not all(writer.done() for writer in writers):
+            try:
+                seen.add(float(kermes.open(tmp_path / "out")[7].model("g").array.sum()))
+            except kermes.FileError:  # it was replaced while it was read: never a mixture
+                continue
+    for writer in writers:
+        writer.result()
+    seen.add(float(kermes.open(tmp_path / "out")[7].model("g").array.sum()))
+    assert seen <= set(map(float, expected))
+    if swaps and sys.platform in ("linux", "darwin"):
+        assert not failures
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_disk_that_fills_up_keeps_what_was_there(written):
+    resource = pytest.importorskip("resource")
+    before = read_everything(kermes.open(written))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # smaller than most of the files
+    try:
+        with pytest.raises(kermes.FileError, match="cannot be written"):
+            fitted_result().write(written, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_everything(kermes.open(written)) == before
+    assert os.listdir(written.parent) == ["out"]
 
 
 def test_a_result_without_timings_opens(written):

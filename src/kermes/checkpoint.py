@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from kermes import catalog, store
+from kermes import catalog, storage, store
+from kermes.component_rows import Rows, source_of_rows, source_rows, write_models
 from kermes.config import to_toml
 from kermes.errors import FileError
 from kermes.modelling import BlendOutcome
@@ -146,13 +147,13 @@ class Checkpoint:
             if not self.folder.exists():
                 self.folder.mkdir()
                 (self.folder / _RUN).write_text(json.dumps(self._run(), indent=1) + "\n")
-                store.sync(self.folder / _RUN)
-            folder = store.sibling(target)
+                storage.sync(self.folder / _RUN)
+            folder = storage.sibling(target)
             folder.mkdir()
             try:
                 _write_part(self._waiting, self._plan, folder)
                 for file in folder.iterdir():
-                    store.sync(file)
+                    storage.sync(file)
                 folder.rename(target)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -184,11 +185,11 @@ def _write_part(outcomes: list[BlendOutcome], plan: TilePlan, folder: Path) -> N
         table = _stack(parts, definitions[name])
         store.write_table(pa.table({"blend": index.astype(np.int64), **table}), folder / f"{name}.parquet", {})
     sources = (
-        store.source_rows(source, number, outcome.task.index, (0, 0))
+        source_rows(source, number, outcome.task.index, (0, 0))
         for outcome in outcomes
         for number, source in enumerate((*outcome.scene.sources, *outcome.candidates))
     )
-    store.write_models(folder / "models.parquet", sources, {})
+    write_models(folder / "models.parquet", sources, {})
 
 
 def _stack(
@@ -209,7 +210,7 @@ def _read_part(folder: Path) -> dict[int, dict[str, Any]]:
     """Read one directory of blends, by their index."""
     tables = {}
     for name in ("objects", "candidates", "blends", "models"):
-        with store.parquet(folder / f"{name}.parquet") as file:
+        with store.parquet(storage.Folder.of(folder), f"{name}.parquet") as file:
             tables[name] = file.read()
     stored: dict[int, dict[str, Any]] = {int(index): {"sources": []} for index in tables["blends"]["blend"].to_numpy()}
     for name in ("objects", "candidates", "blends"):
@@ -224,7 +225,7 @@ def _read_part(folder: Path) -> dict[int, dict[str, Any]]:
         blend.setdefault("candidates", {})
         blend["blends"] = {key: values[0] for key, values in blend["blends"].items()}
     rows: list[dict[str, Any]] = []
-    for row in store.rows_of(tables["models"]):
+    for row in Rows(tables["models"]):
         if rows and (row["blend_id"], row["object_id"]) != (rows[0]["blend_id"], rows[0]["object_id"]):
             _add_source(stored, rows)
             rows = []
@@ -235,5 +236,5 @@ def _read_part(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def _add_source(stored: dict[int, dict[str, Any]], rows: list[dict[str, Any]]) -> None:
-    source: Source = store.source_of_rows(rows, (0, 0))
+    source: Source = source_of_rows(rows, (0, 0))
     stored[rows[0]["blend_id"]]["sources"].append(source)

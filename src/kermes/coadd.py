@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import re
@@ -320,6 +321,11 @@ class Coadd:
             return np.full(y.shape, np.nan), np.full(y.shape, np.nan)
         sky = self.wcs.pixel_to_world(x - self.origin[1], y - self.origin[0]).icrs
         return np.asarray(sky.ra.deg), np.asarray(sky.dec.deg)
+
+    def checksums(self) -> dict[str, str]:
+        """Describe the pixels of `images`, `variance` and `valid` by a checksum each, SHA-256."""
+        planes = {"images": self.images, "variance": self.variance, "valid": self.valid}
+        return {name: hashlib.sha256(np.ascontiguousarray(plane).data).hexdigest() for name, plane in planes.items()}
 
     def cutout(self, box: Box) -> Coadd:
         """Cut a smaller coadd out, in the same coordinates.

@@ -6,6 +6,7 @@ import dataclasses
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -580,6 +581,14 @@ def _merge(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
             settings[key] = value
 
 
+@lru_cache(maxsize=1)
+def _adapter() -> Any:
+    """Checker of settings, which takes longer to make than to use."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Config)
+
+
 def config_from_dict(settings: Mapping[str, Any], origin: str = "config") -> Config:
     """Make a Config from nested dictionaries; `origin` is what messages call them.
 
@@ -588,10 +597,11 @@ def config_from_dict(settings: Mapping[str, Any], origin: str = "config") -> Con
     ConfigError
         Naming every unknown key and every value of a wrong type or range.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(Config).validate_python(dict(settings))
+        checked: Config = _adapter().validate_python(dict(settings))
+        return checked
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc'])) or 'settings'}: {problem['msg'].removeprefix('Value error, ')}"

@@ -1,7 +1,8 @@
-"""Rectangles of integer pixels."""
+"""Rectangles of integer pixels, and sets of pixels as runs of rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,3 +132,119 @@ class Box:
             slice(common.y0 - outer.y0, common.y1 - outer.y0),
             slice(common.x0 - outer.x0, common.x1 - outer.x0),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Footprint:
+    """A set of pixels: runs of pixels in rows."""
+
+    spans: NDArray[np.int64]
+    """Row, first column and the column after the last one of each run, shape (N, 3), in the order of pixels."""
+
+    @classmethod
+    def of_mask(cls, mask: NDArray[np.bool_], y0: int = 0, x0: int = 0) -> Footprint:
+        """Make the footprint of the True pixels of a (h, w) array whose first pixel is (y0, x0)."""
+        rows, columns, ends = _runs(np.asarray(mask, dtype=bool))
+        return cls(np.stack([rows + y0, columns + x0, ends + x0], axis=1))
+
+    @property
+    def box(self) -> Box:
+        """Smallest box around it."""
+        if not len(self.spans):
+            return Box(0, 0, 0, 0)
+        rows, columns, ends = self.spans.T
+        return Box.from_bounds(rows[0], rows[-1] + 1, columns.min(), ends.max())
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return int((self.spans[:, 2] - self.spans[:, 1]).sum())
+
+    def pixels(self) -> NDArray[np.int64]:
+        """List its pixels (y, x), row by row, shape (area, 2)."""
+        rows, columns, ends = self.spans.T
+        lengths = ends - columns
+        firsts = np.cumsum(lengths) - lengths
+        x = np.arange(lengths.sum()) + np.repeat(columns - firsts, lengths)
+        return np.stack([np.repeat(rows, lengths), x], axis=1)
+
+    def mask(self, box: Box) -> NDArray[np.bool_]:
+        """Say which pixels of a box it holds, shape of the box."""
+        mask = np.zeros(box.shape, dtype=bool)
+        y, x = self.pixels().T
+        inside = (y >= box.y0) & (y < box.y1) & (x >= box.x0) & (x < box.x1)
+        mask[y[inside] - box.y0, x[inside] - box.x0] = True
+        return mask
+
+    def shift(self, dy: int, dx: int) -> Footprint:
+        """Move by whole pixels."""
+        return Footprint(self.spans + np.array([dy, dx, dx]))
+
+
+def _runs(labels: NDArray[np.bool_] | NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    """Rows, first columns and ends of all runs of equal values that are not 0 in a (h, w) array."""
+    if labels.size == 0:
+        return (np.zeros(0, dtype=np.int64),) * 3
+    starts = np.ones(labels.shape, dtype=bool)
+    np.not_equal(labels[:, 1:], labels[:, :-1], out=starts[:, 1:])
+    first = np.flatnonzero(starts)
+    end = np.append(first[1:], labels.size)
+    lit = labels.ravel()[first] != 0
+    rows, columns = np.divmod(first[lit], labels.shape[1])
+    return rows, columns, columns + end[lit] - first[lit]
+
+
+class Footprints(Mapping[int, Footprint]):
+    """Footprints by number, in flat arrays."""
+
+    def __init__(self, numbers: NDArray[np.int64], offsets: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
+        self.numbers = numbers
+        """Number of each footprint, shape (K,)."""
+        self.offsets = offsets
+        """Footprint k has the runs offsets[k]:offsets[k + 1], shape (K + 1,)."""
+        self.spans = spans
+        """Runs of all footprints, shape (N, 3)."""
+        self._places = {number: place for place, number in enumerate(numbers.tolist())}
+
+    @classmethod
+    def of(cls, footprints: Mapping[int, Footprint] | Iterable[tuple[int, Footprint]]) -> Footprints:
+        """Put footprints together."""
+        pairs = dict(footprints)
+        spans = [footprint.spans for footprint in pairs.values()]
+        offsets = np.cumsum([0, *(len(each) for each in spans)]).astype(np.int64)
+        joined = np.concatenate([np.zeros((0, 3), dtype=np.int64), *spans])
+        return cls(np.array([*pairs], dtype=np.int64), offsets, joined)
+
+    @classmethod
+    def of_labels(cls, labels: NDArray[np.int64], numbers: Mapping[int, int]) -> Footprints:
+        """Make the footprints of an image of labels (H, W).
+
+        Parameters
+        ----------
+        labels : ndarray
+            Footprint of each pixel, 0 outside.
+        numbers : mapping of int to int
+            Number of each label that is wanted.
+        """
+        rows, columns, ends = _runs(labels)
+        owner = labels[rows, columns]
+        order = np.argsort(owner, kind="stable")
+        spans, owner = np.stack([rows, columns, ends], axis=1)[order], owner[order]
+        wanted = np.array([*numbers], dtype=np.int64)
+        first, last = np.searchsorted(owner, wanted), np.searchsorted(owner, wanted, side="right")
+        pieces = [spans[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+        return cls.of(zip(numbers.values(), map(Footprint, pieces), strict=True))
+
+    def shifted(self, dy: int, dx: int) -> Footprints:
+        """Move all of them by whole pixels."""
+        return Footprints(self.numbers, self.offsets, self.spans + np.array([dy, dx, dx]))
+
+    def __getitem__(self, number: int) -> Footprint:
+        place = self._places[number]
+        return Footprint(self.spans[self.offsets[place] : self.offsets[place + 1]])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

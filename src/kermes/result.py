@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 from astropy import units
+from astropy.coordinates import SkyCoord
 from astropy.table import Column, Row, Table
+from astropy.wcs.utils import proj_plane_pixel_scales
 from numpy.typing import NDArray
 
 from kermes.catalog import (
@@ -26,8 +29,8 @@ from kermes.catalog import (
 from kermes.coadd import Coadd
 from kermes.config import Config
 from kermes.errors import InputError
-from kermes.flux import redistribute, redistribution_covariance, replace_neighbors
-from kermes.geometry import Box
+from kermes.flux import LEAST_MODEL, redistribute, redistribution_covariance, replace_neighbors
+from kermes.geometry import Box, Footprint, Footprints
 from kermes.metrics import registered_metrics
 from kermes.psf import continued, difference_kernels, model_psf
 from kermes.rendering import KernelSet, outer_box, render_source
@@ -37,6 +40,10 @@ FloatArray = NDArray[np.float32]
 
 
 _N_KERNEL_SETS = 16  # PSFs whose kernels are kept; blends that follow each other often share one
+
+
+TOLERANCE = 0.05
+"""How far a stored model as observed may be from the one that was fitted, unless asked otherwise [sigma]."""
 
 
 class StampKind(StrEnum):
@@ -73,6 +80,20 @@ class Stamp:
     """True where the pixel of the image may be used, shape of `box`. None: a model, which has light everywhere."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HeavyFootprint:
+    """The pixels of one object, with values."""
+
+    footprint: Footprint
+    """Where they are, in the coadd's coordinates."""
+
+    values: FloatArray
+    """Values of all pixels in the order of the footprint [unit of the coadd], shape (B, footprint.area)."""
+
+    bands: tuple[str, ...]
+    """Names of the bands."""
+
+
 @dataclass(frozen=True, eq=False)
 class ObjectHandle:
     """One object of a result: its row and its pixels.
@@ -84,13 +105,18 @@ class ObjectHandle:
     result: Result
     """What it belongs to."""
 
-    index: int
-    """Its row in the table of objects."""
+    object_id: int
+    """Number of the object."""
 
     @property
-    def object_id(self) -> int:
-        """Number of the object."""
-        return int(self.row["object_id"])
+    def index(self) -> int:
+        """Its row in the table of objects."""
+        return self.result._index[self.object_id]
+
+    @cached_property
+    def blend_id(self) -> int:
+        """Number of the blend it was fitted in."""
+        return self.result._blend_of(self.object_id)
 
     @property
     def row(self) -> Row:
@@ -128,9 +154,8 @@ class ObjectHandle:
         """Convolved model (B, h, w), and its box as array index."""
         if self.source.box.is_empty:
             return np.zeros((len(self.bands), 0, 0), dtype=np.float32), Box(*self.source.peak, 0, 0)
-        blend_id = int(self.row["blend_id"])
-        kernels = self.result._kernels(self.result.psfs[blend_id])
-        return render_source(self.source, kernels, self.result._outer(blend_id))
+        kernels = self.result.kernels(self.result.psfs[self.blend_id])
+        return render_source(self.source, kernels, self.result._outer(self.blend_id))
 
     def _box(self, margin: int) -> Box:
         """Pixels of its stamps, as array index."""
@@ -236,7 +261,7 @@ class ObjectHandle:
         bands = self.bands if bands is None else tuple(bands)
         b = [self.result._band_index(band) for band in bands]
         box = self._box(margin)
-        psfs = self.result.psfs[int(self.row["blend_id"])]
+        psfs = self.result.psfs[self.blend_id]
         out = np.zeros((len(b), *box.shape), dtype=np.float32)
         y, x = (value - origin for value, origin in zip(self.center, self.result.origin, strict=True))
         half = max(psfs.shape[1:]) // 2 + 1
@@ -249,7 +274,7 @@ class ObjectHandle:
         )
         if psfs.any():
             source = Source(peak=self.source.peak, components=(point,))
-            light, own = render_source(source, self.result._kernels(psfs), Box.of_shape(self.result.shape))
+            light, own = render_source(source, self.result.kernels(psfs), Box.of_shape(self.result.shape))
             out[(slice(None), *own.within(box))] = light[(b, *box.within(own))]
         in_coadd = box.shift(*self.result.origin)
         return {band: Stamp(array, in_coadd) for band, array in zip(bands, out, strict=True)}
@@ -293,6 +318,46 @@ class ObjectHandle:
     def noise_replaced(self, band: str) -> Stamp:
         """Replace in one band what belongs to others by noise of the same variance, as `stamps` says."""
         return self.stamp(StampKind.NOISE_REPLACED, band)
+
+    def footprint(
+        self, kind: StampKind | str = "model", bands: Sequence[str] | None = None, level: float = LEAST_MODEL
+    ) -> HeavyFootprint:
+        """List the pixels that its model reaches, and their values.
+
+        Parameters
+        ----------
+        kind, bands
+            What the values are, as in `stamps`.
+        level : float, optional
+            Pixels are left out where its model is below so many sigma in all bands; without the coadd, where it is
+            zero.
+
+        Returns
+        -------
+        footprint : HeavyFootprint
+            The same pixels for all kinds and bands.
+
+        Raises
+        ------
+        InputError
+            As `stamps`.
+        """
+        model, box = self._observed
+        coadd = self.result.coadd
+        if coadd is None:
+            reached = model != 0
+        else:
+            window = (slice(None), box.y, box.x)
+            valid, variance = coadd.valid[window], coadd.variance[window]
+            noise = np.sqrt(variance, where=valid, out=np.zeros_like(variance))
+            # Where nothing was observed in a band, its model says nothing of where the object is seen.
+            reached = valid & (model > level * noise)
+        bands = self.bands if bands is None else tuple(bands)
+        mask = reached.any(axis=0)
+        stamps = self.stamps(kind, bands)
+        values = np.stack([stamps[band].array[mask] for band in bands])
+        footprint = Footprint.of_mask(mask, box.y0, box.x0).shift(*self.result.origin)
+        return HeavyFootprint(footprint, values, bands)
 
     def redistribution_covariance(self, object_id: int, band: str) -> Stamp:
         """Find the covariance of its redistributed pixels with those of another object.
@@ -351,19 +416,35 @@ def _outwards(box: Box) -> NDArray[np.int64]:
     return np.asarray((ring > 0) * (2 * ring - 1) ** 2 + within)
 
 
-class _LazyTable:
-    """Field of a dataclass: a table, or what makes it when it is first read.
+class ModelStore(Mapping[int, Source]):
+    """Models that are not in memory, and what can be said of them without reading the tables."""
+
+    @abstractmethod
+    def blend_of(self, object_id: int) -> int:
+        """`blend_id` of an object."""
+
+    @abstractmethod
+    def box_of_blend(self, blend_id: int) -> Box:
+        """Box of a blend, as array index."""
+
+    @abstractmethod
+    def within(self, box: Box) -> dict[int, tuple[int, int]]:
+        """Peaks, as array index, of the objects that have theirs in a box, by `object_id`."""
+
+
+class _Lazy:
+    """Field of a dataclass: a table or the like, or what makes it when it is first read.
 
     A table of a hundred columns takes milliseconds to make, as long as the deblending of a small blend.
     """
 
-    def __init__(self, default: Callable[[Any], Table] | None = None) -> None:
-        self._default = default  # makes the table of an instance that was given None
+    def __init__(self, default: Callable[[Any], Any] | None = None) -> None:
+        self._default = default  # makes the value of an instance that was given None
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = "_" + name
 
-    def __get__(self, instance: Any, owner: type) -> Table:
+    def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
             if self._default is None:
                 raise AttributeError  # so the field has no default
@@ -375,7 +456,7 @@ class _LazyTable:
             value = instance.__dict__[self._name] = value()
         return value
 
-    def __set__(self, instance: Any, value: Table | Callable[[], Table]) -> None:
+    def __set__(self, instance: Any, value: Any) -> None:
         instance.__dict__[self._name] = value
 
 
@@ -403,16 +484,16 @@ class Result:
         If the coadd has other bands, another shape or another origin than the result.
     """
 
-    objects: _LazyTable = _LazyTable()
+    objects: _Lazy = _Lazy()
     """One row per peak. As the other tables, given as a Table or as a function that makes it when it is first read."""
 
-    parents: _LazyTable = _LazyTable()
+    parents: _Lazy = _Lazy()
     """One row per footprint."""
 
-    blends: _LazyTable = _LazyTable()
+    blends: _Lazy = _Lazy()
     """One row per blend."""
 
-    candidates: _LazyTable = _LazyTable(_no_candidates)
+    candidates: _Lazy = _Lazy(_no_candidates)
     """Sources that were found although nobody had listed them; left out: none."""
 
     bands: tuple[str, ...]
@@ -446,11 +527,25 @@ class Result:
     coadd: Coadd | None = None
     """The images it was made from; None: not at hand, and only models can be evaluated."""
 
+    footprints: _Lazy = _Lazy(lambda result: Footprints.of({}))
+    """Pixels of each parent by `parent_id`, as array index: a mapping of `Footprint`, or a function that makes it. A
+    parent that is a peak outside of every footprint has none, nor has one of what was written by older versions."""
+
+    tolerance: float = 0.0
+    """How far models may be from those that were fitted, as observed [sigma]: what a file has rounded. 0: not at
+    all."""
+
+    inputs: Mapping[str, str] | None = None
+    """Checksums of the images it was made from, as `Coadd.checksums`; None: those of `coadd`."""
+
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What else came with it, as JSON: for one of another program's models, what kermes has no word for."""
+
     n_peaks: int | None = None
     """Number of peaks that were asked for; None: not known."""
 
-    timings: Mapping[str, Any] = field(default_factory=dict)
-    """How long it took [s]; not part of the answer."""
+    timings: _Lazy = _Lazy(lambda result: {})
+    """How long it took [s], a mapping by what took it, or a function that makes it; not part of the answer."""
 
     total: FloatArray | None = None
     """Sum of the positive parts of all convolved models (B, H, W), if it is known already."""
@@ -471,15 +566,17 @@ class Result:
         return len(self.objects)
 
     def __iter__(self) -> Iterator[ObjectHandle]:
-        return (ObjectHandle(self, index) for index in range(len(self)))
+        return (ObjectHandle(self, object_id) for object_id in self._index)
 
     def __contains__(self, object_id: object) -> bool:
+        if isinstance(self.models, ModelStore):
+            return isinstance(object_id, int | np.integer) and int(object_id) >= 0 and object_id in self.models
         return object_id in self._index
 
     def __getitem__(self, object_id: int) -> ObjectHandle:
-        if object_id not in self._index:
+        if object_id not in self:
             raise InputError(f"object_id must be one of the {len(self)} in the table of objects, got {object_id!r}")
-        return ObjectHandle(self, self._index[object_id])
+        return ObjectHandle(self, int(object_id))
 
     def _band_index(self, band: str) -> int:
         if band not in self.bands:
@@ -496,7 +593,8 @@ class Result:
         """The last PSFs that were asked for, by id, and their kernels."""
         return OrderedDict()
 
-    def _kernels(self, psfs: NDArray[np.float64]) -> KernelSet:
+    def kernels(self, psfs: NDArray[np.float64]) -> KernelSet:
+        """Make the kernels that lead from the model frame to observed PSFs (B, P, Q); the latest are kept."""
         known = self._kernel_sets.pop(id(psfs), None)
         if known is None or known[0] is not psfs:
             target = model_psf(self.config.model_psf_sigma)
@@ -518,9 +616,80 @@ class Result:
         table = np.array([np.asarray(self.blends[name]) for name in columns]).T.tolist()
         return {row[0]: Box(*row[1:]).shift(-self.origin[0], -self.origin[1]) for row in table}
 
+    def _blend_of(self, object_id: int) -> int:
+        if isinstance(self.models, ModelStore):
+            return self.models.blend_of(object_id)
+        return int(self.objects["blend_id"][self._index[object_id]])
+
     def _outer(self, blend_id: int) -> Box:
         """Pixels that the models of a blend can reach, as array index."""
-        return outer_box(self._boxes[blend_id], self.psfs[blend_id], Box.of_shape(self.shape))
+        models = self.models
+        box = models.box_of_blend(blend_id) if isinstance(models, ModelStore) else self._boxes[blend_id]
+        return outer_box(box, self.psfs[blend_id], Box.of_shape(self.shape))
+
+    def near(
+        self,
+        *,
+        y: float | None = None,
+        x: float | None = None,
+        ra: float | None = None,
+        dec: float | None = None,
+        radius: float,
+    ) -> list[ObjectHandle]:
+        """Find the objects whose peaks are near a position, the nearest first.
+
+        Parameters
+        ----------
+        y, x : float, optional
+            Position in the coadd's coordinates.
+        ra, dec : float, optional
+            Position on the sky instead [deg, ICRS].
+        radius : float
+            Largest distance: with `y` and `x` in pixels, with `ra` and `dec` in arcsec.
+
+        Returns
+        -------
+        objects : list of ObjectHandle
+            Of a result that was opened, only those parts are read that can hold such objects.
+
+        Raises
+        ------
+        InputError
+            If not exactly one of both pairs is given, the radius is negative, or the sky is asked for without a WCS.
+        """
+        if not radius >= 0:
+            raise InputError(f"radius must be >= 0, got {radius}")
+        if y is not None and x is not None and ra is None and dec is None:
+            place = (float(y) - self.origin[0], float(x) - self.origin[1])
+        elif ra is not None and dec is not None and y is None and x is None:
+            if self.wcs is None:
+                raise InputError("ra and dec need a WCS, and the result has none: give y and x")
+            pixel = self.wcs.world_to_pixel(SkyCoord(ra, dec, unit="deg"))
+            place = float(pixel[1]), float(pixel[0])
+            radius = radius / (3600 * float(np.mean(proj_plane_pixel_scales(self.wcs.celestial))))
+        else:
+            raise InputError(f"the position must be y and x or ra and dec, got y={y}, x={x}, ra={ra}, dec={dec}")
+        reach = int(np.ceil(radius)) + 1
+        center = round(place[0]), round(place[1])
+        box = Box(center[0] - reach, center[1] - reach, 2 * reach + 1, 2 * reach + 1)
+        found = []
+        for object_id, peak in self._peaks_within(box).items():
+            distance = np.hypot(peak[0] - place[0], peak[1] - place[1])
+            if distance <= radius:
+                found.append((distance, object_id))
+        return [ObjectHandle(self, object_id) for _, object_id in sorted(found)]
+
+    def _peaks_within(self, box: Box) -> dict[int, tuple[int, int]]:
+        if isinstance(self.models, ModelStore):
+            return self.models.within(box)
+        peaks = {object_id: source.peak for object_id, source in self.models.items() if object_id in self._index}
+        return {object_id: peak for object_id, peak in peaks.items() if peak in box}
+
+    def input_checksums(self) -> dict[str, str]:
+        """Checksums of the images it was made from; empty if they are not known."""
+        if self.inputs is not None:
+            return dict(self.inputs)
+        return {} if self.coadd is None else self.coadd.checksums()
 
     @cached_property
     def _sums(self) -> tuple[FloatArray, FloatArray]:
@@ -531,7 +700,7 @@ class Result:
             source = self.models[model_id]
             if source.box.is_empty:
                 continue
-            array, box = render_source(source, self._kernels(self.psfs[blend_id]), self._outer(blend_id))
+            array, box = render_source(source, self.kernels(self.psfs[blend_id]), self._outer(blend_id))
             window = (slice(None), box.y, box.x)
             model[window] += array
             if self.total is None:
@@ -684,7 +853,7 @@ class Result:
                 table.add_column(Column(values[name][:, b], name=f"{band}_{name}", description=description))
         return table
 
-    def write(self, path: str | PathLike[str], overwrite: bool = False) -> None:
+    def write(self, path: str | PathLike[str], overwrite: bool = False, tolerance: float | None = TOLERANCE) -> None:
         """Write everything but the images into a directory; `kermes.open` reads it.
 
         Parameters
@@ -693,15 +862,20 @@ class Result:
             Directory to make. It appears when it is complete, or not at all.
         overwrite : bool, optional
             Whether an earlier result of that name may be replaced.
+        tolerance : float, optional
+            How far the stored model of an object, drawn as observed, may be from that of this result in any pixel
+            [sigma of the noise]. None: it is kept to the bit. Fluxes in the tables are never rounded.
 
         Raises
         ------
         FileError
             If it exists and may not be replaced, or cannot be written.
+        InputError
+            If `tolerance` is not positive.
         """
         from kermes.store import write_result
 
-        write_result(self, path, overwrite=overwrite)
+        write_result(self, path, overwrite=overwrite, tolerance=tolerance)
 
     def __repr__(self) -> str:
         objects = (

@@ -6,12 +6,17 @@ objects.parquet     table of objects; units and descriptions are metadata of the
 parents.parquet     table of parents
 blends.parquet      table of blends; ``psf_id`` names the PSF of the blend
 candidates.parquet  table of candidates
-models.parquet      one row per component, in the order of the objects
+models.parquet      one row per component; those of a blend lie together, and near blends near each other
+index.parquet       in which row group of models.parquet each object is, in the order of their numbers
 psfs.parquet        one row per PSF and band; a PSF that blends share is stored once
+footprints.parquet  one row per parent: the runs of pixels of its footprint
+checksums.json      checksums of the files above; what was altered is refused
 timings.json        how long it took; the only file that differs from run to run
 ==================  =================================================================================
 
 All positions are in the coadd's coordinates. Every Parquet file carries metadata.json under the key ``kermes``.
+Pixels of morphologies are whole numbers of a step, which is so small that what is drawn from them stays close to what
+was fitted: see `write_result`.
 """
 
 from __future__ import annotations
@@ -20,13 +25,14 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import secrets
 import shutil
+import tempfile
 import tomllib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO, StringIO
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -40,42 +46,28 @@ from astropy.table import Column, Table
 from astropy.wcs import WCS, FITSFixedWarning
 from numpy.typing import NDArray
 
+from kermes import storage
 from kermes.coadd import Coadd
+from kermes.component_rows import Rows, Tolerance, arrow_rows, source_of_rows, source_rows, write_models, writer
 from kermes.config import config_from_dict, to_toml
-from kermes.errors import FileError, InputError
-from kermes.geometry import Box
-from kermes.result import Result, model_ids
-from kermes.scene import Component, CubeComponent, FactorizedComponent, ProfileComponent, Source
+from kermes.errors import DataWarning, FileError, InputError
+from kermes.geometry import Box, Footprint, Footprints
+from kermes.io.tables import from_arrow, to_arrow
+from kermes.result import TOLERANCE, ModelStore, Result
+from kermes.scene import ProfileComponent, Source
+from kermes.storage import Folder, damaged
 
-SCHEMA = 2
-"""Version of the layout; raised when a reader of the old one would be misled. Version 1 had factorized components
-alone, and no candidates; it is still read."""
+SCHEMA = 3
+"""Version of the layout; raised when a reader of the old one would be misled. All earlier ones are still read: version
+1 had factorized components alone, and no candidates; version 2 had no steps, checksums and footprints, and its models
+were in the order of their objects."""
 
 _FORMAT = "kermes result"
 _TABLES = ("objects", "parents", "blends", "candidates")
-_ROWS_PER_GROUP = 64
-_PIXELS_PER_GROUP = 1 << 15
-_MODEL_FIELDS = (
-    ("object_id", pa.int64()),
-    ("blend_id", pa.int64()),
-    ("component", pa.int64()),
-    ("kind", pa.string()),
-    ("peak_y", pa.int64()),
-    ("peak_x", pa.int64()),
-    ("y0", pa.int64()),
-    ("x0", pa.int64()),
-    ("height", pa.int64()),
-    ("width", pa.int64()),
-    ("spectrum", pa.list_(pa.float32())),
-    ("morphology", pa.list_(pa.float32())),
-    ("center_y", pa.float64()),
-    ("center_x", pa.float64()),
-    ("radius", pa.float64()),
-    ("shear_1", pa.float64()),
-    ("shear_2", pa.float64()),
-    ("sersic_index", pa.float64()),
-    ("sigma", pa.float64()),
-)
+_BLENDS_PER_GROUP = 1024
+_OBJECTS_PER_GROUP = 4096
+_GROUPS_KEPT = 64
+_PSFS_KEPT = 64
 _PSF_FIELDS = (
     ("psf_id", pa.int64()),
     ("band", pa.string()),
@@ -83,231 +75,87 @@ _PSF_FIELDS = (
     ("width", pa.int64()),
     ("pixels", pa.list_(pa.float64())),
 )
-
-
-# ---------------------------------------------------------------- tables
-
-
-def to_arrow(table: Table) -> pa.Table:
-    """Convert an astropy table of plain columns; units, descriptions and types go into the metadata of the fields."""
-    fields, arrays = [], []
-    for column in table.itercols():
-        values = np.asarray(column)
-        array = pa.array(values.astype(values.dtype.newbyteorder("=")))
-        metadata = {"dtype": values.dtype.str}
-        if column.unit is not None:
-            metadata["unit"] = column.unit.to_string()
-        if column.description is not None:
-            metadata["description"] = column.description
-        fields.append(pa.field(column.name, array.type, nullable=False, metadata=metadata))
-        arrays.append(array)
-    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
-
-
-def from_arrow(table: pa.Table) -> Table:
-    """Convert back what `to_arrow` made, exactly; other tables of plain columns are taken as they are."""
-    columns = []
-    for item, values in zip(table.schema, table.columns, strict=True):
-        metadata = {key.decode(): value.decode() for key, value in (item.metadata or {}).items()}
-        unit = units.Unit(metadata["unit"], parse_strict="silent") if "unit" in metadata else None
-        columns.append(
-            Column(
-                np.asarray(values.to_numpy(), dtype=metadata.get("dtype")),
-                name=item.name,
-                unit=unit,
-                description=metadata.get("description"),
-            )
-        )
-    return Table(columns, copy=False)
-
-
-def table_bytes(table: Table, suffix: str) -> bytes:
-    """Write a table of plain columns in the format of a file name's suffix: .parquet, .fits, .ecsv, .csv or .vot."""
-    buffer = BytesIO()
-    if suffix == ".parquet":
-        pq.write_table(to_arrow(table), buffer, compression="zstd")
-    elif suffix == ".fits":
-        plain = table.copy(copy_data=False)
-        plain.meta.clear()
-        hdu = fits.table_to_hdu(plain)
-        for number, column in enumerate(table.itercols(), start=1):
-            if column.description:
-                hdu.header[f"TCOMM{number}"] = column.description
-        fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(buffer)
-    elif suffix == ".vot":
-        table.write(buffer, format="votable")
-    else:
-        text = StringIO()
-        table.write(text, format={".ecsv": "ascii.ecsv", ".csv": "ascii.csv"}[suffix])
-        buffer.write(text.getvalue().encode())
-    return buffer.getvalue()
+_FOOTPRINT_FIELDS = (
+    ("parent_id", pa.int64()),
+    ("y", pa.list_(pa.int32())),
+    ("x0", pa.list_(pa.int32())),
+    ("x1", pa.list_(pa.int32())),
+)
 
 
 # ---------------------------------------------------------------- writing
 
 
-def _writer(path: Path, schema: pa.Schema, key: str | None = None, floats: Iterable[str] = ()) -> pq.ParquetWriter:
-    """Open a Parquet file; statistics of `key` alone, `floats` stored byte by byte, which compresses them better."""
-    plain = [f"{name}.list.element" for name in floats]
-    return pq.ParquetWriter(
-        path,
-        schema,
-        compression="zstd",
-        use_dictionary=[name for name in schema.names if name not in floats],
-        write_statistics=[key] if key is not None else True,
-        column_encoding=dict.fromkeys(plain, "BYTE_STREAM_SPLIT") or None,
-        write_page_checksum=True,
-    )
-
-
-def write_table(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write one table into one file."""
+def write_table(
+    table: pa.Table, path: Path, metadata: Mapping[str, str], keys: Iterable[str] | None = None, rows: int | None = None
+) -> None:
+    """Write one table into one file, in row groups of so many rows."""
     schema = table.schema.with_metadata(metadata)
-    with _writer(path, schema) as writer:
-        writer.write_table(table.cast(schema))
+    with writer(path, schema, keys) as file:
+        file.write_table(table.cast(schema), row_group_size=rows)
 
 
-def _lists(arrays: Iterable[NDArray[Any]], dtype: pa.DataType) -> pa.ListArray:
-    arrays = [array.ravel() for array in arrays]
-    offsets = np.concatenate([[0], np.cumsum([array.size for array in arrays])]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(arrays), type=dtype.value_type))
+def _spread_bits(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Put a zero between all bits of numbers below 2^31."""
+    for shift, mask in ((16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F)):
+        values = (values | values << shift) & mask
+    for shift, mask in ((2, 0x3333333333333333), (1, 0x5555555555555555)):
+        values = (values | values << shift) & mask
+    return values
 
 
-def rows_of(table: pa.Table, rows: Iterable[int] | None = None) -> list[dict[str, Any]]:
-    """Rows of a table of models or PSFs; lists come as arrays. None: all rows."""
-    return [
-        {
-            name: np.array(value.values) if isinstance(value, pa.ListScalar) else value.as_py()
-            for name, value in ((name, table[name][int(row)]) for name in table.column_names)
-        }
-        for row in (range(table.num_rows) if rows is None else rows)
-    ]
-
-
-def _row_group(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    columns = [
-        _lists((row[item.name] for row in rows), item.type)
-        if pa.types.is_list(item.type)
-        else pa.array([row.get(item.name) for row in rows], type=item.type)
-        for item in schema
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
-_NO_PIXELS = np.zeros(0, dtype=np.float32)
-
-
-def source_rows(source: Source, model_id: int, blend_id: int, origin: tuple[int, int]) -> list[dict[str, Any]]:
-    """Turn a source into rows of models.parquet, one per component; one without any gets a row of kind "none".
-
-    Raises
-    ------
-    InputError
-        If a component is neither factorized nor a profile nor a template.
-    """
-    dy, dx = origin
-    row = {
-        "object_id": model_id,
-        "blend_id": blend_id,
-        "peak_y": source.peak[0] + dy,
-        "peak_x": source.peak[1] + dx,
-    }
-    if not source.components:
-        place = {"y0": row["peak_y"], "x0": row["peak_x"], "height": 0, "width": 0}
-        return [{**row, "component": 0, "kind": "none", **place, "spectrum": _NO_PIXELS, "morphology": _NO_PIXELS}]
-    return [
-        {
-            **row,
-            "component": number,
-            "y0": component.box.y0 + dy,
-            "x0": component.box.x0 + dx,
-            "height": component.box.height,
-            "width": component.box.width,
-            **_component_columns(component, origin),
-        }
-        for number, component in enumerate(source.components)
-    ]
-
-
-def source_of_rows(rows: Sequence[Mapping[str, Any]], origin: tuple[int, int]) -> Source:
-    """Make a source from its rows of models.parquet, lists as arrays; what `source_rows` wrote.
-
-    Raises
-    ------
-    KeyError, IndexError, TypeError, ValueError
-        If they are not such rows.
-    """
-    dy, dx = origin
-    return Source(
-        peak=(rows[0]["peak_y"] - dy, rows[0]["peak_x"] - dx),
-        components=tuple(_component_of_row(row, origin) for row in rows if row["kind"] != "none"),
+def _places(result: Result) -> dict[int, int]:
+    """Number the blends along a Z-shaped curve (Morton 1966), on which what is near on the sky is mostly near."""
+    blends = result.blends
+    y, x = (
+        2 * (np.asarray(blends[first], dtype=np.int64) - origin) + np.asarray(blends[side], dtype=np.int64)
+        for first, side, origin in zip(("y0", "x0"), ("height", "width"), result.origin, strict=True)
     )
+    curve = _spread_bits(np.maximum(y, 0)) << 1 | _spread_bits(np.maximum(x, 0))
+    return dict(zip(blends["blend_id"].tolist(), curve.tolist(), strict=True))
 
 
-def _component_of_row(row: Mapping[str, Any], origin: tuple[int, int]) -> Component:
-    dy, dx = origin
-    box = Box(row["y0"], row["x0"], row["height"], row["width"]).shift(-dy, -dx)
-    if row["kind"] == "profile":
-        return ProfileComponent(
-            spectrum=row["spectrum"],
-            center=np.array([row["center_y"] - dy, row["center_x"] - dx]),
-            radius=row["radius"],
-            shear=np.array([row["shear_1"], row["shear_2"]]),
-            index=row["sersic_index"],
-            sigma=row["sigma"],
-            box=box,
-        )
-    if row["kind"] == "template":
-        return CubeComponent(cube=row["morphology"].reshape(-1, *box.shape), box=box, observed=True)
-    if row["kind"] != "factorized":
-        raise ValueError(f"unknown kind of component {row['kind']!r}")
-    return FactorizedComponent(spectrum=row["spectrum"], morphology=row["morphology"].reshape(box.shape), box=box)
+def _tolerance_of(result: Result, tolerance: float) -> Callable[[Source, int], Tolerance | None]:
+    """Make the function that says how far the pixels of a source may be changed, from the images it was made from.
+
+    A pixel of the model that is changed by e changes those around it by no more than e times the sum of the absolute
+    values of the kernel, all of them together.
+    """
+    coadd = result.coadd
+    assert coadd is not None
+
+    def of(source: Source, blend_id: int) -> Tolerance | None:
+        if all(isinstance(component, ProfileComponent) for component in source.components):
+            return None
+        psfs = result.psfs[blend_id]
+        spread = np.abs(result.kernels(psfs).stamps).sum(axis=(1, 2))
+        box = source.box.grow(max(psfs.shape[1:]) // 2) & coadd.box.shift(-coadd.origin[0], -coadd.origin[1])
+        window = (slice(None), box.y, box.x)
+        variance = np.where(coadd.valid[window], coadd.variance[window], np.inf)
+        error = tolerance * np.sqrt(variance.min(axis=(1, 2), initial=np.inf).astype(np.float64))
+        frame = np.divide(error, spread, out=np.full_like(error, np.inf), where=spread > 0)
+        return Tolerance(frame=frame, observed=error)
+
+    return of
 
 
-def _component_columns(component: Component, origin: tuple[int, int]) -> dict[str, Any]:
-    """Say what is particular to a kind of component; columns of other kinds are left out."""
-    if isinstance(component, FactorizedComponent):
-        return {"kind": "factorized", "spectrum": component.spectrum, "morphology": component.morphology}
-    if isinstance(component, CubeComponent) and component.observed:
-        return {"kind": "template", "spectrum": _NO_PIXELS, "morphology": component.cube}
-    if isinstance(component, ProfileComponent):
-        return {
-            "kind": "profile",
-            "spectrum": component.spectrum,
-            "morphology": _NO_PIXELS,
-            "center_y": component.center[0] + origin[0],
-            "center_x": component.center[1] + origin[1],
-            "radius": component.radius,
-            "shear_1": component.shear[0],
-            "shear_2": component.shear[1],
-            "sersic_index": component.index,
-            "sigma": component.sigma,
-        }
-    raise InputError(
-        f"components must be factorized, profiles or templates to be written, got a {type(component).__name__}"
-    )
+def _write_models(result: Result, folder: Path, metadata: Mapping[str, str], tolerance: float | None) -> None:
+    """Write the models of all objects and candidates, and the index of them."""
+    places, ids = _places(result), result.model_ids().T.tolist()
+    ids.sort(key=lambda pair: (places.get(pair[1], -1), pair[1], pair[0] < 0, abs(pair[0])))
+    tolerance_of = None if tolerance is None or result.coadd is None else _tolerance_of(result, tolerance)
 
+    def rows() -> Iterator[list[dict[str, Any]]]:
+        for model_id, blend_id in ids:
+            source = result.models[model_id]
+            allowed = None if tolerance_of is None else tolerance_of(source, blend_id)
+            yield source_rows(source, model_id, blend_id, result.origin, allowed)
 
-def write_models(path: Path, sources: Iterable[list[dict[str, Any]]], metadata: Mapping[str, str]) -> None:
-    """Write a file of models, from the rows of one source after the other, by `source_rows`."""
-    schema = pa.schema(_MODEL_FIELDS, metadata=metadata)
-    with _writer(path, schema, key="object_id", floats=("spectrum", "morphology")) as writer:
-        rows: list[dict[str, Any]] = []
-        n_pixels = 0
-        for added in sources:
-            rows += added
-            n_pixels += sum(row["morphology"].size for row in added)
-            if len(rows) >= _ROWS_PER_GROUP or n_pixels >= _PIXELS_PER_GROUP:
-                writer.write_table(_row_group(rows, schema))
-                rows, n_pixels = [], 0
-        if rows:
-            writer.write_table(_row_group(rows, schema))
-
-
-def _rows_of_models(result: Result) -> Iterator[list[dict[str, Any]]]:
-    ids = result.model_ids()
-    for model_id, blend_id in ids[:, np.argsort(ids[0])].T.tolist():
-        yield source_rows(result.models[model_id], model_id, blend_id, result.origin)
+    row_groups = np.array(write_models(folder / "models.parquet", rows(), metadata), dtype=np.int64)
+    model_ids = np.array([model_id for model_id, _ in ids], dtype=np.int64)
+    order = np.argsort(model_ids)
+    index = pa.table({"object_id": model_ids[order], "row_group": row_groups[order]})
+    write_table(index, folder / "index.parquet", metadata, ("object_id",), _OBJECTS_PER_GROUP)
 
 
 def _write_psfs(result: Result, path: Path, metadata: Mapping[str, str]) -> list[int]:
@@ -315,9 +163,9 @@ def _write_psfs(result: Result, path: Path, metadata: Mapping[str, str]) -> list
     schema = pa.schema(_PSF_FIELDS, metadata=metadata)
     known: dict[tuple[Any, ...], int] = {}
     psf_ids = []
-    with _writer(path, schema, key="psf_id", floats=("pixels",)) as writer:
-        for blend_id in result.blends["blend_id"]:
-            psfs = np.ascontiguousarray(result.psfs[int(blend_id)], dtype=np.float64)
+    with writer(path, schema, ("psf_id",), ("pixels",)) as file:
+        for blend_id in result.blends["blend_id"].tolist():
+            psfs = np.ascontiguousarray(result.psfs[blend_id], dtype=np.float64)
             key = (psfs.shape, hashlib.sha256(psfs.tobytes()).digest())
             if key not in known:
                 known[key] = len(known)
@@ -326,12 +174,26 @@ def _write_psfs(result: Result, path: Path, metadata: Mapping[str, str]) -> list
                     {"psf_id": known[key], "band": band, "height": height, "width": width, "pixels": psf}
                     for band, psf in zip(result.bands, psfs, strict=True)
                 ]
-                writer.write_table(_row_group(rows, schema))
+                file.write_table(arrow_rows(rows, schema))
             psf_ids.append(known[key])
     return psf_ids
 
 
-def _metadata(result: Result) -> dict[str, Any]:
+def _footprint_table(result: Result) -> pa.Table:
+    rows = []
+    for parent_id, footprint in result.footprints.items():
+        y, x0, x1 = footprint.shift(*result.origin).spans.T
+        rows.append({"parent_id": parent_id, "y": y, "x0": x0, "x1": x1})
+    schema = pa.schema(_FOOTPRINT_FIELDS)
+    return arrow_rows(rows, schema) if rows else schema.empty_table()
+
+
+def _stored_tolerance(result: Result, tolerance: float | None) -> float:
+    """Say how far the models will be from those that were fitted; without images they are kept as they are."""
+    return result.tolerance if tolerance is None or result.coadd is None else max(result.tolerance, tolerance)
+
+
+def _metadata(result: Result, tolerance: float | None) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "schema": SCHEMA,
@@ -345,33 +207,38 @@ def _metadata(result: Result) -> dict[str, Any]:
         "config": to_toml(result.config),
         "complete": result.is_complete,
         "ledger": result.ledger(),
+        "tolerance": _stored_tolerance(result, tolerance),
+        "inputs": result.input_checksums(),
+        "notes": dict(result.notes),
         "versions": {name: importlib.metadata.version(name) for name in ("kermes", "numpy", "numba")},
     }
 
 
-def _write_files(result: Result, folder: Path) -> None:
-    description = json.dumps(_metadata(result), indent=1)
-    (folder / "metadata.json").write_text(description + "\n")
+def _write_files(result: Result, folder: Path, tolerance: float | None) -> None:
+    description = storage.sealed_json(_metadata(result, tolerance))
+    (folder / "metadata.json").write_text(description)
     metadata = {"kermes": description}
     psf_ids = _write_psfs(result, folder / "psfs.parquet", metadata)
-    write_models(folder / "models.parquet", _rows_of_models(result), metadata)
-    write_table(to_arrow(result.objects), folder / "objects.parquet", metadata)
+    _write_models(result, folder, metadata, tolerance)
+    write_table(to_arrow(result.objects), folder / "objects.parquet", metadata, ("object_id", "y", "x", "ra", "dec"))
     write_table(to_arrow(result.parents), folder / "parents.parquet", metadata)
     write_table(to_arrow(result.candidates), folder / "candidates.parquet", metadata)
+    write_table(_footprint_table(result), folder / "footprints.parquet", metadata, ("parent_id",))
     blends = result.blends.copy()
     blends["psf_id"] = Column(np.array(psf_ids, dtype=np.int64), description="Number of its PSF in psfs.parquet")
-    write_table(to_arrow(blends), folder / "blends.parquet", metadata)
-    (folder / "timings.json").write_text(json.dumps(result.timings, indent=1) + "\n")
+    write_table(to_arrow(blends), folder / "blends.parquet", metadata, ("blend_id",), _BLENDS_PER_GROUP)
+    storage.seal(folder, [file.name for file in folder.iterdir()])
+    (folder / "timings.json").write_text(storage.sealed_json(result.timings))
 
 
-def _is_result(folder: Path) -> bool:
+def _is_result(folder: Folder) -> bool:
     try:
-        return bool(json.loads((folder / "metadata.json").read_text())["format"] == _FORMAT)
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads(storage.current(folder).read("metadata.json"))["format"] == _FORMAT)
+    except (FileError, ValueError, KeyError, TypeError):
         return False
 
 
-def check_output(path: str | PathLike[str], overwrite: bool = False) -> Path:
+def check_output(path: str | PathLike[str], overwrite: bool = False) -> Folder:
     """Check that a result can be written to a directory, before the work begins.
 
     Raises
@@ -380,55 +247,31 @@ def check_output(path: str | PathLike[str], overwrite: bool = False) -> Path:
         If its parent directory is missing, if it exists and `overwrite` is False, unless it is what a run that was
         stopped has left, or if it holds anything but a result of kermes.
     """
-    target = Path(path).resolve()
-    if not target.parent.is_dir():
-        raise FileError(f"output must lie in a directory that exists, got {path}")
-    if not os.access(target.parent, os.W_OK):
-        raise FileError(f"output must lie in a directory that can be written to, got {path}")
-    if not target.exists():
-        return target
-    if not target.is_dir():
-        raise FileError(f"output must be a directory, got the file {path}")
-    if any(target.iterdir()):
-        if not _is_result(target):
+    folder = Folder.of(path)
+    if folder.is_local:
+        target = Path(folder.root)
+        if not target.parent.is_dir():
+            raise FileError(f"output must lie in a directory that exists, got {path}")
+        if not os.access(target.parent, os.W_OK):
+            raise FileError(f"output must lie in a directory that can be written to, got {path}")
+        if target.exists() and not target.is_dir():
+            raise FileError(f"output must be a directory, got the file {path}")
+    if not folder.exists():
+        return folder
+    if folder.names():
+        if not _is_result(folder):
             raise FileError(f"output must be new, or a result of kermes to replace, got {path}, which is neither")
-        if not overwrite and _read_metadata(target).get("complete", True):
+        if not overwrite and _is_complete(folder):
             raise FileError(f"output must be new, got {path}, which exists; overwrite replaces it")
-    return target
+    return folder
 
 
-def sibling(target: Path) -> Path:
-    """Name a new directory beside the target, on the same file system."""
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _is_complete(folder: Folder) -> bool:
+    """Whether an earlier result is that of a whole run; a damaged one counts as such, and is not replaced unasked."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _publish(folder: Path, target: Path) -> None:
-    """Rename a complete directory into place; what was there goes away when the new one is in place."""
-    for file in folder.iterdir():
-        sync(file)
-    sync(folder)
-    old = None
-    if target.exists():
-        old = sibling(target)
-        target.rename(old)
-    try:
-        folder.rename(target)
-    except BaseException:
-        if old is not None:
-            old.rename(target)
-        raise
-    sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old)
+        return bool(_read_metadata(storage.current(folder)).get("complete", True))
+    except FileError:
+        return True
 
 
 def write_result(
@@ -436,6 +279,7 @@ def write_result(
     path: str | PathLike[str],
     *,
     overwrite: bool = False,
+    tolerance: float | None = TOLERANCE,
     extras: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a result into a directory.
@@ -444,9 +288,15 @@ def write_result(
     ----------
     result : Result
     path : path
-        Directory to make. It appears when it is complete, or not at all.
+        Directory to make, of this machine or of any file system that fsspec knows. It appears when it is complete, or
+        not at all.
     overwrite : bool, optional
         Whether an earlier result of that name may be replaced, with all that its directory holds.
+    tolerance : float, optional
+        How far the stored model of an object, drawn as observed, may be from the one that was fitted, in any pixel and
+        band [sigma of the noise in the quietest pixel it reaches]. Pixels of morphologies and templates are rounded to
+        multiples of a power of two accordingly; profiles and fluxes are kept to the bit. None: all is. Without the
+        coadd the noise is not known, and models are kept as they are.
     extras : mapping of str to bytes, optional
         Further files to put beside the tables, by name.
 
@@ -454,67 +304,129 @@ def write_result(
     ------
     FileError
         If it exists and may not be replaced, or cannot be written.
+    InputError
+        If `tolerance` is not positive.
 
     Notes
     -----
     The same result gives the same bytes, except for timings.json.
     """
+    if tolerance is not None and not 0 < tolerance < np.inf:
+        raise InputError(f"tolerance must be positive, or None for exact models, got {tolerance}")
     target = check_output(path, overwrite)
     try:
-        folder = sibling(target)
-        folder.mkdir()
-        try:
-            _write_files(result, folder)
-            for name, content in (extras or {}).items():
-                (folder / name).write_bytes(content)
-            _publish(folder, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        if target.is_local:
+            _write_local(result, Path(target.root), overwrite, tolerance, extras or {})
+        else:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                _write_files(result, folder, tolerance)
+                for extra, content in (extras or {}).items():
+                    (folder / extra).write_bytes(content)
+                storage.upload(folder, target)
     except OSError as error:
         raise FileError(f"output {path} cannot be written: {error.strerror or error}") from error
+
+
+def _write_local(
+    result: Result, target: Path, overwrite: bool, tolerance: float | None, extras: Mapping[str, bytes]
+) -> None:
+    folder = storage.sibling(target)
+    folder.mkdir()
+    try:
+        _write_files(result, folder, tolerance)
+        for name, content in extras.items():
+            (folder / name).write_bytes(content)
+        replace = overwrite or (target.is_dir() and not _is_complete(Folder.of(target)))
+        storage.publish(folder, target, replace)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- reading
 
 
-class _GroupedFile:
-    """Rows of a Parquet file by a key; the rows of one key lie in one row group, keys increase."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path = path
-        self.key = key
-        with parquet(path) as file:
-            self.metadata = file.metadata
-        column = self.metadata.schema.to_arrow_schema().get_field_index(key)
-        self.last_keys = [
-            self.metadata.row_group(group).column(column).statistics.max
-            for group in range(self.metadata.num_row_groups)
-        ]
-        self._latest: tuple[int, pa.Table] | None = None
-
-    def rows(self, key: int) -> list[dict[str, Any]]:
-        """Rows of one key; lists come as arrays. The latest row group is kept, so that reading in order is cheap."""
-        group = int(np.searchsorted(self.last_keys, key))
-        if group == len(self.last_keys):
-            return []
-        latest = self._latest
-        if latest is None or latest[0] != group:
-            latest = self._latest = group, self._read(group)
-        table = latest[1]
-        return rows_of(table, np.flatnonzero(table[self.key].to_numpy() == key))
-
-    def _read(self, group: int) -> pa.Table:
-        with parquet(self.path, self.metadata) as file:
-            return file.read_row_group(group)
+@contextmanager
+def parquet(folder: Folder, name: str, metadata: Any = None) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file of a directory; everything that is wrong with it becomes a FileError."""
+    try:
+        source = pa.PythonFile(folder.file(name), mode="r")
+        file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, pre_buffer=True)
+        yield file
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(folder.name_of(name), error) from None
 
 
-class _StoredModels(Mapping[int, Source]):
+class _Grouped:
+    """Rows of a Parquet file, found by the statistics of its row groups; the latest row groups are kept."""
+
+    def __init__(self, folder: Folder, name: str, columns: Sequence[str] | None = None) -> None:
+        self.folder, self.name = folder, name
+        self._columns = None if columns is None else list(columns)
+        self._groups: OrderedDict[int, Rows] = OrderedDict()
+        self._limits: dict[str, NDArray[np.int64]] = {}
+
+    @cached_property
+    def _metadata(self) -> Any:
+        with parquet(self.folder, self.name) as file:
+            return file.metadata
+
+    def limits(self, key: str) -> NDArray[np.int64]:
+        """Smallest and largest value of a column of whole numbers in each row group, shape (2, G)."""
+        if key not in self._limits:
+            metadata, everything = self._metadata, np.iinfo(np.int64)
+            number = metadata.schema.names.index(key)
+            limits = []
+            for group in range(metadata.num_row_groups):
+                found = metadata.row_group(group).column(number).statistics
+                known = found is not None and found.has_min_max
+                limits.append((found.min, found.max) if known else (everything.min, everything.max))
+            self._limits[key] = np.array(limits, dtype=np.int64).reshape(-1, 2).T
+        return self._limits[key]
+
+    def group(self, number: int) -> Rows:
+        """Rows of one row group."""
+        rows = self._groups.pop(number, None)
+        if rows is None:
+            with parquet(self.folder, self.name, self._metadata) as file:
+                rows = Rows(file.read_row_group(number, columns=self._columns))
+        self._groups[number] = rows
+        while len(self._groups) > _GROUPS_KEPT:
+            self._groups.popitem(last=False)
+        return rows
+
+    def rows(self, key: str, value: int) -> list[dict[str, Any]]:
+        """Rows with one value of a column by which the file is sorted."""
+        least, most = self.limits(key)
+        numbers = np.flatnonzero((least <= value) & (value <= most)).tolist()
+        return [row for number in numbers for row in self.group(number).where(key, value)]
+
+
+class _StoredModels(ModelStore):
     """Models in a file, by object_id; each is read when it is asked for."""
 
-    def __init__(self, path: Path, object_ids: NDArray[np.int64], origin: tuple[int, int]) -> None:
-        self._file = _GroupedFile(path, "object_id")
-        self._ids = dict.fromkeys(object_ids.tolist())
-        self._origin = origin
+    def __init__(self, folder: Folder, origin: tuple[int, int], schema: int) -> None:
+        self._folder, self._origin, self._schema = folder, origin, schema
+        self._models = _Grouped(folder, "models.parquet")
+        self._index = _Grouped(folder, "index.parquet")
+        self._blends = _Grouped(folder, "blends.parquet", ("blend_id", "y0", "x0", "height", "width", "psf_id"))
+        self._psfs = _Grouped(folder, "psfs.parquet")
+        self._known_psfs: OrderedDict[int, NDArray[np.float64]] = OrderedDict()
+
+    @property
+    def bytes_read(self) -> int:
+        """How much was read of all files of the result so far."""
+        return self._folder.bytes_read
+
+    @cached_property
+    def _ids(self) -> dict[int, None]:
+        """Keys of the models; results of older versions have no candidates."""
+        names = [("objects", "object_id", 1), ("candidates", "candidate_id", -1)][: min(self._schema, 2)]
+        ids: list[int] = []
+        for name, key, sign in names:
+            with parquet(self._folder, f"{name}.parquet") as file:
+                ids += (sign * file.read(columns=[key])[key].to_numpy()).tolist()
+        return dict.fromkeys(ids)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -522,74 +434,137 @@ class _StoredModels(Mapping[int, Source]):
     def __iter__(self) -> Iterator[int]:
         return iter(self._ids)
 
+    def _rows(self, object_id: int) -> list[dict[str, Any]]:
+        if self._schema < 3:  # had no index, and was in the order of the objects
+            return self._models.rows("object_id", object_id)
+        groups = [row["row_group"] for row in self._index.rows("object_id", object_id)]
+        return self._models.group(groups[0]).where("object_id", object_id) if groups else []
+
+    def __contains__(self, object_id: object) -> bool:
+        return isinstance(object_id, int | np.integer) and bool(self._rows(int(object_id)))
+
     def __getitem__(self, object_id: int) -> Source:
-        if object_id not in self._ids:
+        rows = self._rows(object_id)
+        if not rows:
             raise KeyError(object_id)
-        rows = self._file.rows(object_id)
         try:
             return source_of_rows(rows, self._origin)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise _damaged(self._file.path, error) from None
+        except (KeyError, IndexError, TypeError, ValueError, InputError) as error:
+            raise damaged(self._folder.name_of("models.parquet"), error) from None
+
+    def blend_of(self, object_id: int) -> int:
+        return int(self._rows(object_id)[0]["blend_id"])
+
+    def box_of_blend(self, blend_id: int) -> Box:
+        row = self._blend(blend_id)
+        dy, dx = self._origin
+        return Box(row["y0"], row["x0"], row["height"], row["width"]).shift(-dy, -dx)
+
+    def _blend(self, blend_id: int) -> dict[str, Any]:
+        rows = self._blends.rows("blend_id", blend_id)
+        if not rows:
+            raise KeyError(blend_id)
+        return rows[0]
+
+    def within(self, box: Box) -> dict[int, tuple[int, int]]:
+        dy, dx = self._origin
+        groups = np.ones(self._models.limits("peak_y").shape[1], dtype=bool)
+        for key, low, high in (("peak_y", box.y0 + dy, box.y1 + dy), ("peak_x", box.x0 + dx, box.x1 + dx)):
+            least, most = self._models.limits(key)
+            groups &= (least < high) & (most >= low)
+        found = {}
+        for number in np.flatnonzero(groups).tolist():
+            rows = self._models.group(number)
+            names = ("object_id", "peak_y", "peak_x")
+            for object_id, y, x in zip(*(rows.values(name) for name in names), strict=True):
+                if object_id >= 0 and (y - dy, x - dx) in box:
+                    found[int(object_id)] = (y - dy, x - dx)
+        return found
+
+    def psfs_of_blend(self, blend_id: int) -> NDArray[np.float64]:
+        """Read the PSF of a blend; the latest are kept."""
+        psf_id = self._blend(blend_id)["psf_id"]
+        psfs = self._known_psfs.pop(psf_id, None)
+        if psfs is None:
+            try:
+                rows = self._psfs.rows("psf_id", psf_id)
+                psfs = np.stack([row["pixels"].reshape(row["height"], row["width"]) for row in rows])
+            except (KeyError, ValueError) as error:
+                raise damaged(self._folder.name_of("psfs.parquet"), error) from None
+        self._known_psfs[psf_id] = psfs
+        while len(self._known_psfs) > _PSFS_KEPT:
+            self._known_psfs.popitem(last=False)
+        return psfs
 
 
 class _StoredPsfs(Mapping[int, NDArray[np.float64]]):
-    """PSFs in a file, by blend_id; each different one is read once."""
+    """PSFs in a file, by blend_id; each is read when it is asked for."""
 
-    def __init__(self, path: Path, psf_ids: Mapping[int, int]) -> None:
-        self._file = _GroupedFile(path, "psf_id")
-        self._psf_ids = psf_ids
-        self._read: dict[int, NDArray[np.float64]] = {}
+    def __init__(self, models: _StoredModels, result_blends: Callable[[], Table]) -> None:
+        self._models, self._blends = models, result_blends
+
+    @cached_property
+    def _ids(self) -> list[int]:
+        ids: list[int] = self._blends()["blend_id"].tolist()
+        return ids
 
     def __len__(self) -> int:
-        return len(self._psf_ids)
+        return len(self._ids)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._psf_ids)
+        return iter(self._ids)
 
     def __getitem__(self, blend_id: int) -> NDArray[np.float64]:
-        psf_id = self._psf_ids[blend_id]
-        if psf_id not in self._read:
-            rows = self._file.rows(psf_id)
-            try:
-                stamps = [row["pixels"].reshape(row["height"], row["width"]) for row in rows]
-                self._read[psf_id] = np.stack(stamps)
-            except (KeyError, ValueError) as error:
-                raise _damaged(self._file.path, error) from None
-        return self._read[psf_id]
+        return self._models.psfs_of_blend(blend_id)
 
 
-def _damaged(path: Path, error: Exception) -> FileError:
-    return FileError(f"{path} must be a file of a kermes result, but is damaged: {str(error).splitlines()[0]}")
+def _read_table(folder: Folder, name: str, without: str | None = None) -> Table:
+    with parquet(folder, f"{name}.parquet") as file:
+        table = from_arrow(file.read())
+    if without is not None:
+        table.remove_column(without)
+    return table
 
 
-@contextmanager
-def parquet(path: Path, metadata: Any = None) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file; everything that is wrong with it becomes a FileError."""
+def _read_footprints(folder: Folder, origin: tuple[int, int]) -> Footprints:
+    with parquet(folder, "footprints.parquet") as file:
+        rows = Rows(file.read())
     try:
-        with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as file:
-            yield file
-    except FileNotFoundError:
-        raise FileError(f"{path.parent} must be a complete kermes result, but {path.name} is missing") from None
-    except (OSError, pa.ArrowException) as error:
-        raise _damaged(path, error) from None
+        pairs = [
+            (row["parent_id"], Footprint(np.stack([row["y"], row["x0"], row["x1"]], axis=1).astype(np.int64)))
+            for row in rows
+        ]
+        return Footprints.of((number, footprint.shift(-origin[0], -origin[1])) for number, footprint in pairs)
+    except (KeyError, ValueError) as error:
+        raise damaged(folder.name_of("footprints.parquet"), error) from None
 
 
-def _read_table(path: Path) -> Table:
-    with parquet(path) as file:
-        return from_arrow(file.read())
-
-
-def _read_metadata(folder: Path) -> dict[str, Any]:
+def _read_metadata(folder: Folder) -> dict[str, Any]:
     if not folder.exists():
-        raise FileError(f"path must be the directory of a kermes result, got {folder}, which does not exist")
+        raise FileError(f"path must be the directory of a kermes result, got {folder.path}, which does not exist")
     if not _is_result(folder):
-        raise FileError(f"path must be the directory of a kermes result, got {folder}, which is not one")
-    metadata: dict[str, Any] = json.loads((folder / "metadata.json").read_text())
-    if metadata.get("schema", 0) > SCHEMA:
+        raise FileError(f"path must be the directory of a kermes result, got {folder.path}, which is not one")
+    text = folder.read("metadata.json")
+    metadata: dict[str, Any] = json.loads(text)
+    schema = metadata.get("schema")
+    if not isinstance(schema, int) or schema < 1:
+        raise damaged(folder.name_of("metadata.json"), f"its schema is {schema!r}")
+    if schema > SCHEMA:
         raise FileError(
-            f"{folder} was written by a newer kermes: its schema is {metadata['schema']}, "
+            f"{folder.path} was written by a newer kermes: its schema is {schema}, "
             f"this one reads up to {SCHEMA}; upgrade kermes"
         )
+    if schema < 3:  # had no checksums
+        return metadata
+    try:
+        metadata = storage.open_sealed(text)
+    except ValueError as error:
+        raise damaged(folder.name_of("metadata.json"), error) from None
+    # What belongs to another result is refused as well: the checksums are those of this one.
+    if folder.checksums is None:
+        raise FileError(f"{folder.path} must be a complete kermes result, but {storage.CHECKSUMS} is missing")
+    if folder.file("metadata.json").read() != text:
+        raise damaged(folder.name_of("metadata.json"), "it is that of another result")
     return metadata
 
 
@@ -601,23 +576,26 @@ def _read_wcs(header: str | None) -> WCS | None:
         return WCS(fits.Header.fromstring(header))
 
 
-def _ids(tables: Mapping[str, Table]) -> NDArray[np.int64]:
-    """Keys of the models; results of older versions have no candidates."""
-    if "candidates" in tables:
-        ids: NDArray[np.int64] = model_ids(tables["objects"], tables["candidates"])[0]
-        return ids
-    return np.asarray(tables["objects"]["object_id"], dtype=np.int64)
+def _read_timings(folder: Folder, schema: int) -> dict[str, Any]:
+    if not folder.exists("timings.json"):
+        return {}
+    text = folder.read("timings.json")
+    try:
+        timings: dict[str, Any] = storage.open_sealed(text) if schema > 2 else json.loads(text)
+    except ValueError as error:
+        raise damaged(folder.name_of("timings.json"), error) from None
+    return timings
 
 
 def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result:
     """Open a result that was written before.
 
-    The tables are read at once, the model of an object when it is asked for: one object costs one small read.
+    Tables and models are read when they are asked for: one object costs one small read.
 
     Parameters
     ----------
     path : path
-        Directory of the result.
+        Directory of the result, on this machine or on any file system that fsspec knows.
     coadd : Coadd, optional
         The images it was made from; without them only models can be evaluated.
 
@@ -628,38 +606,59 @@ def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result
     Raises
     ------
     FileError
-        If it is not a result of kermes, is damaged or incomplete, or was written by a newer version.
+        If it is not a result of kermes, is incomplete, or was written by a newer version. What was altered since it was
+        written raises it too, here or when it is read.
     InputError
         If `coadd` has other bands, another shape or another origin.
+
+    Warns
+    -----
+    DataWarning
+        If `coadd` has other pixels than that which it was made from.
 
     Examples
     --------
     >>> result = kermes.open("out", coadd=kermes.read("scene.npz"))  # doctest: +SKIP
     """
-    folder = Path(path)
+    folder = storage.current(Folder.of(path))
     metadata = _read_metadata(folder)
-    known = _TABLES if metadata["schema"] > 1 else _TABLES[:3]
-    tables = {name: _read_table(folder / f"{name}.parquet") for name in known}
+    schema = metadata["schema"]
+    known = _TABLES if schema > 1 else _TABLES[:3]
+    files = (*known, "models", "psfs", *(["footprints", "index"] if schema > 2 else []))
+    for name in files:
+        folder.file(f"{name}.parquet")  # looks whether it is there, and as long as it was
     try:
         origin = (metadata["origin"][0], metadata["origin"][1])
-        blends = tables["blends"]
-        psf_ids = dict(zip(blends["blend_id"].tolist(), blends["psf_id"].tolist(), strict=True))
-        blends.remove_column("psf_id")
-        unit, timings = metadata["unit"], folder / "timings.json"
-        return Result(
+        unit = metadata["unit"]
+        models = _StoredModels(folder, origin, schema)
+        tables: dict[str, Any] = {name: partial(_read_table, folder, name) for name in known if name != "blends"}
+        read_blends = partial(_read_table, folder, "blends", "psf_id")
+        result = Result(
             **tables,
+            blends=read_blends,
             bands=tuple(metadata["bands"]),
-            config=config_from_dict(tomllib.loads(metadata["config"]), origin=f"config of {folder}"),
-            models=_StoredModels(folder / "models.parquet", _ids(tables), origin),
-            psfs=_StoredPsfs(folder / "psfs.parquet", psf_ids),
+            config=config_from_dict(tomllib.loads(metadata["config"]), origin=f"config of {folder.path}"),
+            models=models,
+            psfs=_StoredPsfs(models, read_blends),
             shape=(metadata["shape"][0], metadata["shape"][1]),
             origin=origin,
             unit=None if unit is None else units.Unit(unit, parse_strict="silent"),
             zero_point=metadata["zero_point"],
             wcs=_read_wcs(metadata["wcs"]),
             coadd=coadd,
+            footprints=partial(_read_footprints, folder, origin) if schema > 2 else Footprints.of({}),
+            tolerance=metadata.get("tolerance", 0.0),
+            inputs=metadata.get("inputs", {}),
+            notes=metadata.get("notes", {}),
             n_peaks=metadata.get("ledger", {}).get("peaks"),
-            timings=json.loads(timings.read_text()) if timings.exists() else {},
+            timings=partial(_read_timings, folder, schema),
         )
-    except (KeyError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FileError(f"{folder} must be a kermes result, but its metadata are damaged: {error}") from None
+    except (KeyError, IndexError, TypeError, tomllib.TOMLDecodeError) as error:
+        raise FileError(f"{folder.path} must be a kermes result, but its metadata are damaged: {error}") from None
+    if coadd is not None and result.inputs and result.inputs != coadd.checksums():
+        warnings.warn(
+            f"coadd must be the one that {folder.path} was made from, but its pixels differ",
+            DataWarning,
+            stacklevel=2,
+        )
+    return result

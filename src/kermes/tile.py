@@ -22,7 +22,7 @@ from kermes.checkpoint import Checkpoint
 from kermes.coadd import Coadd, planes_at
 from kermes.config import Config
 from kermes.flux import add_positive, shared_fluxes
-from kermes.geometry import Box
+from kermes.geometry import Box, Footprints
 from kermes.metrics import observed_metrics
 from kermes.modelling import BlendOutcome, fit_blend
 from kermes.partition import Parent
@@ -211,6 +211,9 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         zero_point=coadd.zero_point,
         wcs=coadd.wcs,
         coadd=coadd,
+        footprints=Footprints.of_labels(
+            plan.labels, {parent.label: parent.parent_id + 1 for parent in plan.parents if not parent.is_outside}
+        ),
         n_peaks=plan.n_peaks,
         timings={
             "plan": plan.seconds,
