@@ -2,17 +2,23 @@
 
 import doctest
 import importlib
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 import kermes
 from kermes.catalog import BLEND_COLUMNS, PARENT_COLUMNS, candidate_columns, measurement_columns, object_columns
 from kermes.cli import run
+from kermes.component_rows import FIELDS
+from results import fitted_result, make_result
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
@@ -68,6 +74,33 @@ def test_page_of_files_lists_every_column():
     words = set(re.findall(r"``(\S+?)``", (ROOT / "docs" / "files.rst").read_text()))
     columns = [*object_columns(["{band}"]), *PARENT_COLUMNS, *BLEND_COLUMNS, *candidate_columns(["{band}"])]
     assert {column.name for column in columns} - words == set()
+
+
+def test_page_of_files_lists_what_a_result_consists_of(elsewhere):
+    text = (ROOT / "docs" / "files.rst").read_text()
+    make_result().write(elsewhere / "out")
+    assert [path.name for path in (elsewhere / "out").iterdir() if f"``{path.name}``" not in text] == []
+    assert [name for name, _ in FIELDS if f"``{name}``" not in text] == []
+
+
+def test_an_object_is_read_without_kermes(elsewhere):
+    result = fitted_result()
+    result.write(elsewhere / "out", tolerance=None)
+    program = ROOT / "docs" / "read_without_kermes.py"
+    assert len(program.read_text().splitlines()) <= 45
+    # In a process of its own that cannot import kermes.
+    code = (
+        "import json, runpy, sys; sys.modules['kermes'] = None; "
+        f"read = runpy.run_path({str(program)!r})['read_object']; row, components, bands, psfs = read('out', 4); "
+        "print(json.dumps([row['object_id'], bands, [each['kind'] for each in components], "
+        "components[-1]['pixels'].tolist(), [psfs[band].tolist() for band in bands]]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=elsewhere)
+    object_id, bands, kinds, pixels, psfs = json.loads(found.stdout)
+    assert (object_id, bands, kinds) == (4, ["g", "r"], ["profile", "profile", "factorized"])
+    np.testing.assert_allclose(pixels, result.models[4].components[-1].evaluate(), rtol=1e-6)
+    np.testing.assert_array_equal(psfs, result.psfs[1])
+    assert subprocess.run([sys.executable, str(program), "out", "4"], cwd=elsewhere, check=False).returncode == 0
 
 
 def test_page_of_templates_lists_the_columns_that_others_do_not_have():

@@ -255,7 +255,7 @@ def test_profiles_need_the_observed_psfs():
 def test_other_kinds_are_refused():
     point = PointComponent(spectrum=np.ones(3, np.float32), center=np.array([30.0, 30.0]), sigma=0.8)
     with pytest.raises(
-        InputError, match="components must be factorized, profiles or templates here, got a PointComponent"
+        InputError, match="components must be factorized, cubes, profiles or templates here, got a PointComponent"
     ):
         rendered(point)
 

@@ -59,6 +59,9 @@ class Reason(StrEnum):
     INTERRUPTED = "interrupted"
     """The run was stopped before its blend was fitted."""
 
+    ISOLATED = "isolated"
+    """It comes from a file of models of the LSST pipelines, which have none for a source without neighbours."""
+
 
 class Model(StrEnum):
     """What was fitted to a source."""

@@ -9,7 +9,6 @@ import inspect
 import json
 import logging
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -25,6 +24,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 import kermes
 from kermes.errors import FileError, InputError, KermesError
+from kermes.storage import write_file
 
 if TYPE_CHECKING:
     from astropy.table import Table
@@ -189,7 +189,7 @@ def demo(
         result = kermes.deblend(scene.coadd, peaks=scene.peaks, workers=workers)
     seconds = time.perf_counter() - start
     with _step(f"drawing {output}"):
-        _write_file(output, _picture(result))
+        write_file(output, _picture(result))
     for line in _comparison(result, scene):
         print(line)
     _say(f"{_summary(result)}, {1e3 * seconds / max(len(result), 1):.0f} ms per object; picture: {output}")
@@ -200,28 +200,159 @@ def show(
     result: Path,
     /,
     *,
+    object_id: Annotated[tuple[int, ...], Parameter(name="--object", negative=(), show_default=False)] = (),
+    blend_id: Annotated[int | None, Parameter(name="--blend")] = None,
+    ra: float | None = None,
+    dec: float | None = None,
+    y: float | None = None,
+    x: float | None = None,
+    radius: float | None = None,
     output: Annotated[Path | None, Parameter(alias="-o")] = None,
     coadd: Path | None = None,
 ) -> None:
-    """Draw a result: image, model, residual, and its largest objects.
+    """Draw a result, or some of its objects, and say what is known of them.
+
+    Without --object, --blend or a position: image, model, residual, and the largest objects of all.
 
     Parameters
     ----------
     result
         Directory that kermes deblend wrote.
+    object_id
+        Object to draw; may be repeated.
+    blend_id
+        Blend of which all objects are drawn.
+    ra
+        Right ascension of a position [deg]; with --dec, the objects near it are drawn.
+    dec
+        Declination of that position [deg].
+    y
+        Row of a position in the coordinates of the coadd; with --x, likewise.
+    x
+        Column of that position.
+    radius
+        How far from the position: with --ra in arcsec, with --y in pixels. Left out: 2 arcsec, 10 pixels.
     output
-        Picture to write; left out: picture.png in that directory.
+        Picture to write; left out: picture.png in that directory, or one named after the first object.
     coadd
-        Coadd it was made from; left out: the files that kermes deblend read.
+        Coadd it was made from; left out: the files that kermes deblend read. Objects are drawn without it if need be.
     """
     from kermes import io
 
-    output = result / _PICTURE_FILE if output is None else output
+    opened = kermes.open(result)  # What is no result gets its own message, before anything is looked for.
+    wanted = _wanted(opened, object_id, blend_id, {"ra": ra, "dec": dec, "y": y, "x": x}, radius)
+    if output is None:
+        output = result / (_PICTURE_FILE if wanted is None else f"object_{wanted[0]}.png")
     _check_file_output(output, ".png")
-    kermes.open(result)  # What is no result gets its own message, before anything is looked for.
-    source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
-    _write_file(output, _picture(kermes.open(result, coadd=io.read(**source))))
+    try:
+        source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
+    except (InputError, FileError) as error:
+        if wanted is None:
+            raise
+        _say(f"without the images: {error}")
+    else:
+        opened = kermes.open(result, coadd=io.read(**source))
+    if wanted is not None:
+        for number in wanted:
+            print(_description(opened, number))
+    write_file(output, _picture(opened, wanted))
     _say(f"picture: {output}")
+
+
+@app.command
+def convert(
+    source: Path,
+    output: Path,
+    /,
+    *,
+    coadd: Path | None = None,
+    tolerance: float = 0.05,
+    exact: Switch = False,
+    overwrite: Switch = False,
+) -> None:
+    """Turn models into another format: results of kermes, and files of the LSST pipelines.
+
+    Parameters
+    ----------
+    source
+        A result that kermes wrote, of any version, a .scarlet archive, or models of pipelines v29 (.json).
+    output
+        What to write: a .scarlet archive, or else the directory of a result.
+    coadd
+        Coadd that a result was made from; its noise is what --tolerance refers to.
+    tolerance
+        How far a stored model as observed may be from that of the source [sigma]; needs --coadd, else nothing is
+        rounded.
+    exact
+        Round nothing.
+    overwrite
+        Replace what has the name of the output.
+    """
+    from kermes import io, store
+
+    to_scarlet = output.suffix.lower() == ".scarlet"
+    if to_scarlet:
+        _check_file_output(output, ".scarlet", overwrite=overwrite)
+    else:
+        store.check_output(output, overwrite)
+    images = None if coadd is None else io.read(coadd)
+    if source.suffix.lower() in (".scarlet", ".json") and not source.is_dir():
+        models = io.read_scarlet(source)
+        models = models if images is None else dataclasses.replace(models, coadd=images)
+    else:
+        models = kermes.open(source, coadd=images)
+    if to_scarlet:
+        conversion = io.write_scarlet(models, output, overwrite=overwrite)
+        if conversion.n_profiles:
+            _say(
+                f"{_count(conversion.n_profiles, 'object')} with profiles drawn on pixels: as observed they differ by "
+                f"up to {conversion.largest_error:.1e} of their brightest pixel, {conversion.largest_flux_error:.1e} "
+                "of their flux"
+            )
+        if len(models.candidates):
+            _say(f"{_count(len(models.candidates), 'candidate')} left out, for which .scarlet files have no place")
+    else:
+        store.write_result(models, output, overwrite=overwrite, tolerance=None if exact else tolerance)
+    _say(f"{_count(len(models), 'object')} in {_count(len(models.blends), 'blend')}; written to {output}")
+
+
+@app.command
+def footprints(
+    result: Path,
+    coadd: Path | None = None,
+    /,
+    *,
+    output: Output,
+    kind: str = "redistributed",
+    bands: Words = (),
+    overwrite: Switch = False,
+) -> None:
+    """Write the pixels of every object as a FITS table, with their values.
+
+    Parameters
+    ----------
+    result
+        Directory that kermes deblend wrote.
+    coadd
+        Coadd it was made from; left out: the files that kermes deblend read.
+    output
+        Table to write, .fits: a row per object with the runs of its pixels and, per band, their values.
+    kind
+        What the values are: model, redistributed, neighbor_subtracted or noise_replaced.
+    bands
+        Bands to write; may be repeated. Left out: all.
+    overwrite
+        Replace an earlier file of the same name.
+    """
+    from kermes import io
+    from kermes.io.tables import footprint_bytes
+
+    _check_file_output(output, ".fits", overwrite=overwrite)
+    kermes.open(result)
+    source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
+    opened = kermes.open(result, coadd=io.read(**source))
+    write_file(output, footprint_bytes(opened, kind, bands or None))
+    _say(f"{_count(len(opened), 'object')}; written to {output}")
 
 
 @app.command
@@ -252,7 +383,7 @@ def catalog(
     overwrite
         Replace an earlier file of the same name.
     """
-    from kermes.store import table_bytes
+    from kermes.io.tables import table_bytes
 
     _check_file_output(output, *_TABLE_SUFFIXES, overwrite=overwrite)
     table = kermes.open(result).catalog(magnitudes=magnitudes, nanojansky=nanojansky)
@@ -260,7 +391,7 @@ def catalog(
     if unknown:
         raise InputError(f"column must be one of the table of objects, got {', '.join(unknown)}")
     table = table[list(column)] if column else table
-    _write_file(output, table_bytes(table, output.suffix.lower()))
+    write_file(output, table_bytes(table, output.suffix.lower()))
     _say(f"{_count(len(table), 'object')}, {_count(len(table.colnames), 'column')}; written to {output}")
 
 
@@ -292,7 +423,7 @@ def forced(
     """
     from kermes import io
     from kermes.forced import forced_photometry, light_curves
-    from kermes.store import table_bytes
+    from kermes.io.tables import table_bytes
 
     if not images:
         raise _UsageError("name at least one image to measure in")
@@ -302,7 +433,7 @@ def forced(
         table = forced_photometry(opened, io.read(images[0]))
     else:
         table = light_curves(opened, ((path.stem, io.read(path)) for path in images))
-    _write_file(output, table_bytes(table, output.suffix.lower()))
+    write_file(output, table_bytes(table, output.suffix.lower()))
     _say(f"{_count(len(table), 'row')}, {_count(len(table.colnames), 'column')}; written to {output}")
 
 
@@ -342,13 +473,13 @@ def measure(
     source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
 
     from kermes import io
+    from kermes.io.tables import table_bytes
     from kermes.photometry import APERTURES
     from kermes.photometry import measure as measure_result
-    from kermes.store import table_bytes
 
     opened = kermes.open(result, coadd=io.read(**source))
     table = measure_result(opened, kind, bands or None, apertures or APERTURES)
-    _write_file(output, table_bytes(table, output.suffix.lower()))
+    write_file(output, table_bytes(table, output.suffix.lower()))
     _say(f"{_count(len(table), 'object')} measured on {kind}; written to {output}")
 
 
@@ -503,7 +634,7 @@ def _read_table(path: Path) -> Table:
     from astropy.io.registry import IORegistryError
     from astropy.table import Table
 
-    from kermes.store import from_arrow
+    from kermes.io.tables import from_arrow
 
     try:
         return from_arrow(pq.read_table(path)) if path.suffix == ".parquet" else Table.read(path)
@@ -589,10 +720,56 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _picture(result: Result) -> bytes:
+def _wanted(
+    result: Result,
+    object_ids: Sequence[int],
+    blend_id: int | None,
+    position: Mapping[str, float | None],
+    radius: float | None,
+) -> list[int] | None:
+    """Numbers of the objects that are asked for; None: all of the result."""
+    given = {name: value for name, value in position.items() if value is not None}
+    if sum((bool(object_ids), blend_id is not None, bool(given))) > 1:
+        raise _UsageError("--object, --blend and a position exclude each other")
+    if object_ids:
+        return [result[number].object_id for number in object_ids]
+    if blend_id is not None:
+        found = result.objects["object_id"][result.objects["blend_id"] == blend_id].tolist()
+        if not found:
+            raise InputError(f"blend must be one of the result with objects, got {blend_id}")
+        return [int(number) for number in found]
+    if not given:
+        return None
+    reach = radius if radius is not None else 2.0 if "ra" in given else 10.0
+    near = [handle.object_id for handle in result.near(**given, radius=reach)]
+    if not near:
+        unit = "arcsec" if "ra" in given else "pixels"
+        raise InputError(f"position must have an object within {reach:g} {unit}, got {given}")
+    return near
+
+
+def _description(result: Result, object_id: int) -> str:
+    """Say in a few lines what is known of an object."""
+    row = result[object_id].row
+    flags = [name.removeprefix("flag_") for name in result.objects.colnames if name.startswith("flag_") and row[name]]
+    unit = "" if result.unit is None else f" {result.unit}"
+    fluxes = [f"{band} {row[f'{band}_flux']:.5g} +- {row[f'{band}_flux_err']:.2g}" for band in result.bands]
+    lines = [
+        f"object {object_id}, blend {row['blend_id']}, at y = {row['y']:.2f}, x = {row['x']:.2f}"
+        + (f", ra = {row['ra']:.6f}, dec = {row['dec']:.6f}" if row["ra"] == row["ra"] else ""),
+        f"  {row['model'] or 'no model'}, {row['outcome']}"
+        + (f" ({row['reason']})" if row["reason"] else "")
+        + f", chi2 {row['chi2']:.2f}"
+        + (f"; {', '.join(flags)}" if flags else ""),
+        f"  flux: {', '.join(fluxes)}{unit}",
+    ]
+    return "\n".join(lines)
+
+
+def _picture(result: Result, object_ids: Sequence[int] | None = None) -> bytes:
     from kermes import plots
 
-    figure: Figure = plots.show_result(result)
+    figure: Figure = plots.show_result(result) if object_ids is None else plots.show_objects(result, object_ids)
     file = BytesIO()
     figure.savefig(file, format="png", dpi=150)
     return file.getvalue()
@@ -606,19 +783,6 @@ def _check_file_output(path: Path, *suffixes: str, overwrite: bool = True) -> No
         raise FileError(f"output must lie in a directory that exists, got {path}")
     if path.exists() and not overwrite:
         raise FileError(f"output must be new, got {path}, which exists; --overwrite replaces it")
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        try:
-            part.write_bytes(content)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise FileError(f"output {path} cannot be written: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------- reports

@@ -503,9 +503,11 @@ def _draw_object(panels: Sequence[Axes], obj: ObjectHandle, result: Result, scal
         panels[-1].legend(fontsize="x-small", frameon=False)
 
 
-def _result_scale(result: Result) -> ColourScale:
-    """Scale from the images, or from the model where there are none."""
+def _result_scale(result: Result, ids: Sequence[int] | None = None) -> ColourScale:
+    """Scale from the images; where there are none, from the model, or that of the first of some objects."""
     coadd = result.coadd
+    if coadd is None and ids:
+        return colour_scale([result[ids[0]].model(band).array for band in result.bands], result.bands)
     if coadd is None:
         return colour_scale(result.model_image(), result.bands)
     noise = _typical_noise(coadd.variance, coadd.valid)
@@ -554,7 +556,7 @@ def show_objects(result: Result, ids: Sequence[int] | None = None, n: int = 5) -
     chosen = _brightest(result, n) if ids is None else [int(object_id) for object_id in ids]
     figure = _new_figure(*_strips_size(result, len(chosen)))
     if chosen:
-        _draw_objects(figure, result, chosen, _result_scale(result))
+        _draw_objects(figure, result, chosen, _result_scale(result, chosen))
     return figure
 
 

@@ -289,7 +289,7 @@ def render_packed(
 
 def transform_side(side: int) -> int:
     """Round a side up to a multiple of an eighth of its power of two, then to a fast length."""
-    step = max(1 << (max(side - 1, 1).bit_length() - 4), 4)
+    step = max(1 << max(side - 1, 1).bit_length() >> 4, 4)
     return int(good_size(-(-side // step) * step, real=True))
 
 
@@ -353,8 +353,19 @@ class _Templates:
             pixels[:, *Box(y0, x0, height, width).within(box)] += cube
 
 
+def _planes(component: CubeComponent) -> list[FactorizedComponent]:
+    """Write a cube as components that have light in one band each."""
+    planes = []
+    for b, plane in enumerate(component.cube):
+        spectrum = np.zeros(len(component.cube), dtype=np.float32)
+        spectrum[b] = np.abs(plane).max(initial=0.0)
+        morphology = plane / spectrum[b] if spectrum[b] > 0 else plane
+        planes.append(FactorizedComponent(spectrum=spectrum, morphology=morphology, box=component.box))
+    return planes
+
+
 def _divide(scene: Scene, n_bands: int) -> tuple[Packed, PackedProfiles, _Templates]:
-    """Pack the factorized components of a scene, its profiles and its templates, in pixels of its box."""
+    """Pack the factorized components and cubes of a scene, its profiles and its templates, in pixels of its box."""
     factorized: list[FactorizedComponent] = []
     profiles: list[ProfileComponent] = []
     templates: list[CubeComponent] = []
@@ -370,9 +381,13 @@ def _divide(scene: Scene, n_bands: int) -> tuple[Packed, PackedProfiles, _Templa
             elif isinstance(component, CubeComponent) and component.observed:
                 templates.append(component)
                 owners[2].append(s)
+            elif isinstance(component, CubeComponent):
+                factorized += _planes(component)
+                owners[0].extend([s] * len(component.cube))
             else:
                 raise InputError(
-                    f"components must be factorized, profiles or templates here, got a {type(component).__name__}"
+                    "components must be factorized, cubes, profiles or templates here, "
+                    f"got a {type(component).__name__}"
                 )
     of_factorized, of_profiles, of_templates = (np.array(numbers, dtype=np.int64) for numbers in owners)
     return (
@@ -445,7 +460,7 @@ def render_scene(scene: Scene, kernels: KernelSet) -> SourceModels:
     Parameters
     ----------
     scene : Scene
-        Factorized components, profiles and templates, in any mix.
+        Factorized components, cubes, profiles and templates, in any mix.
     kernels : KernelSet
 
     Returns
@@ -499,7 +514,7 @@ def render_source(source: Source, kernels: KernelSet, within: Box) -> tuple[Floa
     Parameters
     ----------
     source : Source
-        Factorized components, profiles and templates, in any mix.
+        Factorized components, cubes, profiles and templates, in any mix.
     kernels : KernelSet
     within : Box
         The pixels that its blend can reach, array index; nothing is rendered outside.

@@ -1,4 +1,4 @@
-"""Reading coadds, and writing scenes of our own: one file per format."""
+"""Reading coadds and models, and writing them: one file per format."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from kermes.errors import FileError, InputError
 from kermes.io.fits import read_fits
 from kermes.io.manifest import read_manifest
 from kermes.io.npz import read_npz, write_npz
+from kermes.io.scarlet import read_scarlet, write_scarlet
 
-__all__ = ["read", "read_fits", "read_manifest", "read_npz", "write_npz"]
+__all__ = ["read", "read_fits", "read_manifest", "read_npz", "read_scarlet", "write_npz", "write_scarlet"]
 
 _FITS_NAME = re.compile(r"\.(fits?|fts)(\.(fz|gz))?(\[.*)?$", re.IGNORECASE)
 
