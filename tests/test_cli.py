@@ -366,6 +366,22 @@ def test_convert_writes_results_of_any_version_anew(output, archive, tmp_path):
     assert kermes.open(tmp_path / "coarse").tolerance == 0.5
 
 
+def test_refit_corrects_one_blend(output, tmp_path, capsys):
+    path = tmp_path / "corrected"
+    before = kermes.open(output)
+    y, x = before[1].peak
+    words = ["--blend", str(before[1].blend_id), "--add", str(y + 6), str(x - 6)]
+    assert cli.run(["refit", str(output), "-o", str(path), *words]) == 0
+    assert "chi2" in capsys.readouterr().err
+    after = kermes.open(path)
+    assert len(after) == len(before) + 1
+    # The new result says what it was made from, like the old one.
+    assert cli.run(["show", str(path), "--object", "1", "-o", str(tmp_path / "one.png")]) == 0
+    words = ["--blend", str(before[1].blend_id), "--model", "scarlet-lite"]
+    assert cli.run(["refit", str(output), "-o", str(tmp_path / "other"), *words]) == 0
+    assert kermes.open(tmp_path / "other")[1].row["model"] == "free-form"
+
+
 def test_footprints_are_written_as_a_table(output, tmp_path):
     path = tmp_path / "footprints.fits"
     assert cli.run(["footprints", str(output), "-o", str(path), "--bands", "r"]) == 0

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kermes.geometry import Box
     from kermes.io import read
     from kermes.psf import CellPsf
+    from kermes.refitting import refit
     from kermes.result import Result, Stamp
     from kermes.store import open_result as open
     from kermes.tile import deblend
@@ -48,6 +49,7 @@ __all__ = [
     "light_curves",
     "open",
     "read",
+    "refit",
 ]
 
 _HOMES = {
@@ -61,6 +63,7 @@ _HOMES = {
     "forced_photometry": "forced",
     "light_curves": "forced",
     "read": "io",
+    "refit": "refitting",
 }
 
 

@@ -317,6 +317,59 @@ def convert(
 
 
 @app.command
+def refit(
+    result: Path,
+    coadd: Path | None = None,
+    /,
+    *,
+    blend_id: Annotated[int, Parameter(name="--blend")],
+    output: Output,
+    add: Annotated[tuple[tuple[float, float], ...], Parameter(negative=(), show_default=False)] = (),
+    remove: Annotated[tuple[int, ...], Parameter(negative=(), show_default=False)] = (),
+    setting: Settings = (),
+    model: str | None = None,
+    overwrite: Switch = False,
+) -> None:
+    """Fit one blend of a result anew, with peaks added or removed or with other settings; all else stays.
+
+    Parameters
+    ----------
+    result
+        Directory that kermes deblend wrote.
+    coadd
+        Coadd it was made from; left out: the files that kermes deblend read.
+    blend_id
+        Blend to fit anew.
+    output
+        Directory of the new result.
+    add
+        Row and column of a peak to add, in the coordinates of the coadd; may be repeated.
+    remove
+        Object to take out; may be repeated.
+    setting
+        Change one setting of this fit, for example --set profiles.residual_rounds=0; may be repeated.
+    model
+        kermes or scarlet-lite; short for --set model=...
+    overwrite
+        Replace an earlier result of the same name.
+    """
+    from kermes import io, store
+    from kermes.config import changed_config
+
+    store.check_output(output, overwrite)
+    kermes.open(result)
+    source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
+    opened = kermes.open(result, coadd=io.read(**source))
+    changes = [*setting, *([] if model is None else [f"model={model}"])]
+    settings = changed_config(opened.config, changes) if changes else None
+    again = kermes.refit(opened, blend_id, add=add, remove=remove, config=settings)
+    extras = {_INPUT_FILE: json.dumps(source, indent=1).encode() + b"\n"}
+    store.write_result(again, output, overwrite=overwrite, extras=extras)
+    before, after = (_blend_chi2(each, blend_id) for each in (opened, again))
+    _say(f"blend {blend_id}: chi2 {before:.3f} before, {after:.3f} now; {_summary(again)}; written to {output}")
+
+
+@app.command
 def footprints(
     result: Path,
     coadd: Path | None = None,
@@ -786,6 +839,10 @@ def _check_file_output(path: Path, *suffixes: str, overwrite: bool = True) -> No
 
 
 # ---------------------------------------------------------------- reports
+
+
+def _blend_chi2(result: Result, blend_id: int) -> float:
+    return float(result.blends["chi2"][result.blends["blend_id"] == blend_id][0])
 
 
 def _summary(result: Result) -> str:

@@ -637,6 +637,15 @@ def load_config(path: Path | str | None = None, overrides: Iterable[str] = ()) -
             raise FileError(f"config must be a readable TOML file, got {path}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"config must be TOML, got {path}: {error}") from None
+    return _changed(settings, overrides, origin="config" if path is None else str(path))
+
+
+def changed_config(config: Config, overrides: Iterable[str]) -> Config:
+    """Change some settings, by TOML assignments as in `load_config`; errors likewise."""
+    return _changed(tomllib.loads(to_toml(config)), overrides, origin="config")
+
+
+def _changed(settings: dict[str, Any], overrides: Iterable[str], origin: str) -> Config:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
@@ -649,7 +658,7 @@ def load_config(path: Path | str | None = None, overrides: Iterable[str] = ()) -
             except tomllib.TOMLDecodeError:
                 raise ConfigError(f"set must have the form key=value, got {override!r}") from None
         _merge(settings, change)
-    return config_from_dict(settings, origin="config" if path is None else str(path))
+    return config_from_dict(settings, origin=origin)
 
 
 def to_toml(config: Config) -> str:

@@ -155,7 +155,7 @@ class ObjectHandle:
         if self.source.box.is_empty:
             return np.zeros((len(self.bands), 0, 0), dtype=np.float32), Box(*self.source.peak, 0, 0)
         kernels = self.result.kernels(self.result.psfs[self.blend_id])
-        return render_source(self.source, kernels, self.result._outer(self.blend_id))
+        return render_source(self.source, kernels, self.result.outer_box_of_blend(self.blend_id))
 
     def _box(self, margin: int) -> Box:
         """Pixels of its stamps, as array index."""
@@ -221,7 +221,7 @@ class ObjectHandle:
         in_coadd = box.shift(*self.result.origin)
         if kind is StampKind.MODEL:
             return {band: Stamp(array, in_coadd) for band, array in zip(bands, model, strict=True)}
-        coadd = self.result._need_coadd(kind)
+        coadd = self.result.need_coadd(kind)
         images, variance, valid = (_cut(plane, b, box) for plane in (coadd.images, coadd.variance, coadd.valid))
         if kind is StampKind.NEIGHBOR_SUBTRACTED:
             images -= _cut(self.result.model_image(), b, box) - model
@@ -381,7 +381,7 @@ class ObjectHandle:
         """
         b = [self.result._band_index(band)]
         other = self.result[object_id]
-        coadd = self.result._need_coadd("redistribution_covariance")
+        coadd = self.result.need_coadd("redistribution_covariance")
         box = self._observed[1] & other._observed[1]
         planes = coadd.variance, coadd.valid, self.result.model_image(positive=True)
         variance, valid, total = (_cut(plane, b, box) for plane in planes)
@@ -583,7 +583,8 @@ class Result:
             raise InputError(f"band must be one of {', '.join(self.bands)}, got {band!r}")
         return self.bands.index(band)
 
-    def _need_coadd(self, what: str) -> Coadd:
+    def need_coadd(self, what: str) -> Coadd:
+        """Give the coadd; an InputError names what needs it if there is none."""
         if self.coadd is None:
             raise InputError(f"{what} needs the images: open the result with coadd=")
         return self.coadd
@@ -621,11 +622,14 @@ class Result:
             return self.models.blend_of(object_id)
         return int(self.objects["blend_id"][self._index[object_id]])
 
-    def _outer(self, blend_id: int) -> Box:
-        """Pixels that the models of a blend can reach, as array index."""
+    def box_of_blend(self, blend_id: int) -> Box:
+        """Pixels on which a blend was fitted, as array index."""
         models = self.models
-        box = models.box_of_blend(blend_id) if isinstance(models, ModelStore) else self._boxes[blend_id]
-        return outer_box(box, self.psfs[blend_id], Box.of_shape(self.shape))
+        return models.box_of_blend(blend_id) if isinstance(models, ModelStore) else self._boxes[blend_id]
+
+    def outer_box_of_blend(self, blend_id: int) -> Box:
+        """Pixels that the models of a blend can reach, as array index."""
+        return outer_box(self.box_of_blend(blend_id), self.psfs[blend_id], Box.of_shape(self.shape))
 
     def near(
         self,
@@ -700,7 +704,7 @@ class Result:
             source = self.models[model_id]
             if source.box.is_empty:
                 continue
-            array, box = render_source(source, self.kernels(self.psfs[blend_id]), self._outer(blend_id))
+            array, box = render_source(source, self.kernels(self.psfs[blend_id]), self.outer_box_of_blend(blend_id))
             window = (slice(None), box.y, box.x)
             model[window] += array
             if self.total is None:
@@ -758,7 +762,7 @@ class Result:
         InputError
             If the result has no coadd.
         """
-        return self._need_coadd("residual").images - self.model_image()
+        return self.need_coadd("residual").images - self.model_image()
 
     def stamps(
         self, kind: StampKind | str, bands: Sequence[str] | None = None, margin: int = 0
@@ -787,7 +791,7 @@ class Result:
         if margin < 0:
             raise InputError(f"margin must be >= 0, got {margin}")
         if kind is not StampKind.MODEL:
-            self._need_coadd(kind)
+            self.need_coadd(kind)
         return ((handle.object_id, handle.stamps(kind, bands, margin)) for handle in self)
 
     def catalog(self, *, magnitudes: bool = False, nanojansky: bool = False) -> Table:
@@ -835,7 +839,7 @@ class Result:
         InputError
             If the result has no coadd.
         """
-        coadd = self._need_coadd("registered_metrics")
+        coadd = self.need_coadd("registered_metrics")
         metrics = registered_metrics()
         total = self.model_image(positive=True)
         values = {name: np.full((len(self), len(self.bands)), np.nan) for name in metrics}

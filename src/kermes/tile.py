@@ -237,15 +237,30 @@ def _near_candidates(outcome: BlendOutcome, objects: Mapping[str, NDArray[Any]])
     return np.asarray((square < (2.0 * np.mean(widths)) ** 2).any(axis=1))
 
 
-def _share(
+def fill_shared_columns(
     coadd: Coadd,
-    task: BlendTask,
+    outer: Box,
+    members: NDArray[np.int64],
     models: SourceModels,
     total: NDArray[np.float32],
     objects: Mapping[str, NDArray[Any]],
 ) -> None:
-    """Fill the columns that rest on the light of all blends, of one blend; NaN in bands where nothing is known."""
-    outer, members = task.outer, task.members
+    """Fill the columns that rest on the light of all blends, of one blend; NaN in bands where nothing is known.
+
+    Parameters
+    ----------
+    coadd : Coadd
+    outer : Box
+        Pixels that the models of the blend can reach, as array index.
+    members : ndarray, shape (S,)
+        Rows of its sources in `objects`.
+    models : SourceModels
+        Its sources as observed, in pixels of `outer`.
+    total : ndarray, shape (B, H, W)
+        Sum of the positive parts of the models of all blends.
+    objects : mapping of str to ndarray
+        Columns of the table of objects, changed in place.
+    """
     here = np.ascontiguousarray(total[:, outer.y, outer.x])
     flux, flux_err = shared_fluxes(coadd, outer, here, models)
     overlap = observed_metrics(coadd, outer, here, models)
@@ -266,6 +281,16 @@ def _share(
     snr = np.divide(fluxes, errors, out=np.full_like(fluxes, -np.inf), where=errors > 0)
     clearest = snr.argmax(axis=0)
     objects[Flag.NEIGHBOR_DOMINATED][members] = overlap.overlap_fraction[np.arange(len(members)), clearest] > 1
+
+
+def _share(
+    coadd: Coadd,
+    task: BlendTask,
+    models: SourceModels,
+    total: NDArray[np.float32],
+    objects: Mapping[str, NDArray[Any]],
+) -> None:
+    fill_shared_columns(coadd, task.outer, task.members, models, total, objects)
 
 
 class _Found(NamedTuple):

@@ -1,0 +1,149 @@
+"""One blend is fitted anew, and nothing else changes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import kermes
+from kermes.config import Config
+from kermes.simulation import simulate_scene
+
+ORIGIN = np.array([50, -30])
+
+
+@pytest.fixture(scope="module")
+def coadd():
+    """A field, in coordinates that do not begin at zero."""
+    found = simulate_scene(n_sources=12, shape=(140, 150), bands=("g", "r", "i"), seed=4)
+    return replace(found.coadd, origin=tuple(ORIGIN.tolist()), peaks=found.peaks + ORIGIN)
+
+
+@pytest.fixture(scope="module")
+def result(coadd):
+    return kermes.deblend(coadd)
+
+
+def a_blend(result, n_sources=2):
+    """A blend with several sources, and its objects."""
+    sizes = np.asarray(result.blends["n_sources"])
+    blend_id = int(result.blends["blend_id"][np.flatnonzero(sizes >= n_sources)[0]])
+    return blend_id, result.objects["object_id"][result.objects["blend_id"] == blend_id].tolist()
+
+
+def assert_closes(result):
+    """In every pixel that somebody claims, the shares add up to the image."""
+    coadd = result.coadd
+    total = np.zeros(coadd.images.shape)
+    for handle in result:
+        for b, band in enumerate(result.bands):
+            stamp = handle.redistributed(band)
+            total[(b, *stamp.box.within(coadd.box))] += stamp.array
+    claimed = coadd.valid & (result.model_image(positive=True) > 0.1 * np.sqrt(coadd.variance))
+    assert len(result.candidates) == 0  # which have a share and no stamp
+    # Single precision, of pixels of up to thousands of sigma.
+    np.testing.assert_allclose(total[claimed], coadd.images[claimed], rtol=1e-4, atol=1e-3)
+    for band in result.bands:
+        shared = sum(float(result[number].redistributed(band).array.sum()) for number in result.objects["object_id"])
+        np.testing.assert_allclose(result.objects[f"{band}_redistributed_flux"].sum(), shared, rtol=1e-5)
+
+
+def test_the_same_peaks_give_nearly_the_same_answer(result):
+    blend_id, members = a_blend(result)
+    again = kermes.refit(result, blend_id)
+    assert again.objects["object_id"].tolist() != []
+    assert sorted(again.objects["object_id"].tolist()) == sorted(result.objects["object_id"].tolist())
+    for number in members:
+        for band in result.bands:
+            before, after = (each[number].row[f"{band}_flux"] for each in (result, again))
+            assert abs(after - before) < 0.5 * result[number].row[f"{band}_flux_err"]
+
+
+def test_other_blends_stay_what_they_were(result):
+    blend_id, members = a_blend(result)
+    again = kermes.refit(result, blend_id, remove=members[:1])
+    for handle in result:
+        if handle.blend_id == blend_id:
+            continue
+        other = again[handle.object_id]
+        np.testing.assert_array_equal(other.model("r").array, handle.model("r").array)
+        for name in ("r_flux", "r_flux_err", "y", "x", "peak_index", "parent_id", "blend_id"):
+            assert other.row[name] == handle.row[name], name
+
+
+def test_a_source_that_was_missed_is_added(coadd, result):
+    _, members = a_blend(result)
+    without = kermes.deblend(coadd, peaks=np.delete(coadd.peaks, members[-1] - 1, axis=0))
+    peak = result[members[-1]].peak
+    (near,) = {handle.blend_id for handle in without.near(y=peak[0], x=peak[1], radius=40)[:1]}
+    again = kermes.refit(without, near, add=[peak])
+    new = set(again.objects["object_id"].tolist()) - set(without.objects["object_id"].tolist())
+    (number,) = new
+    assert again[number].peak == peak
+    assert again[number].row["peak_index"] == -1
+    expected, got = result[members[-1]].row, again[number].row
+    assert abs(got["r_flux"] - expected["r_flux"]) < expected["r_flux_err"]
+    assert again.notes["history"] == [
+        {"blend_id": near, "added": {str(number): list(peak)}, "removed": [], "moved": {}}
+    ]
+    assert len(again.objects) == len(without.objects) + 1 == again.n_peaks
+
+
+def test_sources_are_removed_and_moved(result):
+    blend_id, members = a_blend(result)
+    y, x = result[members[1]].peak
+    again = kermes.refit(result, blend_id, remove=members[:1], move={members[1]: (y + 1, x)})
+    assert members[0] not in again
+    assert again[members[1]].peak == (y + 1, x)
+    (blend,) = again.blends[again.blends["blend_id"] == blend_id]
+    assert blend["n_sources"] == len(members) - 1
+    assert again.parents["n_peaks"].sum() == result.parents["n_peaks"].sum() - 1
+
+
+def test_shares_close_after_every_change(result):
+    blend_id, members = a_blend(result)
+    y, x = result[members[0]].peak
+    settings = replace(result.config, profiles=replace(result.config.profiles, residual_rounds=0))
+    edited = kermes.refit(result, blend_id, add=[(y + 6, x - 5)], config=settings)
+    assert_closes(edited)
+    assert_closes(kermes.refit(edited, blend_id, remove=members[:1], config=settings))
+
+
+def test_a_blend_gets_another_model(result):
+    blend_id, members = a_blend(result)
+    settings = replace(Config(model="scarlet-lite"), model_psf_sigma=0.9)
+    again = kermes.refit(result, blend_id, config=settings)
+    assert {str(again[number].row["model"]) for number in members} == {"free-form"}
+    assert "scarlet-lite" in again.notes["history"][0]["config"]
+    # All models are in one frame.
+    assert again.config == result.config
+
+
+def test_a_refitted_result_is_written_and_read(result, tmp_path):
+    blend_id, members = a_blend(result)
+    again = kermes.refit(result, blend_id, remove=members[:1])
+    again.write(tmp_path / "out", tolerance=None)
+    opened = kermes.open(tmp_path / "out", coadd=result.coadd)
+    assert opened.notes == again.notes
+    np.testing.assert_array_equal(opened.objects["r_flux"], again.objects["r_flux"])
+    # And one that was opened is fitted anew like one in memory.
+    result.write(tmp_path / "first", tolerance=None)
+    later = kermes.refit(kermes.open(tmp_path / "first", coadd=result.coadd), blend_id, remove=members[:1])
+    np.testing.assert_allclose(later.objects["r_flux"], again.objects["r_flux"], rtol=1e-5)
+
+
+def test_bad_requests_are_named(result):
+    blend_id, members = a_blend(result)
+    outsider = next(handle.object_id for handle in result if handle.blend_id != blend_id)
+    with pytest.raises(kermes.InputError, match="blend_id must be that of a blend with objects, got 999"):
+        kermes.refit(result, 999)
+    with pytest.raises(kermes.InputError, match=f"remove must name objects of blend {blend_id}, got {outsider}"):
+        kermes.refit(result, blend_id, remove=[outsider])
+    with pytest.raises(kermes.InputError, match="remove must leave an object"):
+        kermes.refit(result, blend_id, remove=members)
+    with pytest.raises(kermes.InputError, match="peaks"):
+        kermes.refit(result, blend_id, add=[(-1000, 0)])
+    with pytest.raises(kermes.InputError, match="config must have a model like that of the result"):
+        kermes.refit(result, blend_id, config=Config(model="templates"))
+    with pytest.raises(kermes.InputError, match="refit needs the images"):
+        kermes.refit(replace(result, coadd=None), blend_id)
