@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,9 @@ def main() -> None:
                 print(f"    of which {name}: {kb_per_object(rounded / name, n):.2f}")
             alone = kb_per_object(exact / "models.parquet", n)
             print(f"  exact: {kb_per_object(exact, n):.2f}, models.parquet alone {alone:.2f}")
-            print(f"  as a .scarlet archive: {kb_per_object(archive, n):.2f} (compressed)")
+            with zipfile.ZipFile(archive) as members:
+                plain = sum(member.file_size for member in members.infolist()) / 1e3 / n
+            print(f"  as a .scarlet archive: {kb_per_object(archive, n):.2f}, {plain:.2f} without compression")
             if conversion.n_profiles:
                 print(
                     f"    {conversion.n_profiles} with profiles: up to {conversion.largest_error:.1e} of the brightest "

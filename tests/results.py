@@ -183,6 +183,8 @@ def light_of_candidates(result):
     for image, row in zip(images, result.candidates, strict=True):
         blend_id = int(row["blend_id"])
         kernels = result.kernels(result.psfs[blend_id])
-        pixels, box = render_source(result.models[-int(row["candidate_id"])], kernels, result._outer(blend_id))
+        pixels, box = render_source(
+            result.models[-int(row["candidate_id"])], kernels, result.outer_box_of_blend(blend_id)
+        )
         image[:, box.y, box.x] = pixels
     return images

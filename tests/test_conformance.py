@@ -8,13 +8,13 @@ import pytest
 
 from kermes.coadd import Blend
 from kermes.config import FitConfig
+from kermes.constraints import monotonic_weights
 from kermes.geometry import Box
 from kermes.kernels.constraints import (
     brightest_near,
     make_monotonic,
     make_symmetric,
     monotone_mask,
-    monotonic_weights,
 )
 from kermes.kernels.fitting import fit_components
 from kermes.kernels.initialization import first_morphologies, signal_to_noise

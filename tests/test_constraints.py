@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import reference
+from kermes.constraints import monotonic_weights
 from kermes.geometry import Box
 from kermes.kernels.constraints import (
     brightest_near,
     make_monotonic,
     make_symmetric,
     monotone_mask,
-    monotonic_weights,
 )
 
 pytestmark = pytest.mark.nojit

@@ -13,10 +13,11 @@ import reference
 from blends import blend_of, convolution_of, gaussian, observe, observed, source, three_sources
 from kermes.coadd import Blend
 from kermes.config import FitConfig
+from kermes.constraints import monotonic_weights
 from kermes.fitting import fit_packed
 from kermes.geometry import Box
 from kermes.kernels.components import add_component, add_gradient, positive_bounds, repack
-from kermes.kernels.constraints import brightest_near, make_monotonic, monotonic_weights
+from kermes.kernels.constraints import brightest_near, make_monotonic
 from kermes.rendering import Packed, pack
 from kermes.scene import Scene, Source
 

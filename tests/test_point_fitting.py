@@ -216,7 +216,7 @@ def test_the_significance_of_a_companion_is_what_chi2_falls_by():
     psf, _, _, _, _ = problem()
     centers, flux = np.array([[30.2, 31.1], [32.0, 33.0]]), np.array([[500.0, 800.0], [0.0, 0.0]])
     matrix, _, _, blocks = normal_matrix(psf, centers, flux)
-    matched = np.zeros((2, *SHAPE))
+    matched = np.zeros((2, *SHAPE), dtype=np.float32)
     matched[:, 32, 33] = 7.0, 5.0
     gradient = np.zeros(8)
     gradient[4:6] = matched[:, 32, 33]

@@ -74,7 +74,7 @@ def fill_peak(images, peaks):
 
 
 def enlarge(images, peaks):
-    images *= np.logspace(0, 8, images.shape[2], dtype=np.float32)
+    images *= np.logspace(0, 4, images.shape[2], dtype=np.float32)
 
 
 EVERYWHERE = (slice(None),) * 3
@@ -441,7 +441,7 @@ def test_bug_in_a_psf_field_stops_the_run(small, config):
 
 def junk(rng):
     """Draw a coadd with all kinds of defects, and peaks anywhere on it."""
-    n_bands, (height, width) = int(rng.integers(1, 4)), rng.integers(1, 40, 2)
+    n_bands, (height, width) = int(rng.integers(1, 4)), rng.integers(1, 28, 2)
     images = rng.normal(size=(n_bands, height, width))
     y, x = np.indices((height, width))
     for _ in range(rng.integers(0, 6)):
@@ -463,7 +463,7 @@ def junk(rng):
 
 
 @NO_PIXEL_WARNING
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_junk_gives_every_peak_its_row(seed, config):
     coadd, peaks, footprints = junk(np.random.default_rng(seed))
     assert_complete(kermes.deblend(coadd, peaks, footprints=footprints, config=config), len(peaks))

@@ -242,8 +242,10 @@ def _correct(
     """Find the changes (K, h, w) of shapes of given spectra, None if they are not significant, and what they leave."""
     floors = _floors(spectra, faintest)[:, None, None]
     change = _Change(spectra=spectra, envelopes=np.float32(config.strength) * np.maximum(shapes - floors, 0))
-    fields = _solve(window, change, shapes, config)
-    if fields is None:
+    # Models of data that are none may be so bright that squares of them are too large for a float32: those stay.
+    with np.errstate(over="ignore", invalid="ignore"):
+        fields = _solve(window, change, shapes, config)
+    if fields is None or not np.isfinite(fields).all():
         return None, window
     left = window.residual - window.convolution.forward(change.light(fields))
     return np.maximum(_blurred(change.envelopes * fields, sigma), -shapes), replace(window, residual=left)
@@ -304,8 +306,8 @@ def _descend(
 
 
 def _product(one: FloatArray, other: FloatArray) -> float:
-    """Sum of products, the same bits on any number of threads."""
-    return float(np.sum(one * other, dtype=np.float64))
+    """Sum of products, the same bits on any number of threads; squares of bright pixels are too large for a float32."""
+    return float(np.multiply(one, other, dtype=np.float64).sum())
 
 
 def _blurred(images: FloatArray, sigma: float) -> FloatArray:

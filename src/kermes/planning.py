@@ -409,7 +409,8 @@ def _prepare_psfs(
 
     Many coadds have the PSFs of the one before; what was transformed for them is kept.
     """
-    psfs = np.frombuffer(content, dtype=np.float64).reshape(shape)
+    # A copy, because kernels would be compiled a second time for an array that cannot be written to.
+    psfs = np.frombuffer(content, dtype=np.float64).reshape(shape).copy()
     kernels = difference_kernels(psfs, model_psf(sigma), regularization)
     narrow = amplify(kernels)
     if narrow.any():

@@ -365,21 +365,28 @@ def publish(folder: Path, target: Path, overwrite: bool) -> None:
     for file in folder.iterdir():
         sync(file)
     sync(folder)
+    taken = (errno.ENOTEMPTY, errno.EEXIST)
     while True:
         try:
             folder.rename(target)  # fails unless it is new or an empty directory
             break
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not overwrite:
+            if error.errno not in taken or not overwrite:
                 raise
-        if _swap(folder, target):
-            shutil.rmtree(folder)
-            break
         old = sibling(target)
-        target.rename(old)
+        try:
+            if _swap(folder, target):
+                shutil.rmtree(folder)
+                break
+            target.rename(old)
+        except FileNotFoundError:  # another writer took it away
+            continue
         try:
             folder.rename(target)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in taken:  # another writer was faster
+                shutil.rmtree(old)
+                continue
             old.rename(target)
             raise
         shutil.rmtree(old)

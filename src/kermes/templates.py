@@ -485,7 +485,7 @@ def share_light(
     if config.stray_to_points == "never" or (config.stray_to_points == "necessary" and extended.any()):
         takes = extended
     if config.stray != "trim" and takes.any():
-        places = np.argwhere(footprint & (total == 0) & (image > 0))
+        places = np.ascontiguousarray(np.argwhere(footprint & (total == 0) & (image > 0)))
     rules = {"trim": kernels.TRIM, "r-to-peak": kernels.TO_PEAK, "r-to-footprint": kernels.TO_FOOTPRINT}
     starts, owners, parts = kernels.share_stray(
         np.ascontiguousarray(image),
