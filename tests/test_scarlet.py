@@ -280,6 +280,9 @@ def test_profiles_become_pixels_and_the_loss_is_stated(tmp_path):
     assert conversion.largest_flux_error < 1e-5
     back = io.read_scarlet(tmp_path / "a.scarlet")
     assert back.objects["object_id"].tolist() == [4, 7, 8, 9]
+    for name in ("origin", "shape", "unit", "zero_point", "bands"):
+        assert getattr(back, name) == getattr(result, name), name
+    assert back.wcs.pixel_to_world(3, 5).separation(result.wcs.pixel_to_world(3, 5)).arcsec < 1e-6
     for handle in result:
         got = back[handle.object_id]
         assert got.peak == handle.peak

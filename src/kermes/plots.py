@@ -459,6 +459,8 @@ def _draw_spectrum(axes: Axes, result: Result, index: int) -> None:
             continue
         flux = np.array([_column(objects, f"{band}_{kind}")[index] for band in bands])
         error = np.array([_column(objects, f"{band}_{kind}_err")[index] for band in bands])
+        if not np.isfinite(flux).any():
+            continue
         label = "model" if kind == "flux" else "re-distributed"
         axes.errorbar(places, flux, yerr=np.where(error > 0, error, 0.0), fmt=style, markersize=3, lw=1, label=label)
     axes.axhline(0.0, color="0.7", lw=0.7, zorder=0)

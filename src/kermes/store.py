@@ -41,9 +41,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from astropy import units
-from astropy.io import fits
 from astropy.table import Column, Table
-from astropy.wcs import WCS, FITSFixedWarning
 from numpy.typing import NDArray
 
 from kermes import storage
@@ -53,6 +51,7 @@ from kermes.config import config_from_dict, to_toml
 from kermes.errors import DataWarning, FileError, InputError
 from kermes.geometry import Box, Footprint, Footprints
 from kermes.io.tables import from_arrow, to_arrow
+from kermes.io.wcs import header_of_wcs, wcs_of_header
 from kermes.result import TOLERANCE, ModelStore, Result
 from kermes.scene import ProfileComponent, Source
 from kermes.storage import Folder, damaged
@@ -203,7 +202,7 @@ def _metadata(result: Result, tolerance: float | None) -> dict[str, Any]:
         "unit": None if result.unit is None else result.unit.to_string(),
         "zero_point": result.zero_point,
         "model_psf_sigma": result.config.model_psf_sigma,
-        "wcs": result.wcs.to_header_string(relax=True) if isinstance(result.wcs, WCS) else None,
+        "wcs": header_of_wcs(result.wcs),
         "config": to_toml(result.config),
         "complete": result.is_complete,
         "ledger": result.ledger(),
@@ -568,14 +567,6 @@ def _read_metadata(folder: Folder) -> dict[str, Any]:
     return metadata
 
 
-def _read_wcs(header: str | None) -> WCS | None:
-    if header is None:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FITSFixedWarning)
-        return WCS(fits.Header.fromstring(header))
-
-
 def _read_timings(folder: Folder, schema: int) -> dict[str, Any]:
     if not folder.exists("timings.json"):
         return {}
@@ -644,7 +635,7 @@ def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result
             origin=origin,
             unit=None if unit is None else units.Unit(unit, parse_strict="silent"),
             zero_point=metadata["zero_point"],
-            wcs=_read_wcs(metadata["wcs"]),
+            wcs=wcs_of_header(metadata["wcs"]),
             coadd=coadd,
             footprints=partial(_read_footprints, folder, origin) if schema > 2 else Footprints.of({}),
             tolerance=metadata.get("tolerance", 0.0),

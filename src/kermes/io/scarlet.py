@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
+from astropy import units
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
@@ -39,6 +40,7 @@ from kermes.catalog import (
 from kermes.config import Config
 from kermes.errors import FileError, InputError
 from kermes.geometry import Box, Footprint, Footprints
+from kermes.io.wcs import header_of_wcs, wcs_of_header
 from kermes.psf import model_psf
 from kermes.rendering import KernelSet, render_source
 from kermes.result import Result
@@ -49,6 +51,7 @@ VERSION = "1.0.1"
 
 _ITEM_VERSION = "1.0.0"
 _FIRST_VERSION = "0.0.0"
+_OURS = "kermes"
 _NOT_MODELS = ("metadata", "version", "psf", "psf_shape")
 _FAINTEST = 1e-5
 _SAME_PSF = 1e-4
@@ -589,6 +592,9 @@ def _result(models: ScarletModels, path: str) -> Result:
     outer = Box(0, 0, 0, 0)
     for box in [box.grow(max(psfs[number].shape[1:]) // 2) for number, box in boxes.items()] + [*isolated.values()]:
         outer = outer | box
+    ours = metadata.get(_OURS, {})
+    if ours:
+        outer = Box(*ours["origin"], *ours["shape"])
     dy, dx = outer.origin
 
     sources: dict[int, Source] = {}
@@ -627,11 +633,12 @@ def _result(models: ScarletModels, path: str) -> Result:
         rest = _rest(top.metadata, ("spans", "origin")) if isinstance(top, ScarletParent) else {}
         if rest or isinstance(top, ScarletBlend):
             notes["parents"][str(number)] = rest | ({"is_blend": True} if isinstance(top, ScarletBlend) else {})
-    rest = _rest(metadata, ("model_psf", "psf", "bands"))
+    rest = _rest(metadata, ("model_psf", "psf", "bands", _OURS))
+    unit = None if ours.get("unit") is None else units.Unit(ours["unit"], parse_strict="silent")
     notes = {key: value for key, value in notes.items() if value} | ({"metadata": rest} if rest else {})
 
     return Result(
-        objects=_objects(rows, sources, models, bands, outer.origin),
+        objects=_objects(rows, sources, models, bands, outer.origin, unit),
         parents=_parents(models, fitted, boxes, isolated),
         blends=_blends(fitted, boxes),
         bands=bands,
@@ -640,6 +647,9 @@ def _result(models: ScarletModels, path: str) -> Result:
         psfs=psfs,
         shape=outer.shape,
         origin=outer.origin,
+        unit=unit,
+        zero_point=ours.get("zero_point"),
+        wcs=wcs_of_header(ours.get("wcs")),
         footprints=_footprints(models).shifted(-dy, -dx),
         inputs={},
         notes={"scarlet": {"version": models.version, **notes}},
@@ -675,6 +685,7 @@ def _objects(
     models: ScarletModels,
     bands: tuple[str, ...],
     origin: tuple[int, int],
+    unit: units.UnitBase | None,
 ) -> Any:
     columns = empty_columns(object_columns(bands, "scarlet-lite"), len(rows))
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
@@ -695,7 +706,7 @@ def _objects(
         columns["model"][row] = Model.FREE_FORM if source.components else ""
         columns["converged"][row] = single is None
         columns[Flag.NULL_MODEL][row] = not flux.any()
-    return make_objects(columns, bands, None, "scarlet-lite")
+    return make_objects(columns, bands, unit, "scarlet-lite")
 
 
 def _box_columns(columns: Mapping[str, NDArray[Any]], boxes: Iterable[Box]) -> None:
@@ -912,7 +923,16 @@ def _scarlet_metadata(result: Result) -> dict[str, Any]:
     psf = _shared_psf(result)
     if psf is not None and psf.any():
         metadata["psf"] = psf
-    return metadata | {"bands": list(result.bands)} | (_arrays(notes.get("metadata")) or {})
+    metadata |= {"bands": list(result.bands)} | (_arrays(notes.get("metadata")) or {})
+    if not notes:  # the files have no place for what is said here, and their readers pass over it
+        metadata[_OURS] = {
+            "origin": list(result.origin),
+            "shape": list(result.shape),
+            "unit": None if result.unit is None else result.unit.to_string(),
+            "zero_point": result.zero_point,
+            "wcs": header_of_wcs(result.wcs),
+        }
+    return metadata
 
 
 def _scarlet_parents(
