@@ -12,7 +12,7 @@ import kermes
 from kermes import io
 from kermes.catalog import Reason
 from kermes.geometry import Box, Footprint
-from kermes.io import scarlet
+from kermes.io import scarlet, scarlet_results
 from kermes.psf import model_psf
 from kermes.scene import CubeComponent, FactorizedComponent, Source
 from results import fitted_result, make_result
@@ -155,7 +155,7 @@ def test_documents_of_v29_are_read(tmp_path):
     np.testing.assert_array_equal(got.morphology, expected.morphology)
     result = io.read_scarlet(tmp_path / "a.json")
     assert result.bands == ("g", "r", "i")
-    expected = scarlet.result_of_scarlet(models)
+    expected = scarlet_results.result_of_scarlet(models)
     np.testing.assert_array_equal(result.model_image(), expected.model_image())
     io.write_scarlet(result, tmp_path / "b.scarlet")
     # The centre of the PSF is no number of ours; it is kept all the same.
@@ -168,7 +168,7 @@ def test_archives_without_metadata_are_read(tmp_path):
         archive.writestr("14", json.dumps(content["blends"]["14"]))
         archive.writestr("psf", json.dumps(content["psf"]))
         archive.writestr("psf_shape", json.dumps(content["psfShape"]))
-    expected = scarlet.result_of_scarlet(old_models())
+    expected = scarlet_results.result_of_scarlet(old_models())
     np.testing.assert_array_equal(io.read_scarlet(tmp_path / "a.scarlet").model_image(), expected.model_image())
 
 
@@ -233,7 +233,7 @@ def test_an_existing_file_is_kept(tmp_path):
 
 
 def test_numbers_places_and_footprints_of_a_file_become_those_of_the_result():
-    result = scarlet.result_of_scarlet(make_models())
+    result = scarlet_results.result_of_scarlet(make_models())
     assert result.objects["object_id"].tolist() == [101, 102, 103, 104, 77]
     assert result.objects["parent_id"].tolist() == [11, 11, 11, 14, 77]
     assert result.objects["blend_id"].tolist() == [12, 12, 13, 14, 0]
@@ -246,7 +246,7 @@ def test_numbers_places_and_footprints_of_a_file_become_those_of_the_result():
 
 def test_a_cube_is_drawn_as_its_bands_are():
     models = make_models()
-    result = scarlet.result_of_scarlet(models)
+    result = scarlet_results.result_of_scarlet(models)
     image, box = result[103]._observed
     kernels = result.kernels(result.psfs[13])
     cube = models.blends[11].children[13].sources[103].components[0].cube
@@ -264,8 +264,8 @@ def test_a_cube_is_drawn_as_its_bands_are():
 
 def test_a_file_comes_back_from_a_stored_result_to_the_bit(tmp_path):
     models = make_models()
-    scarlet.result_of_scarlet(models).write(tmp_path / "out")
-    back = scarlet.scarlet_of_result(kermes.open(tmp_path / "out"))
+    scarlet_results.result_of_scarlet(models).write(tmp_path / "out")
+    back = scarlet_results.scarlet_of_result(kermes.open(tmp_path / "out"))
     assert plain(back.models) == plain(models)
     assert (back.n_profiles, back.largest_error) == (0, 0.0)
 
@@ -307,24 +307,26 @@ def test_templates_have_no_place_in_the_model_frame():
     template = CubeComponent(cube=np.ones((2, 3, 3), dtype=np.float32), box=Box(30, 30, 3, 3), observed=True)
     models = make_result().models | {7: Source(peak=(31, 31), components=(template,))}
     with pytest.raises(kermes.InputError, match="templates are light as observed"):
-        scarlet.scarlet_of_result(make_result(models=models))
+        scarlet_results.scarlet_of_result(make_result(models=models))
 
 
 def test_a_psf_that_is_no_gaussian_is_refused():
     metadata = make_models().metadata | {"model_psf": np.full((15, 15), 1 / 225, dtype=np.float32)}
     with pytest.raises(kermes.FileError, match="must have a Gaussian as its model_psf"):
-        scarlet.result_of_scarlet(make_models(metadata=metadata))
+        scarlet_results.result_of_scarlet(make_models(metadata=metadata))
 
 
 def test_numbers_may_not_be_used_twice():
     models = make_models()
     twice = {**models.blends, 15: models.blends[14]}
     with pytest.raises(kermes.FileError, match="two sources have the number 104"):
-        scarlet.result_of_scarlet(dataclasses.replace(models, blends=twice))
+        scarlet_results.result_of_scarlet(dataclasses.replace(models, blends=twice))
 
 
 def test_a_file_without_psfs_can_be_drawn_in_the_model_frame():
-    result = scarlet.result_of_scarlet(make_models(metadata={"model_psf": model_psf(0.8), "bands": ["g", "r", "i"]}))
+    result = scarlet_results.result_of_scarlet(
+        make_models(metadata={"model_psf": model_psf(0.8), "bands": ["g", "r", "i"]})
+    )
     assert result[101].model("g", convolved=False).array.any()
     assert not result[101].model("g").array.any()
 
@@ -364,7 +366,7 @@ def upstream():
 
 @with_files
 def test_models_of_the_pipelines_are_drawn_as_they_draw_them(upstream):
-    result = scarlet.result_of_scarlet(upstream)
+    result = scarlet_results.result_of_scarlet(upstream)
     with np.load(FILES / "upstream_1.0.1_rendered.npz") as expected:
         origin, ids, flux = expected["origin"], expected["ids"], expected["flux"]
         model, convolved = expected["model"], expected["convolved"]
@@ -389,8 +391,8 @@ def test_models_of_the_pipelines_are_written_to_the_bit(upstream, tmp_path):
 
 @with_files
 def test_models_of_the_pipelines_come_back_from_a_stored_result(upstream, tmp_path):
-    scarlet.result_of_scarlet(upstream).write(tmp_path / "out")
-    back = scarlet.scarlet_of_result(kermes.open(tmp_path / "out")).models
+    scarlet_results.result_of_scarlet(upstream).write(tmp_path / "out")
+    back = scarlet_results.scarlet_of_result(kermes.open(tmp_path / "out")).models
     # The PSF of the model frame is drawn anew from its width; its stamp was in single precision.
     np.testing.assert_allclose(back.metadata["model_psf"], upstream.metadata["model_psf"], rtol=0, atol=1e-7)
     metadata = {**back.metadata, "model_psf": upstream.metadata["model_psf"]}
@@ -401,7 +403,7 @@ def test_models_of_the_pipelines_come_back_from_a_stored_result(upstream, tmp_pa
 def test_models_of_v29_are_read():
     models = scarlet.read_scarlet_models(FILES / "v29_models.json")
     assert [len(blend.sources) for blend in models.blends.values()] == [1, 1]
-    result = scarlet.result_of_scarlet(models)
+    result = scarlet_results.result_of_scarlet(models)
     assert result.model_image().max() > 0
     assert isinstance(next(iter(result.models.values())).components[0], FactorizedComponent)
     assert Footprint.of_mask(result.model_image()[0] > 0).area > 100

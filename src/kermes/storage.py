@@ -80,47 +80,27 @@ def _canonical(content: Mapping[str, Any]) -> bytes:
 # ---------------------------------------------------------------- reading
 
 
-class _Blocks(io.RawIOBase):
-    """A file of a directory, read by ranges; every block is checked before it is used."""
+class _Blocks:
+    """A file of a directory, in blocks that are checked before they are used; the latest are kept."""
 
     def __init__(self, folder: Folder, name: str, size: int, block: int, digests: bytes | None) -> None:
-        self._folder, self._name, self._size = folder, name, size
+        self.size = size
+        self._folder, self._name = folder, name
         self._block, self._digests = block, digests
-        self._at = 0
         self._kept: OrderedDict[int, bytes] = OrderedDict()
-        self._lock = threading.Lock()  # readers of Parquet read from several threads
+        self._lock = threading.Lock()
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def size(self) -> int:
-        return self._size
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def read(self, n: int | None = -1, /) -> bytes:
-        end = self._size if n is None or n < 0 else min(self._at + n, self._size)
-        if end <= self._at:
-            return b""
+    def range(self, start: int, end: int) -> bytes:
+        """Read a part of the file; by any number of threads."""
         with self._lock:
-            content = self._range(self._at, end)
-        self._at = end
-        return content
+            return self._range(start, end)
 
     def _range(self, start: int, end: int) -> bytes:
         first, last = start // self._block, -(-end // self._block)
         blocks = {number: self._kept[number] for number in range(first, last) if number in self._kept}
         missing = [number for number in range(first, last) if number not in blocks]
         if missing:
-            low, high = missing[0] * self._block, min((missing[-1] + 1) * self._block, self._size)
+            low, high = missing[0] * self._block, min((missing[-1] + 1) * self._block, self.size)
             content = memoryview(self._folder.read_range(self._name, low, high))
             for number in range(missing[0], missing[-1] + 1):
                 block = content[number * self._block - low : (number + 1) * self._block - low]
@@ -140,6 +120,38 @@ class _Blocks(io.RawIOBase):
         expected = self._digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]
         if len(block) == 0 or hashlib.blake2b(block, digest_size=_DIGEST_BYTES).digest() != expected:
             raise damaged(self._folder.name_of(self._name), "what is read is not what was written")
+
+
+class _Reader(io.RawIOBase):
+    """A file of a directory, as who reads Parquet wants it: with a position."""
+
+    def __init__(self, blocks: _Blocks) -> None:
+        self._blocks = blocks
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def size(self) -> int:
+        return self._blocks.size
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._blocks.size}[whence]
+        return self._at
+
+    def read(self, n: int | None = -1, /) -> bytes:
+        end = self._blocks.size if n is None or n < 0 else min(self._at + n, self._blocks.size)
+        if end <= self._at:
+            return b""
+        content = self._blocks.range(self._at, end)
+        self._at = end
+        return content
 
 
 def damaged(name: str, what: object) -> FileError:
@@ -249,7 +261,8 @@ class Folder:
     def file(self, name: str) -> Any:
         """Open a file for reading; every block is checked before it is used.
 
-        Nothing is held open: each read is a request of its own, and the latest blocks are kept.
+        Nothing is held open: each read is a request of its own, and the latest blocks are kept. What is returned has a
+        position of its own, so that threads can read at the same time.
 
         Raises
         ------
@@ -270,9 +283,7 @@ class Folder:
                 if size != expected:
                     raise damaged(self.name_of(name), f"it has {size} bytes, and had {expected}")
                 self._open[name] = _Blocks(self, name, size, block, digests)
-        blocks = self._open[name]
-        blocks.seek(0)
-        return blocks
+        return _Reader(self._open[name])
 
 
 # ---------------------------------------------------------------- writing

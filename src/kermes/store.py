@@ -352,6 +352,8 @@ def parquet(folder: Folder, name: str, metadata: Any = None) -> Iterator[pq.Parq
         source = pa.PythonFile(folder.file(name), mode="r")
         file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True, pre_buffer=True)
         yield file
+    except FileError:
+        raise
     except (OSError, pa.ArrowException) as error:
         raise damaged(folder.name_of(name), error) from None
 

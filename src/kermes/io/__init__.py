@@ -13,7 +13,7 @@ from kermes.errors import FileError, InputError
 from kermes.io.fits import read_fits
 from kermes.io.manifest import read_manifest
 from kermes.io.npz import read_npz, write_npz
-from kermes.io.scarlet import read_scarlet, write_scarlet
+from kermes.io.scarlet_results import read_scarlet, write_scarlet
 
 __all__ = ["read", "read_fits", "read_manifest", "read_npz", "read_scarlet", "write_npz", "write_scarlet"]
 
