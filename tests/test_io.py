@@ -325,6 +325,57 @@ def test_file_whose_name_has_brackets_is_read(tmp_path, field):
     np.testing.assert_array_equal(one_band(path, field).images[0], pixels())
 
 
+def exposure(tmp_path, band, key="EXTNAME", noise="VARIANCE", **cards):
+    """File with image, mask and noise of one band, as pipelines write it."""
+    rng = np.random.default_rng(len(band))
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.int32)
+    mask[2, 3] = 1 << 4
+    planes = {"IMAGE": pixels(), "MASK": mask, noise: rng.uniform(1, 2, (HEIGHT, WIDTH)).astype(np.float32)}
+    hdus = [fits.PrimaryHDU()]
+    for name, data in planes.items():
+        hdu = fits.ImageHDU(data, header(**{key: name, **cards}))
+        if name == "MASK":
+            hdu.header["MP_SAT"] = 4
+        hdus.append(hdu)
+    path = tmp_path / f"exposure-{band}.fits"
+    fits.HDUList(hdus).writeto(path)
+    return path, planes
+
+
+@pytest.mark.parametrize("key", ["EXTNAME", "EXTTYPE"])
+def test_an_exposure_brings_its_planes(tmp_path, field, key):
+    files = {band: exposure(tmp_path, band, key)[0] for band in "gr"}
+    coadd = io.read_fits(files, psf=dict.fromkeys("gr", field["psf"]["r"]))
+    for b, band in enumerate("gr"):
+        with fits.open(files[band]) as hdus:
+            np.testing.assert_array_equal(coadd.images[b], hdus[1].data)
+            np.testing.assert_array_equal(coadd.variance[b], hdus[3].data)
+    assert coadd.mask_planes == {"SAT": 4}
+    assert coadd.mask[0, 2, 3] == 16
+
+
+def test_an_exposure_may_have_the_inverse_variance(tmp_path, field):
+    path, planes = exposure(tmp_path, "r", noise="INVVAR")
+    coadd = io.read_fits({"r": path}, psf={"r": field["psf"]["r"]})
+    np.testing.assert_allclose(coadd.variance[0], 1 / planes["INVVAR"], rtol=1e-6)
+
+
+def test_what_is_given_wins_over_the_exposure(tmp_path, field):
+    path, _ = exposure(tmp_path, "r")
+    coadd = one_band(path, field)
+    np.testing.assert_array_equal(coadd.variance, one_band(image(tmp_path), field).variance)
+
+
+def test_an_hdu_of_an_exposure_is_an_image_alone(tmp_path, field):
+    path, _ = exposure(tmp_path, "r")
+    with pytest.raises(InputError, match="variance or invvar must be given for every band"):
+        io.read_fits({"r": f"{path}[1]"}, psf={"r": field["psf"]["r"]})
+    damaged = tmp_path / "damaged.fits"
+    damaged.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(KermesError):
+        io.read_fits({"r": damaged}, psf={"r": field["psf"]["r"]})
+
+
 def test_zero_or_missing_inverse_variance_is_not_valid(tmp_path, field):
     invvar = np.full((HEIGHT, WIDTH), 0.25)
     invvar[0, :3] = 0, np.nan, -1

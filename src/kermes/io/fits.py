@@ -74,7 +74,11 @@ def read_fits(
     zero_point: float | None = None,
     name: str | None = None,
 ) -> Coadd:
-    """Read a coadd from FITS files, one image per band and plane.
+    """Read a coadd from FITS files, one image per band and plane, or one exposure per band.
+
+    An exposure is a file whose HDUs are named (EXTNAME or EXTTYPE) IMAGE, MASK and VARIANCE or INVVAR, as pipelines of
+    LSST and HSC write it. Given without brackets as the image, it brings what is not given otherwise. Its PSF must be
+    given beside it.
 
     A file is written ``file.fits[HDU]``: the number of the HDU, counted from 0, or its EXTNAME, or EXTNAME,EXTVER;
     without brackets, the first HDU with an image. ``file.fits[HDU][plane]`` picks one image of a cube, counted from
@@ -85,8 +89,10 @@ def read_fits(
     images : mapping of band to file
         Background-subtracted flux per pixel. Bands keep this order.
     variance, invvar : mapping of band to file, optional
-        Variance of `images`, or its inverse (zero where a pixel is not to be used); each band in one of the two.
+        Variance of `images`, or its inverse (zero where a pixel is not to be used); each band in one of the two. Left
+        out for a band: that of the exposure.
     mask : mapping of band to file, optional
+        Left out: those of the exposures, if all bands have one.
         Bits named by the cards ``MP_<name>`` (bit number), or ``MSKNnnnn`` (name) and ``MSKMnnnn`` (mask value). The
         bits may differ from band to band. A mask whose bits have no name is not used.
     psf : mapping of band to file, array (B, P, Q), or callable ``psf(y, x, band)``
@@ -127,7 +133,14 @@ def read_fits(
         raise InputError(f"psf must be given for bands {names}, got None")
     _check_bands("variance", variance, images)
     _check_bands("invvar", invvar, images)
+    exposures = {band: _exposure(images[band]) for band in names}
+    own = [band for band in names if band not in variance and band not in invvar]
+    variance = {**variance, **{band: exposures[band]["VARIANCE"] for band in own if "VARIANCE" in exposures[band]}}
+    without = [band for band in own if band not in variance]
+    invvar = {**invvar, **{band: exposures[band]["INVVAR"] for band in without if "INVVAR" in exposures[band]}}
     _check_noise(variance, invvar, names)
+    if mask is None and all("MASK" in exposure for exposure in exposures.values()):
+        mask = {band: exposure["MASK"] for band, exposure in exposures.items()}
     if mask is not None:
         _check_bands("mask", mask, images)
         _check_complete("mask", mask, names)
@@ -212,6 +225,27 @@ def _split_reference(reference: Path | str) -> tuple[str, str | None, int | None
     if match is None or Path(text).is_file():
         return text, None, None
     return match["path"], match["hdu"], None if match["plane"] is None else int(match["plane"])
+
+
+def _exposure(reference: Path | str) -> dict[str, str]:
+    """Say where the planes of an exposure are, by name; empty for a file that is none, or an HDU of it."""
+    path, key, _ = _split_reference(reference)
+    if key is not None:
+        return {}
+    found: dict[str, str] = {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with fits.open(path, memmap=False) as file:
+                for number, hdu in enumerate(file):
+                    name = str(hdu.header.get("EXTNAME") or hdu.header.get("EXTTYPE") or "").strip().upper()
+                    # What other files call a mask may have more axes than an image.
+                    if name in ("IMAGE", "MASK", "VARIANCE", "INVVAR") and _holds_image(hdu) and len(hdu.shape) == 2:
+                        found.setdefault(name, f"{path}[{number}]")
+                first = next((number for number, hdu in enumerate(file) if _holds_image(hdu)), None)
+    except Exception:  # what is wrong with it is said when the image is read
+        return {}
+    return found if found.get("IMAGE") == f"{path}[{first}]" else {}
 
 
 def _read_plane(reference: Path | str, table: str, band: str) -> _Plane:
