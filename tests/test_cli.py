@@ -366,6 +366,17 @@ def test_convert_writes_results_of_any_version_anew(output, archive, tmp_path):
     assert kermes.open(tmp_path / "coarse").tolerance == 0.5
 
 
+def test_a_result_as_one_file_does_what_a_directory_does(output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["convert", str(output), "one.kermes"]) == 0
+    # It remembers its input, and pictures go beside it.
+    assert cli.run(["show", "one.kermes"]) == 0
+    assert cli.run(["show", "one.kermes", "--object", "2"]) == 0
+    assert cli.run(["catalog", "one.kermes", "-o", "objects.fits"]) == 0
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["objects.fits", "one.kermes", "one_object_2.png", "one_picture.png"]
+
+
 def test_refit_corrects_one_blend(output, tmp_path, capsys):
     path = tmp_path / "corrected"
     before = kermes.open(output)

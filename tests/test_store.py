@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -681,6 +682,70 @@ def test_a_position_on_the_sky_is_that_of_its_pixel(result, written):
         assert [handle.object_id for handle in each.near(ra=sky.ra.deg, dec=sky.dec.deg, radius=1.3)] == [7, 4]
 
 
+# ---------------------------------------------------------------- one file
+
+
+def test_a_result_may_be_one_file(result, written, tmp_path):
+    path = tmp_path / "out.kermes"
+    for options in ({}, {"overwrite": True}):
+        result.write(path, tolerance=None, **options)
+    assert path.is_file()
+    assert read_everything(kermes.open(path)) == read_everything(kermes.open(written))
+    opened = kermes.open(path, coadd=make_coadd())
+    np.testing.assert_array_equal(opened[7].redistributed("g").array, result[7].redistributed("g").array)
+    with pytest.raises(kermes.FileError, match="which exists; overwrite replaces it"):
+        result.write(path)
+    # It is an archive of the directory that it stands for.
+    with zipfile.ZipFile(path) as archive:
+        assert set(archive.namelist()) == FILES
+        archive.extractall(tmp_path / "unpacked")
+    assert read_everything(kermes.open(tmp_path / "unpacked")) == read_everything(kermes.open(path))
+
+
+def test_one_object_of_one_file_costs_a_small_part_of_it(crowd, tmp_path):
+    path = tmp_path / "out.kermes"
+    kermes.open(crowd[1]).write(path)
+    opened = kermes.open(path)
+    assert opened[333].peak == crowd[0][333].peak
+    assert opened.models.bytes_read < path.stat().st_size / 4
+
+
+def test_one_file_that_is_damaged_is_refused(result, tmp_path):
+    path = tmp_path / "out.kermes"
+    result.write(path)
+    content = path.read_bytes()
+    rng = np.random.default_rng(7)
+    harmless = 0
+    for _ in range(40):
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] ^= int(rng.integers(1, 256))
+        path.write_bytes(bytes(damaged[: rng.integers(len(content))] if rng.uniform() < 0.3 else damaged))
+        try:
+            found = read_everything(kermes.open(path))
+        except kermes.FileError:
+            continue
+        harmless += 1  # dates and permissions of an archive say nothing
+        path.write_bytes(content)
+        assert found == read_everything(kermes.open(path))
+    assert harmless < 8
+
+
+def test_what_has_the_name_of_one_file_and_is_none(result, tmp_path):
+    (tmp_path / "a.kermes").mkdir()
+    with pytest.raises(kermes.FileError, match=r"output must be a file, as its name ends in \.kermes"):
+        result.write(tmp_path / "a.kermes", overwrite=True)
+    (tmp_path / "b.kermes").write_text("mine")
+    with pytest.raises(kermes.FileError, match="output must be new, or a result of kermes to replace"):
+        result.write(tmp_path / "b.kermes", overwrite=True)
+    assert (tmp_path / "b.kermes").read_text() == "mine"
+    with pytest.raises(kermes.FileError, match="does not exist"):
+        kermes.open(tmp_path / "c.kermes")
+    with zipfile.ZipFile(tmp_path / "d.kermes", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("metadata.json", "{}" * 100)
+    with pytest.raises(kermes.FileError, match="is compressed"):
+        kermes.open(tmp_path / "d.kermes")
+
+
 # ---------------------------------------------------------------- other file systems
 
 
@@ -697,6 +762,13 @@ def test_a_result_lives_on_any_file_system(tmp_path):
     filesystem = fsspec.filesystem("memory")
     # One directory and the file that names it; the earlier one is gone.
     assert len(filesystem.ls(f"/{tmp_path.name}/out")) == 2
+
+
+def test_one_file_lives_on_any_file_system(tmp_path):
+    path = f"memory://{tmp_path.name}/out.kermes"
+    make_result().write(path)
+    make_result().write(path, overwrite=True)
+    assert len(kermes.open(path)) == 4
 
 
 def test_a_failed_upload_keeps_what_was_there(tmp_path, monkeypatch):

@@ -87,8 +87,8 @@ def deblend(
     input
         Coadd: an .npz archive or a .toml manifest. Left out: one --image per band.
     output
-        Directory to make. While the work goes on, finished blends are kept in the directory of this name with
-        .checkpoint; after Ctrl-C or a crash the same command goes on from there.
+        Directory to make, or one file (.kermes). While the work goes on, finished blends are kept in the directory of
+        this name with .checkpoint; after Ctrl-C or a crash the same command goes on from there.
     image
         Image of one band, band=file.fits[HDU]; once per band, in the order wanted.
     variance
@@ -242,7 +242,7 @@ def show(
     opened = kermes.open(result)  # What is no result gets its own message, before anything is looked for.
     wanted = _wanted(opened, object_id, blend_id, {"ra": ra, "dec": dec, "y": y, "x": x}, radius)
     if output is None:
-        output = result / (_PICTURE_FILE if wanted is None else f"object_{wanted[0]}.png")
+        output = _beside(result, _PICTURE_FILE if wanted is None else f"object_{wanted[0]}.png")
     _check_file_output(output, ".png")
     try:
         source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
@@ -277,7 +277,7 @@ def convert(
     source
         A result that kermes wrote, of any version, a .scarlet archive, or models of pipelines v29 (.json).
     output
-        What to write: a .scarlet archive, or else the directory of a result.
+        What to write: a .scarlet archive, a result as one file (.kermes), or else the directory of a result.
     coadd
         Coadd that a result was made from; its noise is what --tolerance refers to.
     tolerance
@@ -312,7 +312,11 @@ def convert(
         if len(models.candidates):
             _say(f"{_count(len(models.candidates), 'candidate')} left out, for which .scarlet files have no place")
     else:
-        store.write_result(models, output, overwrite=overwrite, tolerance=None if exact else tolerance)
+        try:
+            extras = {_INPUT_FILE: _input_file(source)}
+        except OSError:
+            extras = {}
+        store.write_result(models, output, overwrite=overwrite, tolerance=None if exact else tolerance, extras=extras)
     _say(f"{_count(len(models), 'object')} in {_count(len(models.blends), 'blend')}; written to {output}")
 
 
@@ -672,9 +676,20 @@ def _files_by_band(plane: str, words: Sequence[str]) -> dict[str, str]:
     return files
 
 
+def _input_file(result: Path) -> bytes:
+    from kermes.storage import Folder, current
+
+    return current(Folder.of(result)).read(_INPUT_FILE)
+
+
+def _beside(result: Path, name: str) -> Path:
+    """Where a picture goes that has no name: into the directory of the result, or beside its one file."""
+    return result / name if result.is_dir() else result.with_name(f"{result.stem}_{name}")
+
+
 def _remembered_input(result: Path) -> dict[str, Any]:
     try:
-        source: dict[str, Any] = json.loads((result / _INPUT_FILE).read_text())
+        source: dict[str, Any] = json.loads(_input_file(result))
     except (OSError, json.JSONDecodeError):
         raise InputError(f"coadd must be given, because {result} does not say what it was made from") from None
     if isinstance(source["source"], str) and not Path(source["source"]).exists():

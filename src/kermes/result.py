@@ -863,7 +863,8 @@ class Result:
         Parameters
         ----------
         path : path
-            Directory to make. It appears when it is complete, or not at all.
+            Directory to make, or with a name that ends in ".kermes" a file. It appears when it is complete, or not at
+            all.
         overwrite : bool, optional
             Whether an earlier result of that name may be replaced.
         tolerance : float, optional

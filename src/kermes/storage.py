@@ -19,6 +19,7 @@ import secrets
 import shutil
 import sys
 import threading
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,10 @@ CHECKSUMS = "checksums.json"
 POINTER = "current.json"
 """Where directories cannot be renamed in one step: the file that names the directory that holds."""
 
+ARCHIVE = ".kermes"
+"""How the name of a directory ends that is one file."""
+
+_ZIP_HEADER = 30
 _LEAST_BLOCK = 1 << 13
 _MOST_BLOCKS = 2048
 _DIGEST_BYTES = 8
@@ -173,6 +178,9 @@ class Folder:
     root: str
     """The path as `filesystem` wants it."""
 
+    members: Mapping[str, tuple[int, int]] | None = None
+    """Of a directory that is one file: first byte and size of every file in it. None: it is a directory."""
+
     bytes_read: int = 0
     """How much was read from it so far."""
 
@@ -182,16 +190,45 @@ class Folder:
     def of(cls, path: str | PathLike[str]) -> Folder:
         """Find what reads a path.
 
+        A path that ends in `ARCHIVE` is that of one file with all files of the directory in it.
+
         Raises
         ------
         FileError
-            If fsspec cannot read such paths.
+            If fsspec cannot read such paths, or it is such a file but damaged.
         """
         try:
             filesystem, root = fsspec.core.url_to_fs(os.fspath(path))
         except (ValueError, ImportError) as error:
             raise FileError(f"path must be one that fsspec can read, got {path}: {error}") from None
-        return cls(str(path), filesystem, str(root).rstrip("/"))
+        folder = cls(str(path), filesystem, str(root).rstrip("/"))
+        if folder.is_archive and filesystem.isfile(folder.root):
+            folder.members = folder._members()
+        return folder
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether it is one file."""
+        return self.root.lower().endswith(ARCHIVE)
+
+    def _members(self) -> dict[str, tuple[int, int]]:
+        """Find the files in the one file, which is a zip archive whose members are not compressed."""
+        found = {}
+        try:
+            with self.filesystem.open(self.root, "rb") as file, zipfile.ZipFile(file) as archive:
+                for member in archive.infolist():
+                    if member.compress_type != zipfile.ZIP_STORED:
+                        raise damaged(self.path, f"{member.filename} in it is compressed")
+                    file.seek(member.header_offset)
+                    header = file.read(_ZIP_HEADER)
+                    # The header is followed by the name and by extra fields, whose lengths end it.
+                    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+                    found[member.filename] = member.header_offset + _ZIP_HEADER + lengths, member.file_size
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            if isinstance(error, FileError):
+                raise
+            raise damaged(self.path, error) from None
+        return found
 
     @property
     def is_local(self) -> bool:
@@ -204,10 +241,14 @@ class Folder:
 
     def exists(self, name: str = "") -> bool:
         """Whether it has a file; without a name, whether it is there itself."""
+        if name and self.members is not None:
+            return name in self.members
         return bool(self.filesystem.exists(f"{self.root}/{name}" if name else self.root))
 
     def names(self) -> list[str]:
         """Names of what it holds."""
+        if self.members is not None:
+            return sorted(self.members)
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in self.filesystem.ls(self.root, detail=False))
 
     def size(self, name: str) -> int:
@@ -218,6 +259,10 @@ class Folder:
         FileError
             If it is missing.
         """
+        if self.members is not None:
+            if name not in self.members:
+                raise self._missing(name)
+            return self.members[name][1]
         try:
             return int(self.filesystem.info(f"{self.root}/{name}")["size"])
         except FileNotFoundError:
@@ -238,8 +283,13 @@ class Folder:
 
     def read_range(self, name: str, start: int, end: int | None) -> bytes:
         """Read a part of a file as it is, unchecked; errors as those of `read`."""
+        path = f"{self.root}/{name}"
+        if self.members is not None:
+            size = self.size(name)
+            path, first = self.root, self.members[name][0]
+            start, end = first + start, first + (size if end is None else min(end, size))
         try:
-            content = bytes(self.filesystem.cat_file(f"{self.root}/{name}", start=start, end=end))
+            content = bytes(self.filesystem.cat_file(path, start=start, end=end))
         except FileNotFoundError:
             raise self._missing(name) from None
         except OSError as error:
@@ -405,6 +455,16 @@ def publish(folder: Path, target: Path, overwrite: bool) -> None:
     sync(target.parent)
 
 
+def archive_of(folder: Path) -> bytes:
+    """Put all files of a directory into one, uncompressed, so that parts of them can be read where they are."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(folder.iterdir()):
+            # A date of its own would make the same files other bytes.
+            archive.writestr(zipfile.ZipInfo(file.name), file.read_bytes())
+    return buffer.getvalue()
+
+
 def upload(folder: Path, target: Folder) -> None:
     """Copy a complete directory to where directories cannot be renamed in one step.
 
@@ -434,7 +494,7 @@ def current(folder: Folder) -> Folder:
     FileError
         If it is damaged.
     """
-    if folder.is_local or not folder.exists(POINTER):
+    if folder.is_local or folder.is_archive or not folder.exists(POINTER):
         return folder
     try:
         name = open_sealed(folder.read(POINTER))["folder"]

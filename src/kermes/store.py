@@ -246,15 +246,22 @@ def check_output(path: str | PathLike[str], overwrite: bool = False) -> Folder:
         If its parent directory is missing, if it exists and `overwrite` is False, unless it is what a run that was
         stopped has left, or if it holds anything but a result of kermes.
     """
-    folder = Folder.of(path)
+    try:
+        folder = Folder.of(path)
+    except FileError as error:
+        if not Path(path).exists():
+            raise
+        raise FileError(f"output must be new, or a result of kermes to replace, got {path}: {error}") from None
     if folder.is_local:
         target = Path(folder.root)
         if not target.parent.is_dir():
             raise FileError(f"output must lie in a directory that exists, got {path}")
         if not os.access(target.parent, os.W_OK):
             raise FileError(f"output must lie in a directory that can be written to, got {path}")
-        if target.exists() and not target.is_dir():
+        if not folder.is_archive and target.exists() and not target.is_dir():
             raise FileError(f"output must be a directory, got the file {path}")
+        if folder.is_archive and target.is_dir():
+            raise FileError(f"output must be a file, as its name ends in {storage.ARCHIVE}, got the directory {path}")
     if not folder.exists():
         return folder
     if folder.names():
@@ -288,7 +295,7 @@ def write_result(
     result : Result
     path : path
         Directory to make, of this machine or of any file system that fsspec knows. It appears when it is complete, or
-        not at all.
+        not at all. A name that ends in ".kermes" is that of one file with the same content.
     overwrite : bool, optional
         Whether an earlier result of that name may be replaced, with all that its directory holds.
     tolerance : float, optional
@@ -314,15 +321,20 @@ def write_result(
         raise InputError(f"tolerance must be positive, or None for exact models, got {tolerance}")
     target = check_output(path, overwrite)
     try:
-        if target.is_local:
+        if target.is_local and not target.is_archive:
             _write_local(result, Path(target.root), overwrite, tolerance, extras or {})
-        else:
-            with tempfile.TemporaryDirectory() as name:
-                folder = Path(name)
-                _write_files(result, folder, tolerance)
-                for extra, content in (extras or {}).items():
-                    (folder / extra).write_bytes(content)
+            return
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            _write_files(result, folder, tolerance)
+            for extra, content in (extras or {}).items():
+                (folder / extra).write_bytes(content)
+            if not target.is_archive:
                 storage.upload(folder, target)
+            elif target.is_local:
+                storage.write_file(target.root, storage.archive_of(folder))
+            else:
+                target.filesystem.pipe_file(target.root, storage.archive_of(folder))
     except OSError as error:
         raise FileError(f"output {path} cannot be written: {error.strerror or error}") from error
 
@@ -588,7 +600,7 @@ def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result
     Parameters
     ----------
     path : path
-        Directory of the result, on this machine or on any file system that fsspec knows.
+        Directory of the result, or the one file ".kermes", on this machine or on any file system that fsspec knows.
     coadd : Coadd, optional
         The images it was made from; without them only models can be evaluated.
 
