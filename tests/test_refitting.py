@@ -89,6 +89,17 @@ def test_a_source_that_was_missed_is_added(coadd, result):
     assert len(again.objects) == len(without.objects) + 1 == again.n_peaks
 
 
+def test_sources_that_the_fit_adds_are_noted_as_well(coadd):
+    _, members = a_blend(kermes.deblend(coadd))
+    result = kermes.deblend(coadd, peaks=np.delete(coadd.peaks, members[-1] - 1, axis=0))
+    settings = replace(result.config, add_sources=True)
+    near = result.near(y=coadd.peaks[members[-1] - 1][0], x=coadd.peaks[members[-1] - 1][1], radius=40)[0]
+    again = kermes.refit(result, near.blend_id, config=settings)
+    new = sorted(set(again.objects["object_id"].tolist()) - set(result.objects["object_id"].tolist()))
+    assert len(new) >= 1
+    assert again.notes["history"][0]["added"] == {str(number): list(again[number].peak) for number in new}
+
+
 def test_sources_are_removed_and_moved(result):
     blend_id, members = a_blend(result)
     y, x = result[members[1]].peak

@@ -142,8 +142,9 @@ def refit(
     entry: dict[str, Any] = {
         "blend_id": int(blend_id),
         "added": {
-            str(number): peak.tolist()
-            for number, peak in zip(new.object_ids[len(kept) :].tolist(), added + coadd.origin, strict=True)
+            str(number): (np.array(source.peak) + new.shift + coadd.origin).tolist()
+            for number, source in zip(new.object_ids.tolist(), fitted.models.values(), strict=False)
+            if number not in members
         },
         "removed": removed,
         "moved": {str(number): np.asarray(peak).tolist() for number, peak in moved.items()},
