@@ -111,6 +111,25 @@ def test_sources_are_removed_and_moved(result):
     assert again.parents["n_peaks"].sum() == result.parents["n_peaks"].sum() - 1
 
 
+def test_only_the_edge_of_the_image_counts_as_one(result):
+    for blend_id in result.blends["blend_id"].tolist():
+        again = kermes.refit(result, blend_id)
+        for number in again.objects["object_id"].tolist():
+            box = again[number].box
+            at_edge = (
+                box.y0 == ORIGIN[0] or box.x0 == ORIGIN[1] or box.y1 == ORIGIN[0] + 140 or box.x1 == ORIGIN[1] + 150
+            )
+            assert at_edge or not again[number].row["flag_edge"]
+
+
+def test_the_sum_of_all_models_is_that_of_each(result):
+    blend_id, members = a_blend(result)
+    again = kermes.refit(result, blend_id, remove=members[:1])
+    anew = replace(again, total=None).model_image(positive=True)
+    # Single precision of pixels of up to thousands of sigma.
+    np.testing.assert_allclose(again.model_image(positive=True), anew, rtol=1e-4, atol=1e-2)
+
+
 def test_shares_close_after_every_change(result):
     blend_id, members = a_blend(result)
     y, x = result[members[0]].peak

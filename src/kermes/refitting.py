@@ -10,14 +10,14 @@ import numpy as np
 from astropy.table import Table
 from numpy.typing import ArrayLike, NDArray
 
-from kermes.catalog import make_blends, make_candidates, make_objects, make_parents
+from kermes.catalog import Flag, make_blends, make_candidates, make_objects, make_parents
 from kermes.coadd import Coadd, normalize_peaks
 from kermes.config import Config, to_toml
 from kermes.errors import InputError
 from kermes.geometry import Box
 from kermes.rendering import SourceModels, outer_box, render_scene
 from kermes.result import Result
-from kermes.scene import Component, CubeComponent, FactorizedComponent, ProfileComponent, Scene, Source
+from kermes.scene import Scene
 from kermes.tile import deblend, fill_shared_columns
 
 MARGIN = 15
@@ -136,7 +136,7 @@ def refit(
 
     box = result.box_of_blend(blend_id) | Box.around(positions).grow(MARGIN)
     outer = outer_box(box & Box.of_shape(coadd.shape), result.psfs[blend_id], Box.of_shape(coadd.shape))
-    own = _own_models(result, blend_id, members)
+    own = _models_of_blend(result, blend_id)
     fitted = _fit(result, coadd, positions, box, outer, own, config)
     new = _renamed(result, fitted, blend_id, kept, outer)
     entry: dict[str, Any] = {
@@ -154,15 +154,16 @@ def refit(
     return _merged(result, new, blend_id, members, own, entry)
 
 
-def _own_models(result: Result, blend_id: int, members: list[int]) -> SourceModels:
-    """Models of a blend and of its candidates as observed, in pixels of the image."""
-    candidates = result.candidates
-    found = candidates["candidate_id"][np.asarray(candidates["blend_id"]) == blend_id].tolist()
-    sources = tuple(result.models[number] for number in [*members, *(-number for number in found)])
-    return render_scene(Scene(sources=sources, box=Box.of_shape(result.shape)), result.kernels(result.psfs[blend_id]))
+def _models_of_blend(result: Result, blend_id: int) -> SourceModels:
+    """Models of a blend and of its candidates as observed, on the pixels that they can reach, in those of the image."""
+    ids, blends = result.model_ids()
+    sources = tuple(result.models[number] for number in ids[blends == blend_id].tolist())
+    outer = result.outer_box_of_blend(blend_id)
+    models = render_scene(Scene(sources=sources, box=outer), result.kernels(result.psfs[blend_id]))
+    return replace(models, boxes=models.boxes + np.array([*outer.origin, 0, 0]))
 
 
-def _added(models: SourceModels, image: NDArray[np.float32], sign: int, positive: bool) -> None:
+def _add(models: SourceModels, image: NDArray[np.float32], sign: int, positive: bool) -> None:
     """Add models to an image of the same coordinates, in place."""
     for s, (y0, x0, height, width) in enumerate(models.boxes.tolist()):
         pixels = models.pixels[:, models.offsets[s] : models.offsets[s + 1]].reshape(-1, height, width)
@@ -180,7 +181,7 @@ def _fit(
 ) -> Result:
     """Deblend the pixels of a blend from which the light of all others was taken."""
     others = result.model_image().copy()
-    _added(own, others, -1, positive=False)
+    _add(own, others, -1, positive=False)
     cut = coadd.cutout(outer.shift(*coadd.origin))
     window = (slice(None), outer.y, outer.x)
     images = np.where(coadd.valid[window], coadd.images[window] - others[window], coadd.images[window])
@@ -206,6 +207,16 @@ def _renamed(result: Result, fitted: Result, blend_id: int, kept: list[int], out
     )
 
 
+def _at_edge(result: Result, new: _Renamed) -> NDArray[np.bool_]:
+    """Whether the boxes of the new fit touch the edge of the image, and not only that of the pixels that were cut."""
+    image, found = Box.of_shape(result.shape), []
+    for number, flagged in zip(new.fitted.objects["object_id"].tolist(), new.fitted.objects[Flag.EDGE], strict=True):
+        box = new.fitted.models[number].box.shift(*new.shift) & image
+        touches = box.y0 == 0 or box.x0 == 0 or box.y1 == image.y1 or box.x1 == image.x1
+        found.append(bool(flagged) and touches)
+    return np.array(found, dtype=bool)
+
+
 def _joined(before: Table, keep: NDArray[np.bool_], after: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Put the rows that stay and new rows together, column by column."""
     return {name: np.concatenate([np.asarray(before[name])[keep], after[name]]) for name in before.colnames}
@@ -213,18 +224,6 @@ def _joined(before: Table, keep: NDArray[np.bool_], after: Mapping[str, NDArray[
 
 def _columns(table: Table, changes: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
     return {name: np.asarray(changes.get(name, table[name])) for name in table.colnames}
-
-
-def _shifted(source: Source, dy: int, dx: int) -> Source:
-    """Move a source by whole pixels."""
-    components: list[Component] = []
-    for each in source.components:
-        box = each.box.shift(dy, dx)
-        if isinstance(each, ProfileComponent):
-            components.append(replace(each, center=each.center + [dy, dx], box=box))
-        elif isinstance(each, FactorizedComponent | CubeComponent):
-            components.append(replace(each, box=box))
-    return Source(peak=(source.peak[0] + dy, source.peak[1] + dx), components=tuple(components))
 
 
 def _merged(
@@ -243,6 +242,7 @@ def _merged(
             "blend_id": blend_of,
             "parent_id": np.full(len(fitted), parent_id),
             "peak_index": np.array([peak_index.get(number, -1) for number in new.object_ids.tolist()], dtype=np.int64),
+            Flag.EDGE.value: _at_edge(result, new),
         },
     )
     objects = _joined(old_objects, ~np.isin(old_objects["object_id"], members), rows)
@@ -268,16 +268,9 @@ def _merged(
 
     numbers = [*fitted.objects["object_id"].tolist(), *(-fitted.candidates["candidate_id"]).tolist()]
     names = [*new.object_ids.tolist(), *(-new.candidate_ids).tolist()]
-    models = {name: _shifted(fitted.models[number], *new.shift) for name, number in zip(names, numbers, strict=True)}
+    models = {name: fitted.models[number].shift(*new.shift) for name, number in zip(names, numbers, strict=True)}
     gone = old_candidates["candidate_id"][np.asarray(old_candidates["blend_id"]) == blend_id].tolist()
     psfs = {new.blend_ids[number]: fitted.psfs[number] for number in fitted.blends["blend_id"].tolist()}
-    total = result.model_image(positive=True).copy()
-    _added(own, total, -1, positive=True)
-    y, x = new.shift
-    window = (slice(None), slice(y, y + fitted.shape[0]), slice(x, x + fitted.shape[1]))
-    total[window] += fitted.model_image(positive=True)
-    np.maximum(total, 0, out=total)  # what is left of a difference of equal numbers
-
     merged = replace(
         result,
         objects=make_objects(objects, bands, unit, result.config.model),
@@ -289,9 +282,15 @@ def _merged(
         n_peaks=None if result.n_peaks is None else result.n_peaks + len(fitted) - len(members),
         notes={**result.notes, "history": [*result.notes.get("history", []), dict(entry)]},
         timings={},
-        total=total,
     )
-    return _shared_anew(merged, Box(*new.shift, *fitted.shape))
+    total = result.model_image(positive=True).copy()
+    _add(own, total, -1, positive=True)
+    changed = result.outer_box_of_blend(blend_id)
+    for number in blend_ids.tolist():
+        _add(_models_of_blend(merged, number), total, 1, positive=True)
+        changed = changed | merged.outer_box_of_blend(number)
+    np.maximum(total, 0, out=total)  # what is left of a difference of equal numbers
+    return _shared_anew(replace(merged, total=total), changed)
 
 
 def _shared_anew(result: Result, changed: Box) -> Result:

@@ -630,6 +630,18 @@ class Source:
         """All components, for what works with factorized ones alone; another kind raises InputError."""
         return _factorized(self.components)
 
+    def shift(self, dy: int, dx: int) -> Source:
+        """Move by whole pixels; for components of the built-in kinds."""
+        components: list[Component] = []
+        for component in self.components:
+            moved: dict[str, Any] = {}
+            if isinstance(component, PointComponent | ProfileComponent):
+                moved["center"] = component.center + [dy, dx]
+            if not isinstance(component, PointComponent):  # whose box follows its centre
+                moved["box"] = component.box.shift(dy, dx)
+            components.append(replace(component, **moved))  # type: ignore[type-var]
+        return Source(peak=(self.peak[0] + dy, self.peak[1] + dx), components=tuple(components))
+
     def model(self, n_bands: int) -> FloatArray:
         """Evaluate the source on `box` in the model frame, shape (B, h, w) [unit]."""
         box = self.box

@@ -206,8 +206,7 @@ def _result(models: ScarletModels, path: str) -> Result:
             first = peaks[0] if peaks else components[0].box.origin if components else own.get("peak", blend.origin)
             if object_id in sources:
                 raise ValueError(f"two sources have the number {object_id}")
-            shifted = Source(peak=_whole(first), components=components)
-            sources[object_id] = _moved(shifted, -dy, -dx)
+            sources[object_id] = Source(peak=_whole(first), components=components).shift(-dy, -dx)
             rows.append((object_id, parent_id, blend_id, int(own.get("peak_id", -1))))
             if len({_whole(peak) for peak in peaks}) > 1 or len(peaks) < len(components):
                 notes["component_peaks"][str(object_id)] = [component.peak for component in source.components]
@@ -248,17 +247,6 @@ def _result(models: ScarletModels, path: str) -> Result:
         notes={"scarlet": {"version": models.version, **notes}},
         n_peaks=len(rows),
     )
-
-
-def _moved(source: Source, dy: int, dx: int) -> Source:
-    components: list[Component] = []
-    for each in source.components:
-        box = each.box.shift(dy, dx)
-        if isinstance(each, CubeComponent):
-            components.append(CubeComponent(cube=each.cube, box=box))
-        elif isinstance(each, FactorizedComponent):
-            components.append(FactorizedComponent(spectrum=each.spectrum, morphology=each.morphology, box=box))
-    return Source(peak=(source.peak[0] + dy, source.peak[1] + dx), components=tuple(components))
 
 
 def _footprints(models: ScarletModels) -> Footprints:
