@@ -647,7 +647,7 @@ def test_bad_manifest_gets_one_line_that_names_the_key(tmp_path, field, old, new
         ("missing.npz", FileError, "source must be a readable .npz file, got missing.npz: No such file"),
         ("missing.toml", FileError, "source must be a readable manifest, got missing.toml: No such file"),
         ("missing.dat", FileError, "source must be a readable .npz or .toml file, got missing.dat: No such file"),
-        ("g.fits[1]", InputError, "source must be an .npz archive, a .toml manifest, or a mapping .* got g.fits"),
+        ("g.fits[1]", FileError, "image must be a readable FITS file, got g.fits: No such file"),
         (__file__, InputError, "source must be an .npz archive, a .toml manifest, or a mapping .* got .*test_io.py"),
         (3, InputError, "source must be a path, or a mapping of band to file; got int"),
         ({}, InputError, "images must map the name of each band to a file"),

@@ -60,7 +60,7 @@ class _UsageError(Exception):
 
 @app.command
 def deblend(
-    input: Path | None = None,
+    inputs: Annotated[tuple[Path, ...], Parameter(negative=(), show_default=False)] = (),
     /,
     *,
     output: Output,
@@ -69,6 +69,7 @@ def deblend(
     invvar: Words = (),
     mask: Words = (),
     psf: Words = (),
+    box: tuple[int, int, int, int] | None = None,
     peaks: Path | None = None,
     footprints: str | None = None,
     detect: Switch = False,
@@ -84,8 +85,9 @@ def deblend(
 
     Parameters
     ----------
-    input
-        Coadd: an .npz archive or a .toml manifest. Left out: one --image per band.
+    inputs
+        Coadd: an .npz archive, a .toml manifest, or coadds of lsst.images, one FITS file per band. Left out: one
+        --image per band.
     output
         Directory to make, or one file (.kermes). While the work goes on, finished blends are kept in the directory of
         this name with .checkpoint; after Ctrl-C or a crash the same command goes on from there.
@@ -99,6 +101,8 @@ def deblend(
         Mask of one band.
     psf
         PSF of one band.
+    box
+        First row, first column, height and width of the pixels to read, in the coordinates of the coadd.
     peaks
         Table of peaks (csv, ecsv, fits, parquet) with columns y and x, or ra and dec.
     footprints
@@ -125,7 +129,8 @@ def deblend(
         raise _UsageError("--detect and --peaks exclude each other")
     start = time.perf_counter()
     _set_verbosity(verbose)
-    source = _input_arguments(input, {"image": image, "variance": variance, "invvar": invvar, "mask": mask, "psf": psf})
+    planes = {"image": image, "variance": variance, "invvar": invvar, "mask": mask, "psf": psf}
+    source = _input_arguments(inputs, planes) | ({} if box is None else {"box": list(box)})
 
     from kermes import io, store
     from kermes.config import load_config
@@ -651,17 +656,18 @@ def config(
 # ---------------------------------------------------------------- input
 
 
-def _input_arguments(input: Path | None, planes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _input_arguments(inputs: Sequence[Path], planes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Arguments of `io.read`, with absolute paths, so that they can be stored beside the result."""
     given = [f"--{plane}" for plane, words in planes.items() if words]
-    if input is not None:
+    if inputs:
         if given:
-            raise _UsageError(f"INPUT and {given[0]} exclude each other")
-        return {"source": os.path.abspath(input)}
+            raise _UsageError(f"INPUTS and {given[0]} exclude each other")
+        files = [os.path.abspath(path) for path in inputs]
+        return {"source": files[0] if len(files) == 1 else files}
     if not planes["image"]:
-        raise _UsageError("give INPUT (.npz or .toml), or --image band=file.fits[HDU] for each band")
-    files = {plane: _files_by_band(plane, words) for plane, words in planes.items() if words}
-    return {"source": files.pop("image"), **files}
+        raise _UsageError("give INPUTS (.npz, .toml or coadds of lsst.images), or --image band=file.fits[HDU] per band")
+    by_band = {plane: _files_by_band(plane, words) for plane, words in planes.items() if words}
+    return {"source": by_band.pop("image"), **by_band}
 
 
 def _files_by_band(plane: str, words: Sequence[str]) -> dict[str, str]:
@@ -692,8 +698,10 @@ def _remembered_input(result: Path) -> dict[str, Any]:
         source: dict[str, Any] = json.loads(_input_file(result))
     except (OSError, json.JSONDecodeError):
         raise InputError(f"coadd must be given, because {result} does not say what it was made from") from None
-    if isinstance(source["source"], str) and not Path(source["source"]).exists():
-        raise FileError(f"coadd must be given, because {source['source']}, of which {result} was made, is gone")
+    files = [source["source"]] if isinstance(source["source"], str) else source["source"]
+    for file in [] if isinstance(files, dict) else files:
+        if not Path(file).exists():
+            raise FileError(f"coadd must be given, because {file}, of which {result} was made, is gone")
     return source
 
 

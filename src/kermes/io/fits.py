@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from kermes.coadd import BAD_PLANES, Coadd, parse_unit
 from kermes.errors import DataWarning, FileError, InputError, ShapeError
+from kermes.geometry import Box
+from kermes.io.lsst_images import Cells, cells_of, psf_of_cells, tree_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,10 @@ class _Plane:
     """What messages call it."""
 
     data: NDArray[Any]
-    """Pixels as stored, shape (H, W)."""
+    """Pixels as stored, of the part that is read."""
+
+    shape: tuple[int, ...]
+    """Shape (H, W) of the whole image."""
 
     header: fits.Header
     """Header of the HDU."""
@@ -59,8 +64,28 @@ class _Plane:
         return self.header.get(name, self.primary.get(name))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Exposure:
+    """What a file holds that has all planes of a band."""
+
+    planes: Mapping[str, str]
+    """``file.fits[HDU]`` of IMAGE, VARIANCE and INVVAR, as far as it has them; empty: it is no exposure."""
+
+    masks: tuple[str, ...] = ()
+    """Its masks; more than one if it has more planes than fit into the bits of one."""
+
+    band: str | None = None
+    """Name of the band, if the file says it."""
+
+    cells: Cells | None = None
+    """Its PSFs, if it is a coadd of cells."""
+
+
+_Window = tuple[slice, slice]
+
+
 def read_fits(
-    images: Files,
+    images: Files | Sequence[Path | str],
     *,
     variance: Files | None = None,
     invvar: Files | None = None,
@@ -73,12 +98,14 @@ def read_fits(
     unit: Any = None,
     zero_point: float | None = None,
     name: str | None = None,
+    box: Box | tuple[int, int, int, int] | None = None,
 ) -> Coadd:
     """Read a coadd from FITS files, one image per band and plane, or one exposure per band.
 
     An exposure is a file whose HDUs are named (EXTNAME or EXTTYPE) IMAGE, MASK and VARIANCE or INVVAR, as pipelines of
-    LSST and HSC write it. Given without brackets as the image, it brings what is not given otherwise. Its PSF must be
-    given beside it.
+    LSST and HSC write it. Given without brackets as the image, it brings what is not given otherwise. A coadd of cells
+    of lsst.images, as in Rubin's data releases, brings its PSFs and the name of its band as well; the PSF of any other
+    exposure must be given beside it.
 
     A file is written ``file.fits[HDU]``: the number of the HDU, counted from 0, or its EXTNAME, or EXTNAME,EXTVER;
     without brackets, the first HDU with an image. ``file.fits[HDU][plane]`` picks one image of a cube, counted from
@@ -86,7 +113,7 @@ def read_fits(
 
     Parameters
     ----------
-    images : mapping of band to file
+    images : mapping of band to file, or sequence of files that name their bands
         Background-subtracted flux per pixel. Bands keep this order.
     variance, invvar : mapping of band to file, optional
         Variance of `images`, or its inverse (zero where a pixel is not to be used); each band in one of the two. Left
@@ -95,8 +122,9 @@ def read_fits(
         Left out: those of the exposures, if all bands have one.
         Bits named by the cards ``MP_<name>`` (bit number), or ``MSKNnnnn`` (name) and ``MSKMnnnn`` (mask value). The
         bits may differ from band to band. A mask whose bits have no name is not used.
-    psf : mapping of band to file, array (B, P, Q), or callable ``psf(y, x, band)``
-        PSF at the pixels of the image.
+    psf : mapping of band to file, array (B, P, Q), or callable ``psf(y, x, band)``, optional
+        PSF at the pixels of the image. Left out: those of the exposures, a `CellPsf`, if all bands have them; a cell
+        without data takes that of a neighbour.
     bands : sequence of str, optional
         Bands to read, in this order; None: those of `images`.
     mask_planes : mapping of name to bit number, optional
@@ -104,13 +132,17 @@ def read_fits(
     bad_planes : sequence of str, optional
         Planes whose pixels are not used.
     origin : (int, int), optional
-        Coordinates (y, x) of the first pixel; None: from ``CRVAL2A``, ``CRVAL1A`` or ``LTV2``, ``LTV1``, or (0, 0).
+        Coordinates (y, x) of the first pixel of the files; None: from ``CRVAL2A``, ``CRVAL1A`` or ``LTV2``, ``LTV1``,
+        or (0, 0).
     unit : str or unit, optional
         Unit of the images, whatever the headers say; None: ``BUNIT``.
     zero_point : float, optional
         AB magnitude of a flux of 1 `unit`; None: from MAGZERO, MAGZPT, MAGZP, PHOTZP, ZPT, ZEROPNT or FLUXMAG0.
     name : str, optional
         What messages call the coadd; None: the file of the first band.
+    box : Box, or (y0, x0, height, width), optional
+        Pixels to read, in the coadd's coordinates, cut at the edge of the image; None: all. Of compressed files only
+        the tiles in question are read.
 
     Returns
     -------
@@ -124,46 +156,61 @@ def read_fits(
     ShapeError
         If a plane has another shape than the image of the first band.
     InputError
-        If a plane lies on another pixel grid, naming band and offset; if bands differ in unit or zero point; if a
-        plane of a band is missing.
+        If a plane lies on another pixel grid, naming band and offset; if bands differ in unit, zero point or cells; if
+        a plane of a band is missing; if `box` has no pixel of the image.
     """
-    names = _chosen_bands(images, bands)
     variance, invvar = variance or {}, invvar or {}
-    if psf is None:
-        raise InputError(f"psf must be given for bands {names}, got None")
+    if not isinstance(images, Mapping):
+        images, exposures = _named_exposures(images)
+        names = _chosen_bands(images, bands)
+    else:
+        names = _chosen_bands(images, bands)
+        exposures = {band: _exposure(images[band]) for band in names}
     _check_bands("variance", variance, images)
     _check_bands("invvar", invvar, images)
-    exposures = {band: _exposure(images[band]) for band in names}
     own = [band for band in names if band not in variance and band not in invvar]
-    variance = {**variance, **{band: exposures[band]["VARIANCE"] for band in own if "VARIANCE" in exposures[band]}}
-    without = [band for band in own if band not in variance]
-    invvar = {**invvar, **{band: exposures[band]["INVVAR"] for band in without if "INVVAR" in exposures[band]}}
+    for plane, files in (("VARIANCE", variance), ("INVVAR", invvar)):
+        found = {band: exposures[band].planes[plane] for band in own if plane in exposures[band].planes}
+        own = [band for band in own if band not in found]
+        if plane == "VARIANCE":
+            variance = {**files, **found}
+        else:
+            invvar = {**files, **found}
     _check_noise(variance, invvar, names)
-    if mask is None and all("MASK" in exposure for exposure in exposures.values()):
-        mask = {band: exposure["MASK"] for band, exposure in exposures.items()}
+    mask_files: dict[str, tuple[Path | str, ...]] = {}
     if mask is not None:
         _check_bands("mask", mask, images)
         _check_complete("mask", mask, names)
+        mask_files = {band: (mask[band],) for band in names}
+    elif all(exposures[band].masks for band in names):
+        mask_files = {band: exposures[band].masks for band in names}
     if isinstance(psf, Mapping):
         _check_bands("psf", psf, images)
         _check_complete("psf", psf, names)
+    elif psf is None:
+        psf = _psf_of_exposures(exposures, names)
 
-    flux = [_read_plane(images[band], "image", band) for band in names]
+    window = None if box is None else _window(images[names[0]], names[0], box, origin)
+    flux = [_read_plane(images[band], "image", band, window) for band in names]
     reference = _check_grid(flux, names)
     noise = []
     for band in names:
         table, files = ("invvar", invvar) if band in invvar else ("variance", variance)
-        plane = _read_plane(files[band], table, band)
-        _check_on_grid(plane, flux[0], reference)
-        noise.append(_inverted(plane.data) if band in invvar else plane.data)
+        plane_read = _read_plane(files[band], table, band, window)
+        _check_on_grid(plane_read, flux[0], reference)
+        noise.append(_inverted(plane_read.data) if band in invvar else plane_read.data)
     bits, planes = None, mask_planes
-    if mask is not None:
-        masks = [_read_plane(mask[band], "mask", band) for band in names]
-        for plane in masks:
-            _check_on_grid(plane, flux[0], reference)
+    if mask_files:
+        masks = [[_read_plane(file, "mask", band, window) for file in mask_files[band]] for band in names]
+        for plane_read in (each for of_band in masks for each in of_band):
+            _check_on_grid(plane_read, flux[0], reference)
         bits, planes = _masks(masks, mask_planes)
     if isinstance(psf, Mapping):
         psf = [_read_plane(psf[band], "psf", band).data for band in names]
+    first = _common_origin(flux) if origin is None else origin
+    if window is not None:
+        first = (first[0] + window[0].start, first[1] + window[1].start)
+        reference = None if reference is None else reference[window]
     return Coadd(
         images=[plane.data for plane in flux],  # type: ignore[arg-type]
         variance=noise,  # type: ignore[arg-type]
@@ -173,7 +220,7 @@ def read_fits(
         mask_planes=planes,
         bad_planes=tuple(bad_planes),
         wcs=reference,
-        origin=_common_origin(flux) if origin is None else origin,
+        origin=first,
         unit=_common_unit(flux, names) if unit is None else unit,
         zero_point=_common_zero_point(flux, names) if zero_point is None else zero_point,
         name=Path(_split_reference(images[names[0]])[0]).name if name is None else name,
@@ -191,6 +238,39 @@ def _chosen_bands(images: Any, bands: Sequence[str] | None) -> tuple[str, ...]:
     if unknown:
         raise InputError(f"bands must be bands of image, {', '.join(images)}; got {unknown[0]!r}")
     return names
+
+
+def _named_exposures(files: Any) -> tuple[dict[str, Path | str], dict[str, _Exposure]]:
+    """Find the bands of files that name them."""
+    images: dict[str, Path | str] = {}
+    exposures: dict[str, _Exposure] = {}
+    files = [files] if isinstance(files, str | Path) else list(files)
+    if not files:
+        raise InputError("images must be at least one file, got none")
+    for file in files:
+        exposure = _exposure(file)
+        if exposure.band is None:
+            _read_plane(file, "image")  # a file that cannot be read is what is to be said first
+            raise InputError(
+                f"images must map the name of each band to a file, because {file} does not name its band; only "
+                "coadds of lsst.images do"
+            )
+        if exposure.band in images:
+            raise InputError(
+                f"images must be of different bands; {images[exposure.band]} and {file} are both of {exposure.band!r}"
+            )
+        images[exposure.band], exposures[exposure.band] = file, exposure
+    return images, exposures
+
+
+def _psf_of_exposures(exposures: Mapping[str, _Exposure], names: tuple[str, ...]) -> Any:
+    cells = {band: exposures[band].cells for band in names}
+    without = [band for band, own in cells.items() if own is None]
+    if without:
+        raise InputError(
+            f"psf must be given for bands {tuple(without)}, because their files hold none that can be read"
+        )
+    return psf_of_cells({band: own for band, own in cells.items() if own is not None})
 
 
 def _check_bands(plane: str, files: Any, images: Files) -> None:
@@ -227,37 +307,82 @@ def _split_reference(reference: Path | str) -> tuple[str, str | None, int | None
     return match["path"], match["hdu"], None if match["plane"] is None else int(match["plane"])
 
 
-def _exposure(reference: Path | str) -> dict[str, str]:
-    """Say where the planes of an exposure are, by name; empty for a file that is none, or an HDU of it."""
+def _exposure(reference: Path | str) -> _Exposure:
+    """Say what an exposure holds; nothing for a file that is none, or an HDU of it."""
     path, key, _ = _split_reference(reference)
+    nothing = _Exposure(planes={})
     if key is not None:
-        return {}
+        return nothing
     found: dict[str, str] = {}
+    masks: list[str] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with fits.open(path, memmap=False) as file:
+                first = next((number for number, hdu in enumerate(file) if _holds_image(hdu)), None)
                 for number, hdu in enumerate(file):
                     name = str(hdu.header.get("EXTNAME") or hdu.header.get("EXTTYPE") or "").strip().upper()
                     # What other files call a mask may have more axes than an image.
-                    if name in ("IMAGE", "MASK", "VARIANCE", "INVVAR") and _holds_image(hdu) and len(hdu.shape) == 2:
+                    if not _holds_image(hdu) or len(hdu.shape) != 2:
+                        continue
+                    if name == "MASK":
+                        masks.append(f"{path}[{number}]")
+                    elif name in ("IMAGE", "VARIANCE", "INVVAR"):
                         found.setdefault(name, f"{path}[{number}]")
-                first = next((number for number, hdu in enumerate(file) if _holds_image(hdu)), None)
+                if found.get("IMAGE") != f"{path}[{first}]":
+                    return nothing
+                tree = tree_of(file, path)
+                if tree is None:
+                    return _Exposure(planes=found, masks=tuple(masks[:1]))
+                band = tree.get("band")
+                return _Exposure(
+                    planes=found,
+                    masks=tuple(masks),
+                    band=None if band is None else str(band),
+                    cells=cells_of(file, tree, path),
+                )
+    except FileError:
+        raise
     except Exception:  # what is wrong with it is said when the image is read
-        return {}
-    return found if found.get("IMAGE") == f"{path}[{first}]" else {}
+        return nothing
 
 
-def _read_plane(reference: Path | str, table: str, band: str) -> _Plane:
-    """Read one image, whatever its compression, scaling and byte order."""
-    label = f"{table} of band {band!r}"
+def as_box(box: Box | Sequence[int]) -> Box:
+    """Make a box of what says one: itself, or (y0, x0, height, width)."""
+    try:
+        return box if isinstance(box, Box) else Box(*(int(value) for value in box))
+    except (TypeError, ValueError):
+        raise InputError(f"box must be a Box or (y0, x0, height, width), got {box!r}") from None
+
+
+def _window(reference: Path | str, band: str, box: Any, origin: tuple[int, int] | None) -> _Window:
+    """Rows and columns of the files that a box in the coordinates of the coadd takes."""
+    wanted = as_box(box)
+    plane = _read_plane(reference, "image", band, (slice(0, 0), slice(0, 0)))
+    whole = Box(*((_origin(plane) or (0, 0)) if origin is None else origin), *plane.shape)
+    kept = wanted & whole
+    if kept.is_empty:
+        raise InputError(f"box must share pixels with the image {whole}, got {wanted}")
+    return kept.within(whole)
+
+
+def _read_plane(reference: Path | str, table: str, band: str | None = None, window: _Window | None = None) -> _Plane:
+    """Read one image or a part of it, whatever its compression, scaling and byte order."""
+    label = table if band is None else f"{table} of band {band!r}"
     path, key, index = _split_reference(reference)
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always")
         try:
             with fits.open(path, memmap=False) as file:
                 hdu = _find_hdu(file, key, label, str(reference))
-                data, header, primary = hdu.data, hdu.header, file[0].header
+                header, primary, full = hdu.header, file[0].header, tuple(hdu.shape)
+                place = _place_in_cube(full, index, label, str(reference))
+                if window is None:
+                    data = hdu.data[place]
+                elif window[0].start == window[0].stop:  # only the header is wanted
+                    data = np.zeros((0, 0))
+                else:
+                    data = hdu.section[(*place, *window)]
                 wcs = _celestial_wcs(header, file, label, str(reference))
         except InputError:
             _refuse_damage(remarks, label, path)
@@ -267,19 +392,21 @@ def _read_plane(reference: Path | str, table: str, band: str) -> _Plane:
         except Exception as error:  # what decompression raises on damage has no public name
             raise FileError(f"{label} must be an undamaged FITS file, got {path}: {_one_line(error)}") from None
     _refuse_damage(remarks, label, path)
+    return _Plane(label=label, data=data, shape=full[-2:], header=header, primary=primary, wcs=wcs)
 
-    if index is not None:
-        if data.ndim < 3 or index >= data.shape[-3]:
-            raise InputError(f"{label} must name a plane of a cube, got {reference} with shape {data.shape}")
-        data = data[..., index, :, :]
-    while data.ndim > 2 and len(data) == 1:
-        data = data[0]
-    if data.ndim != 2:
+
+def _place_in_cube(shape: tuple[int, ...], index: int | None, label: str, reference: str) -> tuple[int, ...]:
+    """Index of an image among those that an HDU of a shape holds."""
+    if index is not None and (len(shape) < 3 or index >= shape[-3]):
+        raise InputError(f"{label} must name a plane of a cube, got {reference} with shape {shape}")
+    # Other axes must have a length of one.
+    others = shape[:-2] if index is None else shape[:-3]
+    if any(length != 1 for length in others):
         raise ShapeError(
-            f"{label} must be a two-dimensional image, got {reference} with shape {data.shape}; "
+            f"{label} must be a two-dimensional image, got {reference} with shape {shape}; "
             "one image of a cube is picked by file.fits[HDU][plane]"
         )
-    return _Plane(label=label, data=data, header=header, primary=primary, wcs=wcs)
+    return (*(0 for _ in others), *(() if index is None else (index,)))
 
 
 def _refuse_damage(remarks: Sequence[warnings.WarningMessage], label: str, path: str) -> None:
@@ -366,18 +493,18 @@ def _check_grid(flux: Sequence[_Plane], names: tuple[str, ...]) -> WCS | None:
 def _check_on_grid(plane: _Plane, first: _Plane, wcs: WCS | None) -> None:
     """Refuse a plane of another shape or WCS."""
     both = plane.wcs is not None and wcs is not None
-    if plane.data.shape != first.data.shape:
+    if plane.shape != first.shape:
         where = ""
         if both:
             y, x = _pixels_on(wcs, plane.wcs, np.zeros((1, 2)))[0]
             where = f"; its first pixel lies at (y, x) = ({y:.3f}, {x:.3f}) there"
         raise ShapeError(
-            f"images must lie on one pixel grid: {plane.label} has shape {plane.data.shape}, "
-            f"{first.label} has {first.data.shape}{where}"
+            f"images must lie on one pixel grid: {plane.label} has shape {plane.shape}, "
+            f"{first.label} has {first.shape}{where}"
         )
     if not both:
         return
-    last = np.array(plane.data.shape) - 1.0
+    last = np.array(plane.shape) - 1.0
     points = np.array([[0, 0], [0, 1], [1, 0], [1, 1], [0.5, 0.5]]) * last
     offset = _pixels_on(wcs, plane.wcs, points) - points
     largest = np.hypot(*offset.T).max()
@@ -488,25 +615,29 @@ def _named_bits(header: fits.Header) -> dict[str, int]:
 
 
 def _masks(
-    masks: Sequence[_Plane], mask_planes: Mapping[str, int] | None
+    masks: Sequence[Sequence[_Plane]], mask_planes: Mapping[str, int] | None
 ) -> tuple[list[NDArray[Any]], Mapping[str, int]]:
-    """Bring the masks of all bands to the same bits."""
-    bits = [plane.data for plane in masks]
+    """Bring the masks of all bands, one or more of each, to the same bits."""
     if mask_planes is not None:
-        return bits, mask_planes
-    named = [_named_bits(plane.header) for plane in masks]
-    for plane, names in zip(masks, named, strict=True):
+        return [of_band[0].data for of_band in masks], mask_planes
+    named = [[_named_bits(plane.header) for plane in of_band] for of_band in masks]
+    for plane, names in (
+        (each, bits) for pair in zip(masks, named, strict=True) for each, bits in zip(*pair, strict=True)
+    ):
         if plane.data.dtype.kind not in "iu":
             raise InputError(f"{plane.label} must hold integers, got dtype {plane.data.dtype}")
         if not names:
             logger.info("%s is not used, because no card MP_* or MSKN* names its planes", plane.label)
-    if all(planes == named[0] for planes in named):
-        return bits, named[0]
-    common = {name: bit for bit, name in enumerate(dict.fromkeys(name for planes in named for name in planes))}
+    if all(len(planes) == 1 and planes == named[0] for planes in named):
+        return [of_band[0].data for of_band in masks], named[0][0]
+    every = (name for of_band in named for planes in of_band for name in planes)
+    common = {name: bit for bit, name in enumerate(dict.fromkeys(every))}
     moved = []
-    for data, planes in zip(bits, named, strict=True):
-        out = np.zeros(data.shape, dtype=np.int64)
-        for name, bit in planes.items():
-            out |= ((data.astype(np.int64) >> bit) & 1) << common[name]
+    for of_band, planes_of_band in zip(masks, named, strict=True):
+        out = np.zeros(of_band[0].data.shape, dtype=np.int64)
+        for plane, planes in zip(of_band, planes_of_band, strict=True):
+            data = plane.data.astype(np.int64)
+            for name, bit in planes.items():
+                out |= ((data >> bit) & 1) << common[name]
         moved.append(out)
     return moved, common

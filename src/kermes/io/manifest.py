@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from kermes.coadd import BAD_PLANES, Coadd
 from kermes.errors import FileError, InputError
+from kermes.geometry import Box
 from kermes.io.fits import read_fits
 
 
@@ -19,8 +20,8 @@ class Manifest:
     image: dict[str, str]
     """Background-subtracted flux per pixel."""
 
-    psf: dict[str, str]
-    """PSF stamps."""
+    psf: dict[str, str] = field(default_factory=dict)
+    """PSF stamps; left out: those of the images, which must be coadds of lsst.images."""
 
     variance: dict[str, str] = field(default_factory=dict)
     """Variance of the image."""
@@ -52,7 +53,7 @@ class Manifest:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
 
-def read_manifest(path: Path | str) -> Coadd:
+def read_manifest(path: Path | str, *, box: Box | tuple[int, int, int, int] | None = None) -> Coadd:
     """Read a coadd from the FITS files that a TOML manifest names.
 
     Parameters
@@ -61,6 +62,8 @@ def read_manifest(path: Path | str) -> Coadd:
         File with the tables ``[image]``, ``[psf]``, ``[variance]`` or ``[invvar]``, and optionally ``[mask]`` and
         ``[mask_planes]``, and above them optionally ``bands``, ``bad_planes``, ``origin``, ``unit`` and
         ``zero_point``. Files are looked for beside the manifest.
+    box : Box, or (y0, x0, height, width), optional
+        Pixels to read, in the coadd's coordinates; None: all.
 
     Returns
     -------
@@ -91,7 +94,7 @@ def read_manifest(path: Path | str) -> Coadd:
             variance=beside(manifest.variance),
             invvar=beside(manifest.invvar),
             mask=beside(manifest.mask) if manifest.mask else None,
-            psf=beside(manifest.psf),
+            psf=beside(manifest.psf) if manifest.psf else None,
             bands=manifest.bands,
             mask_planes=manifest.mask_planes,
             bad_planes=manifest.bad_planes,
@@ -99,6 +102,7 @@ def read_manifest(path: Path | str) -> Coadd:
             unit=manifest.unit,
             zero_point=manifest.zero_point,
             name=path.name,
+            box=box,
         )
     except InputError as error:
         raise type(error)(f"{path}: {error}") from None
