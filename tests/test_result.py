@@ -8,12 +8,14 @@ from astropy import units
 
 import kermes
 from kermes import metrics
+from kermes.errors import InputError
 from kermes.flux import claimed
 from kermes.geometry import Box
 from kermes.psf import continued, difference_kernels, model_psf
 from kermes.rendering import KernelSet, convolve, render_scene
 from kermes.result import StampKind
 from kermes.scene import ProfileComponent, Scene
+from kermes.simulation import simulate_scene
 from results import BANDS, ORIGIN, fitted_result, light_of_candidates, make_coadd, make_result, psfs, sources
 from tiles import group_scene
 
@@ -407,3 +409,88 @@ def test_a_registered_metric_is_measured_on_every_object(monkeypatch):
     assert table["g_light"].description == "Light of the model and of all others on its pixels."
     assert np.isfinite(table["r_light"]).all()
     assert (table["r_light"] > 0.9 * result.objects["r_flux"]).all()
+
+
+# ---------------------------------------------------------------- parts, and other numbers
+
+
+@pytest.fixture(scope="module")
+def crowded():
+    scene = simulate_scene(n_sources=30, shape=(160, 160), bands=("g", "r"), seed=3)
+    return kermes.deblend(scene.coadd)
+
+
+def test_part_has_the_objects_of_a_blend_and_their_models(crowded, tmp_path):
+    blend_id = int(crowded.blends["blend_id"][np.argmax(crowded.blends["n_sources"])])
+    part = crowded.select(blend_ids=blend_id)
+    members = crowded.objects["object_id"][crowded.objects["blend_id"] == blend_id].tolist()
+    assert 1 < len(members) < len(crowded)
+    assert part.objects["object_id"].tolist() == members
+    assert part.blends["blend_id"].tolist() == [blend_id]
+    assert set(part.footprints) == set(part.parents["parent_id"].tolist())
+    expected = np.zeros_like(crowded.model_image())
+    for number in members:
+        stamp = {band: crowded[number].model(band) for band in part.bands}
+        for b, each in enumerate(stamp.values()):
+            assert np.array_equal(part[number].model(part.bands[b]).array, each.array)
+            expected[(b, *each.box.within(crowded.coadd.box))] += each.array
+    of_candidates = part.select(object_ids=members)
+    np.testing.assert_allclose(of_candidates.model_image(), expected, atol=1e-5 * expected.max())
+
+    part.write(tmp_path / "part")
+    for again in (part, kermes.open(tmp_path / "part", coadd=crowded.coadd)):
+        assert again.is_part
+        again[members[0]].neighbor_subtracted("g")
+        with pytest.raises(InputError, match="sharing pixels out needs the models of all objects"):
+            again[members[0]].redistributed("g")
+
+
+def test_part_of_an_opened_result_does_not_need_its_file(crowded, tmp_path):
+    crowded.write(tmp_path / "all.kermes")
+    number = int(crowded.objects["object_id"][4])
+    part = kermes.open(tmp_path / "all.kermes").select(object_ids=number)
+    (tmp_path / "all.kermes").unlink()
+    assert len(part) == 1
+    assert part[number].model("r").array.shape == crowded[number].model("r").array.shape
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "select needs object_ids or blend_ids, got neither"),
+        ({"object_ids": [1, 999]}, "object_ids must be those of the result, got 999"),
+        ({"blend_ids": 0}, "blend_ids must be those of the result, got 0"),
+        ({"blend_ids": 1.5}, "blend_ids must be a whole number, or several, got 1.5"),
+        ({"object_ids": ["a"]}, "object_ids must be a whole number, or several"),
+    ],
+)
+def test_part_that_is_none_is_refused(crowded, given, message):
+    with pytest.raises(InputError, match=message):
+        crowded.select(**given)
+
+
+def test_other_numbers_are_the_same_objects(crowded, tmp_path):
+    first = 5 << 40
+    moved = crowded.renumbered(first)
+    for name in ("objects", "parents", "blends", "candidates"):
+        old, new = getattr(crowded, name), getattr(moved, name)
+        for column in old.colnames:
+            added = first if column in ("object_id", "parent_id", "blend_id", "candidate_id") else 0
+            values = np.asarray(old[column])
+            np.testing.assert_array_equal(np.asarray(new[column]), values + added if added else values)
+            assert new[column].unit == old[column].unit
+    assert [*moved.footprints] == [number + first for number in crowded.footprints]
+    moved.write(tmp_path / "moved", tolerance=None)
+    opened = kermes.open(tmp_path / "moved", coadd=crowded.coadd)
+    np.testing.assert_array_equal(opened.model_image(), crowded.model_image())
+    for kind in ("model", "redistributed", "neighbor_subtracted"):
+        old, new, again = (each.stamp(kind, "r") for each in (crowded[2], moved[first + 2], opened[first + 2]))
+        assert old.box == new.box == again.box
+        np.testing.assert_array_equal(old.array, new.array)
+        # The sum of all models is not stored, and is added up in another order than when they were fitted.
+        np.testing.assert_allclose(again.array, old.array, atol=1e-6 * old.array.max())
+    refitted = kermes.refit(crowded, 1)
+    with pytest.raises(InputError, match="a result with notes cannot be renumbered"):
+        refitted.renumbered(1)
+    with pytest.raises(InputError, match="first must be >= 0, got -1"):
+        crowded.renumbered(-1)

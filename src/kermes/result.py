@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from os import PathLike
@@ -401,6 +401,16 @@ def _checked_kind(kind: StampKind | str) -> StampKind:
         raise InputError(f"kind must be one of {', '.join(StampKind)}, got {kind!r}") from None
 
 
+def _whole_numbers(given: int | Iterable[int] | None, name: str) -> NDArray[np.int64]:
+    try:
+        numbers = np.atleast_1d(np.asarray([] if given is None else given if np.ndim(given) else [given]))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        numbers = np.array([None])
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise InputError(f"{name} must be a whole number, or several, got {given!r}")
+    return numbers.astype(np.int64)
+
+
 def _cut(planes: NDArray[Any], b: Sequence[int], box: Box) -> NDArray[Any]:
     """Cut some of the planes (B, H, W) to a box; new pixels."""
     return np.asarray(planes[:, box.y, box.x][list(b)])
@@ -549,6 +559,9 @@ class Result:
 
     total: FloatArray | None = None
     """Sum of the positive parts of all convolved models (B, H, W), if it is known already."""
+
+    is_part: bool = False
+    """Whether it holds some of the objects only, so that pixels cannot be shared out; see `select`."""
 
     def __post_init__(self) -> None:
         if self.coadd is None:
@@ -744,7 +757,14 @@ class Result:
         -------
         image : ndarray, shape (B, H, W)
             Flux per pixel [unit of the coadd]; computed once, read-only.
+
+        Raises
+        ------
+        InputError
+            If the positive parts are asked for and the result holds some of the objects only.
         """
+        if positive and self.is_part:
+            raise InputError("sharing pixels out needs the models of all objects, and this result holds some of them")
         if positive and self.total is not None:
             return self.total
         return self._sums[positive]
@@ -825,6 +845,103 @@ class Result:
         if magnitudes:
             table = with_magnitudes(table, self.bands, self.zero_point)
         return in_nanojansky(table, self.bands, self.zero_point) if nanojansky else table
+
+    def select(
+        self, *, object_ids: int | Iterable[int] | None = None, blend_ids: int | Iterable[int] | None = None
+    ) -> Result:
+        """Take some of the objects, with all that belongs to them.
+
+        Parameters
+        ----------
+        object_ids : int or iterable of int, optional
+            Objects to take.
+        blend_ids : int or iterable of int, optional
+            Blends of which all objects are taken, and all candidates.
+
+        Returns
+        -------
+        part : Result
+            The rows of these objects in their order, with their blends and parents; their models are in memory, so that
+            it does not need the file it came from. Pixels cannot be shared out by it, because that takes the models of
+            all objects: `stamps` of the kinds "redistributed" and "noise_replaced" raise an InputError.
+
+        Raises
+        ------
+        InputError
+            If neither is given, or one of the numbers is not in the result.
+        """
+        if object_ids is None and blend_ids is None:
+            raise InputError("select needs object_ids or blend_ids, got neither")
+        objects, candidates = self.objects, self.candidates
+        numbers, blends = np.asarray(objects["object_id"]), np.asarray(objects["blend_id"])
+        wanted = {
+            name: _whole_numbers(given, name) for name, given in (("object_ids", object_ids), ("blend_ids", blend_ids))
+        }
+        for name, known in (("object_ids", numbers), ("blend_ids", np.asarray(self.blends["blend_id"]))):
+            unknown = wanted[name][~np.isin(wanted[name], known)]
+            if len(unknown):
+                raise InputError(f"{name} must be those of the result, got {unknown[0]}")
+        taken = np.isin(numbers, wanted["object_ids"]) | np.isin(blends, wanted["blend_ids"])
+        found = np.isin(candidates["blend_id"], wanted["blend_ids"])
+        own_blends = np.unique(blends[taken])
+        own_parents = np.unique(np.asarray(objects["parent_id"])[taken])
+        model_ids = [*numbers[taken].tolist(), *(-np.asarray(candidates["candidate_id"])[found]).tolist()]
+        footprints = self.footprints
+        return replace(
+            self,
+            objects=objects[taken],
+            parents=self.parents[np.isin(self.parents["parent_id"], own_parents)],
+            blends=self.blends[np.isin(self.blends["blend_id"], own_blends)],
+            candidates=candidates[found],
+            models={number: self.models[number] for number in model_ids},
+            psfs={number: self.psfs[number] for number in own_blends.tolist() if number in self.psfs},
+            footprints=Footprints.of((n, footprints[n]) for n in own_parents.tolist() if n in footprints),
+            inputs=self.input_checksums(),
+            n_peaks=None,
+            timings={},
+            total=None,
+            is_part=True,
+        )
+
+    def renumbered(self, first: int) -> Result:
+        """Add to all numbers, so that those of several results do not collide.
+
+        Parameters
+        ----------
+        first : int
+            What is added to `object_id`, `parent_id`, `blend_id` and `candidate_id`; numbers begin at 1.
+
+        Returns
+        -------
+        result : Result
+            The same objects with other numbers. Noise in "noise_replaced" stamps, which is drawn from the number, is
+            another.
+
+        Raises
+        ------
+        InputError
+            If `first` is negative, or blends were fitted anew, which the notes of the result tell by number.
+        """
+        if first < 0:
+            raise InputError(f"first must be >= 0, got {first}")
+        if self.notes:
+            raise InputError("a result with notes cannot be renumbered: they name objects by their numbers")
+        tables: dict[str, Table] = {}
+        for name in ("objects", "parents", "blends", "candidates"):
+            tables[name] = getattr(self, name).copy(copy_data=False)
+            for column in tables[name].itercols():
+                if column.name in ("object_id", "parent_id", "blend_id", "candidate_id"):
+                    tables[name][column.name] = column + first
+        footprints = self.footprints
+        return replace(
+            self,
+            **tables,
+            models={number + (first if number > 0 else -first): source for number, source in self.models.items()},
+            psfs={number + first: psf for number, psf in self.psfs.items()},
+            footprints=Footprints(footprints.numbers + first, footprints.offsets, footprints.spans),
+            timings=self.timings,
+            total=self.total,
+        )
 
     def registered_metrics(self) -> Table:
         """Measure the metrics that were registered with `metrics.register_metric` on every object.

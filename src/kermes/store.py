@@ -209,6 +209,7 @@ def _metadata(result: Result, tolerance: float | None) -> dict[str, Any]:
         "tolerance": _stored_tolerance(result, tolerance),
         "inputs": result.input_checksums(),
         "notes": dict(result.notes),
+        "part": result.is_part,
         "versions": {name: importlib.metadata.version(name) for name in ("kermes", "numpy", "numba")},
     }
 
@@ -655,6 +656,7 @@ def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result
             tolerance=metadata.get("tolerance", 0.0),
             inputs=metadata.get("inputs", {}),
             notes=metadata.get("notes", {}),
+            is_part=metadata.get("part", False),
             n_peaks=metadata.get("ledger", {}).get("peaks"),
             timings=partial(_read_timings, folder, schema),
         )
