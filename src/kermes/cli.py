@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import gc
-import inspect
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -653,6 +652,91 @@ def config(
     print(_commented_toml(load_config(config, setting)), end="")
 
 
+# ---------------------------------------------------------------- the pipelines of LSST
+
+lsst = App(name="lsst", help="Work with a Butler and the pipelines of LSST; see the page on them in the documentation.")
+app.command(lsst)
+
+
+@lsst.command(name="make-repo")
+def make_repo(
+    repository: Path,
+    /,
+    *,
+    patches: tuple[int, int] = (2, 2),
+    bands: Annotated[tuple[str, ...], Parameter(negative=())] = ("g", "r", "i"),
+    patch_size: int = 300,
+    cell: int = 50,
+    visits: bool = True,
+    seed: int = 1,
+) -> None:
+    """Simulate a small tract and make a Butler repository with its coadds, to try the pipelines.
+
+    Parameters
+    ----------
+    repository
+        Directory to make. The coadds are in its collection kermes/inputs, with the sky map kermes_sim.
+    patches
+        Number of rows and columns of patches.
+    bands
+        Names of the bands, of u, g, r, i, z, y.
+    patch_size
+        Side of a patch [pixels], without the cell by which coadds reach further on each side.
+    cell
+        Side of a cell [pixels].
+    visits
+        Add the image of a single visit.
+    seed
+        The same seed gives the same sky.
+    """
+    from kermes.lsst import make_repository
+
+    start = time.perf_counter()
+    make_repository(
+        repository, patches=patches, bands=bands, patch_size=patch_size, cell=cell, visits=visits, seed=seed
+    )
+    n = patches[0] * patches[1]
+    _say(
+        f"{n} patch{'' if n == 1 else 'es'} in {_count(len(bands), 'band')}, "
+        f"{time.perf_counter() - start:.0f} s; written to {repository}"
+    )
+
+
+@lsst.command(name="path")
+def lsst_path(name: Literal["pipeline", "visits", "bps", "seed"] = "pipeline", /) -> None:
+    """Print where a file is that programs of the pipelines are given.
+
+    Parameters
+    ----------
+    name
+        pipeline: what deblends patches and measures them, for pipetask -p; visits: what deblends single visits;
+        bps: a submission to the cores of this machine, for bps submit; seed: the configuration of a new repository,
+        for butler create --seed-config.
+    """
+    from kermes.lsst import paths
+
+    files = {
+        "pipeline": paths.PIPELINE,
+        "visits": paths.VISIT_PIPELINE,
+        "bps": paths.BPS_CONFIG,
+        "seed": paths.SEED_CONFIG,
+    }
+    print(files[name])
+
+
+@lsst.command(name="config")
+def lsst_config() -> None:
+    """Print what to set in the shell so that a repository made without kermes can hold its results.
+
+    The same goes for whoever reads them. A repository that was made with the configuration that kermes lsst path seed
+    names, and one of kermes lsst make-repo, needs nothing.
+    """
+    from kermes.lsst.paths import CONFIG_DIR
+
+    others = "${DAF_BUTLER_CONFIG_PATH:+:$DAF_BUTLER_CONFIG_PATH}"
+    print(f"export DAF_BUTLER_CONFIG_PATH={shlex.quote(str(CONFIG_DIR))}{others}")
+
+
 # ---------------------------------------------------------------- input
 
 
@@ -935,9 +1019,9 @@ def _scatter(values: NDArray[Any]) -> float:
 
 def _commented_toml(settings: Any) -> str:
     """Settings as TOML; the docstring of each field stands above it."""
-    from kermes.config import to_toml
+    from kermes.config import field_docstrings, to_toml
 
-    meanings = _field_docstrings(settings)
+    meanings = field_docstrings(settings)
     lines, section = [], ""
     for line in to_toml(settings).splitlines():
         if line.startswith("["):
@@ -950,21 +1034,6 @@ def _commented_toml(settings: Any) -> str:
             lines += [f"# {text}" for text in meanings[key].splitlines()]
         lines.append(line)
     return "\n".join(lines) + "\n"
-
-
-def _field_docstrings(settings: Any, prefix: str = "") -> dict[str, str]:
-    """Docstring under each field of nested dataclasses, by dotted name."""
-    definition = ast.parse(inspect.getsource(type(settings))).body[0]
-    assert isinstance(definition, ast.ClassDef)
-    meanings: dict[str, str] = {}
-    for field, text in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            meanings[prefix + field.target.id] = inspect.cleandoc(str(ast.literal_eval(text.value)))
-    for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
-        if dataclasses.is_dataclass(value):
-            meanings |= _field_docstrings(value, f"{prefix}{item.name}.")
-    return meanings
 
 
 # ---------------------------------------------------------------- talking

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -677,3 +679,18 @@ def to_toml(config: Config) -> str:
         return plain + tables
 
     return "\n".join(lines(config, "")) + "\n"
+
+
+def field_docstrings(settings: Any, prefix: str = "") -> dict[str, str]:
+    """Find the docstring under each field of nested dataclasses, by dotted name."""
+    definition = ast.parse(inspect.getsource(type(settings))).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    meanings: dict[str, str] = {}
+    for line, text in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(text, ast.Expr):
+            meanings[prefix + line.target.id] = inspect.cleandoc(str(ast.literal_eval(text.value)))
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        if dataclasses.is_dataclass(value):
+            meanings |= field_docstrings(value, f"{prefix}{item.name}.")
+    return meanings

@@ -488,7 +488,8 @@ def _draw_object(panels: Sequence[Axes], obj: ObjectHandle, result: Result, scal
         observed[(slice(None), *target)] = np.where(valid, pixels, np.nan)
         unknown = np.isnan(observed)
         images = {"image": observed, "model": model}
-        for title, kind in (("re-distributed", obj.redistributed), ("neighbours subtracted", obj.neighbor_subtracted)):
+        kinds = {"re-distributed": obj.redistributed, "neighbours subtracted": obj.neighbor_subtracted}
+        for title, kind in [*kinds.items()][int(result.is_part) :]:  # a part cannot share pixels out
             images[title] = np.where(unknown, np.nan, _stamp_image([kind(band) for band in bands], view))
     own = replace(scale, white=colour_scale(model, bands, noise=scale.noise).white)
     for axes, (title, image) in zip(panels[:-1], images.items(), strict=True):
@@ -522,7 +523,7 @@ def _strips_size(result: Result, n: int) -> tuple[float, float]:
 
 
 def _draw_objects(figure: Figure | SubFigure, result: Result, ids: Sequence[int], scale: ColourScale) -> None:
-    n_images = 4 if result.coadd is not None else 1
+    n_images = 1 if result.coadd is None else 3 if result.is_part else 4
     width, height = _strips_size(result, len(ids))
     margins = _margins(width, height, left=0.6, right=0.15, bottom=0.3, top=0.3, space=(0.1, 0.22))
     # The spectrum starts a column later, which leaves room for its labels.

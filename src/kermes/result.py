@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -28,7 +30,7 @@ from kermes.catalog import (
 )
 from kermes.coadd import Coadd
 from kermes.config import Config
-from kermes.errors import InputError
+from kermes.errors import DataWarning, InputError
 from kermes.flux import LEAST_MODEL, redistribute, redistribution_covariance, replace_neighbors
 from kermes.geometry import Box, Footprint, Footprints
 from kermes.metrics import registered_metrics
@@ -845,6 +847,42 @@ class Result:
         if magnitudes:
             table = with_magnitudes(table, self.bands, self.zero_point)
         return in_nanojansky(table, self.bands, self.zero_point) if nanojansky else table
+
+    def with_coadd(self, coadd: Coadd, *, stacklevel: int = 2) -> Result:
+        """Put the images to a result that came without them.
+
+        Parameters
+        ----------
+        coadd : Coadd
+            The images it was made from.
+        stacklevel : int, optional
+            Whose line a warning names, as in `warnings.warn`.
+
+        Returns
+        -------
+        result : Result
+
+        Raises
+        ------
+        InputError
+            If `coadd` has other bands, another shape or another origin.
+
+        Warns
+        -----
+        DataWarning
+            If `coadd` has other pixels than that which it was made from.
+        """
+        # What is not read yet stays so, which dataclasses.replace would read.
+        result = copy(self)
+        object.__setattr__(result, "coadd", coadd)
+        result.__post_init__()
+        if self.inputs and self.inputs != coadd.checksums():
+            warnings.warn(
+                "coadd must be the one that the result was made from, but its pixels differ",
+                DataWarning,
+                stacklevel=stacklevel,
+            )
+        return result
 
     def select(
         self, *, object_ids: int | Iterable[int] | None = None, blend_ids: int | Iterable[int] | None = None

@@ -165,6 +165,24 @@ def damaged(name: str, what: object) -> FileError:
     return FileError(f"{name} must be a file of a kermes result, but is damaged: {text}")
 
 
+class _OneFile:
+    """A file in memory, as a file system wants to be asked for it."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def isfile(self, path: str) -> bool:
+        return True
+
+    exists = isfile
+
+    def open(self, path: str, mode: str) -> io.BytesIO:
+        return io.BytesIO(self._content)
+
+    def cat_file(self, path: str, start: int = 0, end: int | None = None) -> bytes:
+        return self._content[start:end]
+
+
 @dataclass(eq=False)
 class Folder:
     """A directory that is read, by any path of fsspec."""
@@ -204,6 +222,19 @@ class Folder:
         folder = cls(str(path), filesystem, str(root).rstrip("/"))
         if folder.is_archive and filesystem.isfile(folder.root):
             folder.members = folder._members()
+        return folder
+
+    @classmethod
+    def of_bytes(cls, content: bytes, name: str = "memory") -> Folder:
+        """Read the content of a file with all files of a directory in it.
+
+        Raises
+        ------
+        FileError
+            If it is damaged.
+        """
+        folder = cls(name, _OneFile(content), name + ARCHIVE)
+        folder.members = folder._members()
         return folder
 
     @property

@@ -28,7 +28,6 @@ import os
 import shutil
 import tempfile
 import tomllib
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,7 +47,7 @@ from kermes import storage
 from kermes.coadd import Coadd
 from kermes.component_rows import Rows, Tolerance, arrow_rows, source_of_rows, source_rows, write_models, writer
 from kermes.config import config_from_dict, to_toml
-from kermes.errors import DataWarning, FileError, InputError
+from kermes.errors import FileError, InputError
 from kermes.geometry import Box, Footprint, Footprints
 from kermes.io.tables import from_arrow, to_arrow
 from kermes.io.wcs import header_of_wcs, wcs_of_header
@@ -192,7 +191,8 @@ def _stored_tolerance(result: Result, tolerance: float | None) -> float:
     return result.tolerance if tolerance is None or result.coadd is None else max(result.tolerance, tolerance)
 
 
-def _metadata(result: Result, tolerance: float | None) -> dict[str, Any]:
+def metadata_of(result: Result, tolerance: float | None = None) -> dict[str, Any]:
+    """Say what is stored of a result beside tables and models, as JSON; `tolerance` as in `write_result`."""
     return {
         "format": _FORMAT,
         "schema": SCHEMA,
@@ -215,7 +215,7 @@ def _metadata(result: Result, tolerance: float | None) -> dict[str, Any]:
 
 
 def _write_files(result: Result, folder: Path, tolerance: float | None) -> None:
-    description = storage.sealed_json(_metadata(result, tolerance))
+    description = storage.sealed_json(metadata_of(result, tolerance))
     (folder / "metadata.json").write_text(description)
     metadata = {"kermes": description}
     psf_ids = _write_psfs(result, folder / "psfs.parquet", metadata)
@@ -318,18 +318,13 @@ def write_result(
     -----
     The same result gives the same bytes, except for timings.json.
     """
-    if tolerance is not None and not 0 < tolerance < np.inf:
-        raise InputError(f"tolerance must be positive, or None for exact models, got {tolerance}")
+    _check_tolerance(tolerance)
     target = check_output(path, overwrite)
     try:
         if target.is_local and not target.is_archive:
             _write_local(result, Path(target.root), overwrite, tolerance, extras or {})
             return
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            _write_files(result, folder, tolerance)
-            for extra, content in (extras or {}).items():
-                (folder / extra).write_bytes(content)
+        with _written(result, tolerance, extras or {}) as folder:
             if not target.is_archive:
                 storage.upload(folder, target)
             elif target.is_local:
@@ -338,6 +333,35 @@ def write_result(
                 target.filesystem.pipe_file(target.root, storage.archive_of(folder))
     except OSError as error:
         raise FileError(f"output {path} cannot be written: {error.strerror or error}") from error
+
+
+def result_bytes(result: Result, tolerance: float | None = TOLERANCE) -> bytes:
+    """Write a result as `write_result` writes it into one file, and return the content of the file.
+
+    Raises
+    ------
+    InputError
+        If `tolerance` is not positive.
+    """
+    _check_tolerance(tolerance)
+    with _written(result, tolerance, {}) as folder:
+        return storage.archive_of(folder)
+
+
+def _check_tolerance(tolerance: float | None) -> None:
+    if tolerance is not None and not 0 < tolerance < np.inf:
+        raise InputError(f"tolerance must be positive, or None for exact models, got {tolerance}")
+
+
+@contextmanager
+def _written(result: Result, tolerance: float | None, extras: Mapping[str, bytes]) -> Iterator[Path]:
+    """Write all files of a result into a directory that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_files(result, folder, tolerance)
+        for extra, content in extras.items():
+            (folder / extra).write_bytes(content)
+        yield folder
 
 
 def _write_local(
@@ -593,7 +617,7 @@ def _read_timings(folder: Folder, schema: int) -> dict[str, Any]:
     return timings
 
 
-def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result:
+def open_result(path: str | PathLike[str] | bytes, coadd: Coadd | None = None) -> Result:
     """Open a result that was written before.
 
     Tables and models are read when they are asked for: one object costs one small read.
@@ -601,7 +625,8 @@ def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result
     Parameters
     ----------
     path : path
-        Directory of the result, or the one file ".kermes", on this machine or on any file system that fsspec knows.
+        Directory of the result, or the one file ".kermes", on this machine or on any file system that fsspec knows; or
+        the content of such a file.
     coadd : Coadd, optional
         The images it was made from; without them only models can be evaluated.
 
@@ -626,7 +651,7 @@ def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result
     --------
     >>> result = kermes.open("out", coadd=kermes.read("scene.npz"))  # doctest: +SKIP
     """
-    folder = storage.current(Folder.of(path))
+    folder = Folder.of_bytes(path) if isinstance(path, bytes) else storage.current(Folder.of(path))
     metadata = _read_metadata(folder)
     schema = metadata["schema"]
     known = _TABLES if schema > 1 else _TABLES[:3]
@@ -651,7 +676,6 @@ def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result
             unit=None if unit is None else units.Unit(unit, parse_strict="silent"),
             zero_point=metadata["zero_point"],
             wcs=wcs_of_header(metadata["wcs"]),
-            coadd=coadd,
             footprints=partial(_read_footprints, folder, origin) if schema > 2 else Footprints.of({}),
             tolerance=metadata.get("tolerance", 0.0),
             inputs=metadata.get("inputs", {}),
@@ -662,10 +686,4 @@ def open_result(path: str | PathLike[str], coadd: Coadd | None = None) -> Result
         )
     except (KeyError, IndexError, TypeError, tomllib.TOMLDecodeError) as error:
         raise FileError(f"{folder.path} must be a kermes result, but its metadata are damaged: {error}") from None
-    if coadd is not None and result.inputs and result.inputs != coadd.checksums():
-        warnings.warn(
-            f"coadd must be the one that {folder.path} was made from, but its pixels differ",
-            DataWarning,
-            stacklevel=2,
-        )
-    return result
+    return result if coadd is None else result.with_coadd(coadd, stacklevel=3)

@@ -76,7 +76,7 @@ def cells_of(file: fits.HDUList, tree: Mapping[str, Any], path: str) -> Cells | 
         name, _, version = str(psf["array"]["source"]).removeprefix("fits:").partition(",")
         stamps = np.asarray(file[name, int(version or 1)].data, dtype=np.float64)
         grid, box = psf["bounds"]["grid"], psf["bounds"]["bbox"]
-        return _cells(
+        return cells_from_grid(
             stamps,
             origin=(int(box["y"]["start"]), int(box["x"]["start"])),
             first=(int(grid["bbox"]["y"]["start"]), int(grid["bbox"]["x"]["start"])),
@@ -87,7 +87,7 @@ def cells_of(file: fits.HDUList, tree: Mapping[str, Any], path: str) -> Cells | 
         raise FileError(f"{path} must be a coadd of cells, but its PSFs are damaged: {error!r}") from None
 
 
-def _cells(
+def cells_from_grid(
     stamps: NDArray[np.float64],
     *,
     origin: tuple[int, int],

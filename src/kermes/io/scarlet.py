@@ -309,10 +309,11 @@ def read_scarlet_models(path: str | PathLike[str], numbers: Iterable[int] | None
         raise FileError(f"{path} must be a file of scarlet models (.scarlet or .json), but is not: {text}") from None
     if numbers is None:
         return models
-    return _selected(models, [int(number) for number in numbers])
+    return selected(models, [int(number) for number in numbers])
 
 
-def _selected(models: ScarletModels, numbers: list[int]) -> ScarletModels:
+def selected(models: ScarletModels, numbers: list[int]) -> ScarletModels:
+    """Take some of the blends and isolated sources; an InputError names one that is not there."""
     for number in numbers:
         if number not in models.blends and number not in models.isolated:
             raise InputError(f"numbers must be those of blends in the file, got {number}")
@@ -421,12 +422,17 @@ def write_scarlet_models(models: ScarletModels, path: str | PathLike[str], overw
     The members are compressed, which the pipelines read like those that are not, and every float32 is written as the
     shortest decimal that is read as the same float32: a fifth of the size, and the same models to the bit.
     """
+    storage.write_file(path, scarlet_bytes(models), overwrite=overwrite)
+
+
+def scarlet_bytes(models: ScarletModels) -> bytes:
+    """Make the content of the file that `write_scarlet_models` writes."""
     buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for number, content in _contents(models):
             # A date of its own would make the same models other bytes.
             archive.writestr(zipfile.ZipInfo(number), json.dumps(content), zipfile.ZIP_DEFLATED)
-    storage.write_file(path, buffer.getvalue(), overwrite=overwrite)
+    return buffer.getvalue()
 
 
 def _contents(models: ScarletModels) -> Iterator[tuple[str, Any]]:
