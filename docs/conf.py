@@ -23,6 +23,8 @@ default_role = "code"
 html_theme = "furo"
 html_title = "kermes"
 
+# What needs the middleware of LSST is documented without it.
+autodoc_mock_imports = ["lsst", "starlink", "astro_metadata_translator"]
 autodoc_typehints = "signature"
 autodoc_type_aliases = {name: name for name in ("ArrayLike", "FloatArray", "DoubleArray", "PsfField")}
 autodoc_preserve_defaults = True

@@ -664,7 +664,7 @@ def make_repo(
     /,
     *,
     patches: tuple[int, int] = (2, 2),
-    bands: Annotated[tuple[str, ...], Parameter(negative=())] = ("g", "r", "i"),
+    bands: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = ("g", "r", "i"),
     patch_size: int = 300,
     cell: int = 50,
     visits: bool = True,
@@ -694,7 +694,7 @@ def make_repo(
     start = time.perf_counter()
     make_repository(
         repository, patches=patches, bands=bands, patch_size=patch_size, cell=cell, visits=visits, seed=seed
-    )
+    ).close()
     n = patches[0] * patches[1]
     _say(
         f"{n} patch{'' if n == 1 else 'es'} in {_count(len(bands), 'band')}, "

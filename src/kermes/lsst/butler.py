@@ -33,7 +33,7 @@ class ResultFormatter(FormatterV2):
     """
 
     default_extension = ".kermes"
-    unsupported_parameters = frozenset()
+    unsupported_parameters: frozenset[str] = frozenset()
     can_read_from_local_file = True
 
     def read_from_local_file(self, path: str, component: str | None = None, expected_size: int = -1) -> Any:
@@ -56,7 +56,7 @@ class ScarletFormatter(FormatterV2):
     """
 
     default_extension = ".scarlet"
-    unsupported_parameters = frozenset()
+    unsupported_parameters: frozenset[str] = frozenset()
     can_read_from_local_file = True
 
     def read_from_local_file(self, path: str, component: str | None = None, expected_size: int = -1) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -31,9 +32,8 @@ def _config_class(settings: Any, meanings: Mapping[str, str], prefix: str = "") 
             members[item.name] = pex_config.ConfigField(dtype=own, doc=meanings[name])
         else:
             members[item.name] = _field(kinds[item.name], default, meanings[name])
-    return typing.cast(
-        "type[pex_config.Config]", type(f"{type(settings).__name__}Fields", (pex_config.Config,), members)
-    )
+    name = f"{type(settings).__name__}Fields"
+    return types.new_class(name, (pex_config.Config,), exec_body=lambda body: body.update(members))
 
 
 ConfigFields = _config_class(Config(), field_docstrings(Config()))

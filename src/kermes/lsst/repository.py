@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -24,6 +25,7 @@ from lsst.images.cameras import (
 from lsst.images.psfs import GaussianPointSpreadFunction
 from lsst.sphgeom import ConvexPolygon, LonLat, UnitVector3d
 
+from kermes import storage
 from kermes.coadd import Coadd
 from kermes.errors import FileError, InputError
 from kermes.geometry import Box
@@ -81,13 +83,13 @@ def make_repository(
     Returns
     -------
     butler : Butler
-        With ``deep_coadd`` per patch and band, ``deep_coadd_truth``, the simulated sources, per tract, and
-        ``visit_image`` in the collection "kermes/inputs".
+        Open for writing, to be closed. In its collection "kermes/inputs" are ``deep_coadd`` per patch and band,
+        ``deep_coadd_truth``, the simulated sources, per tract, and ``visit_image``.
 
     Raises
     ------
     FileError
-        If the directory exists and is not empty.
+        If the directory exists and is not empty, or cannot be written; it is whole, or not there at all.
     InputError
         If a number lies outside its range.
 
@@ -116,10 +118,24 @@ def make_repository(
         n_bright_stars=0,
     )
     tiles = _patches(patches, patch_size, cell)
-    tract_box = sky.coadd.box
+    part = storage.sibling(folder.absolute())
+    whole = part / "repository"  # a Butler takes a name with a dot for that of a file
+    try:
+        part.mkdir()
+        Butler.makeRepo(str(whole), config=Config(str(SEED_CONFIG)))
+        with Butler.from_config(str(whole), writeable=True, run=INPUTS) as butler:
+            _fill(butler, sky, tiles, cell, visit_band=bands[0] if visits else None)
+        whole.rename(folder)
+    except OSError as error:
+        raise FileError(f"repository {root} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Butler.from_config(str(folder), collections=INPUTS, writeable=True)
 
-    Butler.makeRepo(str(folder), config=Config(str(SEED_CONFIG)))
-    butler = Butler.from_config(str(folder), writeable=True, run=INPUTS)
+
+def _fill(butler: Butler, sky: SimulatedPatch, tiles: Sequence[_Patch], cell: int, visit_band: str | None) -> None:
+    """Write the records of everything and the images."""
+    bands = sky.coadd.bands
     inputs = [
         ("deep_coadd", PATCH_BAND, "CellCoadd"),
         ("deep_coadd_truth", ("skymap", "tract"), "ArrowAstropy"),
@@ -138,7 +154,7 @@ def make_repository(
                 cell=cell,
                 skymap=SKYMAP,
                 tract=_TRACT,
-                tract_box=tract_box,
+                tract_box=sky.coadd.box,
                 patch=tile.number,
                 patch_place=tile.place,
                 inner=tile.inner,
@@ -147,9 +163,8 @@ def make_repository(
     truth = sky.truth.copy()
     truth.meta.clear()
     butler.put(truth, "deep_coadd_truth", skymap=SKYMAP, tract=_TRACT)
-    if visits:
-        _put_visit(butler, sky, bands[0])
-    return butler
+    if visit_band is not None:
+        _put_visit(butler, sky, visit_band)
 
 
 def _patches(n: tuple[int, int], size: int, border: int) -> list[_Patch]:

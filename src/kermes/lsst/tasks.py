@@ -254,7 +254,7 @@ class DeblendPatchTask(PipelineTask):
             raise InputError(f"a patch must have fewer than {NUMBERS} objects, got {len(result)}")
         result = result.renumbered(first_number(tract, patch, patches_per_tract))
         _note(self.metadata, result)
-        self.metadata["missing_bands"] = list(missing_bands or [])
+        self.metadata["missing_bands"] = " ".join(missing_bands or [])
         self.log.info(
             "%s: %d objects in %d blends, bands %s, %.1f s on %d cores",
             name,
