@@ -18,6 +18,11 @@ from kermes.io.scarlet_results import result_of_scarlet
 from kermes.lsst.images import coadd_of_images, in_order, lsst_box
 from kermes.result import Result
 
+PATCH = ("skymap", "tract", "patch")
+PATCH_BAND = (*PATCH, "band")
+DETECTOR = ("instrument", "visit", "detector")
+"""Dimensions of what belongs to a patch, to one band of it, and to one detector of a visit."""
+
 TABLES = ("objects", "parents", "blends", "candidates")
 """Components of a stored result that are tables."""
 

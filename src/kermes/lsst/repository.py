@@ -29,9 +29,9 @@ from kermes import storage
 from kermes.coadd import Coadd
 from kermes.errors import FileError, InputError
 from kermes.geometry import Box
+from kermes.lsst.butler import DETECTOR, PATCH_BAND
 from kermes.lsst.images import cell_coadd, lsst_box, lsst_mask, sky_of
 from kermes.lsst.paths import SEED_CONFIG
-from kermes.lsst.tasks import DETECTOR, PATCH_BAND
 from kermes.psf import gaussian_fwhm
 from kermes.simulation import SimulatedPatch, simulate_patch
 

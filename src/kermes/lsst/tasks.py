@@ -23,15 +23,11 @@ from kermes.errors import ConfigError, DataWarning, InputError
 from kermes.forced import forced_photometry
 from kermes.geometry import Box
 from kermes.io.scarlet_results import scarlet_of_result
-from kermes.lsst.butler import read_image
+from kermes.lsst.butler import DETECTOR, PATCH, PATCH_BAND, read_image
 from kermes.lsst.config import ConfigFields, config_of_fields
 from kermes.lsst.images import box_of, coadd_of_images, has_data, in_order
 from kermes.result import Result
 from kermes.tile import deblend
-
-PATCH = ("skymap", "tract", "patch")
-PATCH_BAND = (*PATCH, "band")
-DETECTOR = ("instrument", "visit", "detector")
 
 NUMBERS = 1 << 24
 """Numbers of objects that each patch has to itself."""
