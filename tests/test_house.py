@@ -61,13 +61,16 @@ def test_the_source_imports_only_the_standard_library_and_declared_dependencies(
     extras = PROJECT["optional-dependencies"]
     declared = distributions([*PROJECT["dependencies"], *extras["photometry"]])
     undeclared = {
-        f"{file.relative_to(SOURCE)}: {name}"
+        (file.relative_to(SOURCE), name)
         for file in SOURCE.rglob("*.py")
         for name in {name.partition(".")[0] for name in imported(file)} - {"kermes"}
         if name not in sys.stdlib_module_names
         and not declared & {provider.lower() for provider in providers.get(name, [])}
     }
-    assert not undeclared
+    # The middleware of LSST, and what it rests on, is imported in one package only, which nothing else imports.
+    middleware = {(file, name) for file, name in undeclared if file.parts[0] == "lsst"}
+    assert undeclared - middleware == set()
+    assert {name for _, name in middleware} <= {"lsst", "starlink", "astro_metadata_translator"}
 
 
 def test_the_public_names_bring_in_no_extra():

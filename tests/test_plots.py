@@ -13,7 +13,7 @@ from astropy import units
 from astropy.table import Table
 
 import kermes
-from kermes.coadd import Coadd
+from kermes.coadd import Coadd, wavelength_order
 from kermes.errors import InputError, ShapeError
 from kermes.geometry import Box
 from kermes.plots import (
@@ -23,7 +23,6 @@ from kermes.plots import (
     show_parts,
     show_result,
     show_scene,
-    wavelength_order,
 )
 from kermes.simulation import render_truth, simulate_scene
 
@@ -60,6 +59,8 @@ class FakeObject:
 
 class FakeResult:
     """What plots read of a result, with the truth of a simulated scene as model."""
+
+    is_part = False
 
     def __init__(self, scene, coadd):
         self.bands, self.coadd = scene.coadd.bands, coadd
@@ -361,3 +362,13 @@ def test_parts_of_an_object_that_is_not_there_are_refused(deblended):
 def test_parts_need_the_images(deblended):
     with pytest.raises(InputError, match="must have its images"):
         show_parts(replace(deblended, coadd=None))
+
+
+def test_part_of_a_result_shows_no_shared_pixels(scene):
+    result = FakeResult(scene, scene.coadd)
+    assert [axes.get_title() for axes in show_objects(result, n=1).axes][:4] == [
+        "image", "model", "re-distributed", "neighbours subtracted",
+    ]  # fmt: skip
+    result.is_part = True
+    titles = [axes.get_title() for axes in show_objects(result, n=1).axes]
+    assert titles == ["image", "model", "neighbours subtracted", "spectrum"]

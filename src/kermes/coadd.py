@@ -60,6 +60,11 @@ LARGEST_VARIANCE = 1 / SMALLEST_VARIANCE
 LARGEST_SIGNAL = 1e8
 """A pixel farther from zero than this many sigma is no measurement but stands for nothing, such as a value of 1e30."""
 
+_WAVELENGTH_NM = {
+    "fuv": 153, "nuv": 227, "u": 365, "b": 440, "g": 475, "v": 550, "r": 622, "vis": 715, "i": 763, "z": 905,
+    "y": 1000, "j": 1250, "h": 1650, "k": 2150, "ks": 2160, "w1": 3400, "w2": 4600,
+}  # fmt: skip
+
 _UNIT_SPELLINGS = {
     "nanomaggies": "nanomaggy",
     "maggies": "maggy",
@@ -74,6 +79,25 @@ _UNIT_SPELLINGS = {
     "adu": "adu",
     "electrons": "electron",
 }
+
+
+def wavelength_order(bands: Sequence[str]) -> NDArray[np.intp]:
+    """Sort bands from blue to red.
+
+    Parameters
+    ----------
+    bands : sequence of str
+        Names such as "g", "G", "HSC-G", "VIS", "Ks"; what follows the last separator counts.
+
+    Returns
+    -------
+    order : ndarray, shape (B,)
+        Positions from blue to red. The order given if a name is not known.
+    """
+    names = [re.split(r"[-_. ]", str(band))[-1].lower() for band in bands]
+    if not set(names) <= set(_WAVELENGTH_NM):
+        return np.arange(len(names))
+    return np.argsort([_WAVELENGTH_NM[name] for name in names], kind="stable")
 
 
 def parse_unit(unit: Any) -> units.UnitBase:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike, NDArray
 
+from kermes.coadd import wavelength_order
 from kermes.errors import InputError, ShapeError
 from kermes.geometry import Box
 
@@ -26,11 +26,6 @@ FloatArray = NDArray[np.float64]
 ImageArray = NDArray[np.floating]
 BoolArray = NDArray[np.bool_]
 RgbArray = NDArray[np.uint8]
-
-_WAVELENGTH_NM = {
-    "fuv": 153, "nuv": 227, "u": 365, "b": 440, "g": 475, "v": 550, "r": 622, "vis": 715, "i": 763, "z": 905,
-    "y": 1000, "j": 1250, "h": 1650, "k": 2150, "ks": 2160, "w1": 3400, "w2": 4600,
-}  # fmt: skip
 
 _MID_GREY = 128
 _BLACK = -1.0  # sigma; a little below the sky, so that its noise is seen
@@ -46,25 +41,6 @@ _MAX_NUMBERS = 150  # with more peaks the numbers would hide the image
 
 
 # ---------------------------------------------------------------- colour
-
-
-def wavelength_order(bands: Sequence[str]) -> NDArray[np.intp]:
-    """Sort bands from blue to red.
-
-    Parameters
-    ----------
-    bands : sequence of str
-        Names such as "g", "G", "HSC-G", "VIS", "Ks"; what follows the last separator counts.
-
-    Returns
-    -------
-    order : ndarray, shape (B,)
-        Positions from blue to red. The order given if a name is not known.
-    """
-    names = [re.split(r"[-_. ]", str(band))[-1].lower() for band in bands]
-    if not set(names) <= set(_WAVELENGTH_NM):
-        return np.arange(len(names))
-    return np.argsort([_WAVELENGTH_NM[name] for name in names], kind="stable")
 
 
 def _channel_weights(bands: Sequence[str]) -> FloatArray:

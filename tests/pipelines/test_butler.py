@@ -6,16 +6,18 @@ import sys
 
 import numpy as np
 import pytest
-from lsst.daf.butler import Butler, Config, DatasetType
+from lsst.daf.butler import Butler, Config, DatasetRef, DatasetType, FileDataset
 from lsst.images import Box as LsstBox
 from lsst.pipe.base import InMemoryDatasetHandle
 
 import kermes
 from cell_coadds import cell_coadds, simulated_sky
+from kermes import io
 from kermes.errors import FileError, InputError
 from kermes.geometry import Box
 from kermes.io.scarlet_results import scarlet_of_result
 from kermes.lsst import CONFIG_DIR, SEED_CONFIG, coadd_of_images, make_repository, read_coadd, read_scarlet_dataset
+from kermes.lsst.butler import ScarletFormatter
 
 PATCH = {"skymap": "kermes_sim", "tract": 0, "patch": 0}
 
@@ -99,6 +101,29 @@ def test_scarlet_models_come_back_in_part_and_whole(butler, result):
     assert len(read_scarlet_dataset(butler, ref)) == len(result)
     with pytest.raises(InputError, match="numbers must be those of blends in the file, got 999"):
         read_scarlet_dataset(butler, ref, [999])
+
+
+def test_models_of_rubin_are_read_by_the_file(root, shared):
+    # As in a repository of Rubin: the storage class is known, but its type belongs to packages that are not here.
+    path = shared / "data" / "lsst_models" / "upstream_1.0.1.scarlet"
+    with Butler.from_config(str(root), writeable=True, run="rubin") as butler:
+        dimensions = ("skymap", "tract", "patch")
+        dataset_type = DatasetType(
+            "object_scarlet_models", dimensions, "LsstScarletModelData", universe=butler.dimensions
+        )
+        butler.registry.registerDatasetType(dataset_type)
+        ref = DatasetRef(dataset_type, butler.registry.expandDataId(PATCH), run="rubin")
+        butler.ingest(FileDataset(str(path), [ref], formatter=ScarletFormatter), transfer="copy")
+        found = butler.find_dataset("object_scarlet_models", PATCH)
+        with pytest.raises(ImportError):
+            butler.get(found)
+        result = read_scarlet_dataset(butler, found)
+        expected = io.read_scarlet(path)
+        assert_same_tables(result.objects, expected.objects)
+        np.testing.assert_array_equal(result.model_image(), expected.model_image())
+        number = int(expected.parents["parent_id"][0])
+        part = read_scarlet_dataset(butler, found, [number])
+        assert set(part.objects["parent_id"]) == {number}
 
 
 def test_in_memory_datasets_know_parameters_and_components(result, butler):

@@ -21,7 +21,7 @@ from lsst.images.cells import (
 )
 from numpy.typing import NDArray
 
-from kermes.coadd import BAD_PLANES, Coadd, PsfField
+from kermes.coadd import BAD_PLANES, Coadd, PsfField, wavelength_order
 from kermes.errors import InputError, ShapeError
 from kermes.geometry import Box
 from kermes.io.lsst_images import Cells, cells_from_grid, psf_of_cells
@@ -103,9 +103,9 @@ def coadd_of_images(
 
 
 def in_order(bands: Iterable[str]) -> list[str]:
-    """Sort bands: u, g, r, i, z, y by wavelength, then others by name."""
-    known = "ugrizy"
-    return sorted(bands, key=lambda band: (known.find(band) if len(band) == 1 and band in known else len(known), band))
+    """Sort bands from blue to red, or by name if one is not known."""
+    names = sorted(bands)
+    return [names[place] for place in wavelength_order(names)]
 
 
 def box_of(box: Any) -> Box:
