@@ -494,3 +494,28 @@ def test_other_numbers_are_the_same_objects(crowded, tmp_path):
         refitted.renumbered(1)
     with pytest.raises(InputError, match="first must be >= 0, got -1"):
         crowded.renumbered(-1)
+
+
+def test_a_box_of_the_model_is_the_cut_of_the_whole_to_the_bit(crowded, tmp_path):
+    crowded.write(tmp_path / "out", tolerance=None)
+    box = Box(40, 30, 50, 70)
+    for positive in (False, True):
+        whole = kermes.open(tmp_path / "out").model_image(positive)
+        opened = kermes.open(tmp_path / "out")
+        part = opened.model_image(positive, box=box)
+        assert "_sums" not in opened.__dict__
+        np.testing.assert_array_equal(part, whole[(slice(None), *box.within(crowded.coadd.box))])
+        outside = opened.model_image(positive, box=Box(150, 150, 30, 30))
+        np.testing.assert_array_equal(outside, whole[:, 150:, 150:])
+
+
+def test_few_objects_are_drawn_alone_and_many_with_the_whole(crowded, tmp_path):
+    crowded.write(tmp_path / "out", tolerance=None)
+    whole = kermes.open(tmp_path / "out", coadd=crowded.coadd)
+    whole.model_image()
+    opened = kermes.open(tmp_path / "out", coadd=crowded.coadd)
+    for handle in [*opened, *opened]:
+        for kind in ("redistributed", "neighbor_subtracted"):
+            one, other = handle.stamp(kind, "r"), whole[handle.object_id].stamp(kind, "r")
+            np.testing.assert_array_equal(one.array, other.array)
+    assert "_sums" in opened.__dict__

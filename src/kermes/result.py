@@ -44,6 +44,8 @@ FloatArray = NDArray[np.float32]
 _N_KERNEL_SETS = 16  # PSFs whose kernels are kept; blends that follow each other often share one
 
 
+_MOST_BOXES = 32  # boxes that are drawn by themselves before the whole image is
+
 TOLERANCE = 0.05
 """How far a stored model as observed may be from the one that was fitted, unless asked otherwise [sigma]."""
 
@@ -226,9 +228,9 @@ class ObjectHandle:
         coadd = self.result.need_coadd(kind)
         images, variance, valid = (_cut(plane, b, box) for plane in (coadd.images, coadd.variance, coadd.valid))
         if kind is StampKind.NEIGHBOR_SUBTRACTED:
-            images -= _cut(self.result.model_image(), b, box) - model
+            images -= self.result._sum_of_models(box)[b] - model
         else:
-            total = _cut(self.result.model_image(positive=True), b, box)
+            total = self.result._sum_of_models(box, positive=True)[b]
             if kind is StampKind.REDISTRIBUTED:
                 images = redistribute(images, variance, valid, model, total)
                 variance = redistribution_covariance(variance, valid, model, model, total)
@@ -385,8 +387,8 @@ class ObjectHandle:
         other = self.result[object_id]
         coadd = self.result.need_coadd("redistribution_covariance")
         box = self._observed[1] & other._observed[1]
-        planes = coadd.variance, coadd.valid, self.result.model_image(positive=True)
-        variance, valid, total = (_cut(plane, b, box) for plane in planes)
+        variance, valid = (_cut(plane, b, box) for plane in (coadd.variance, coadd.valid))
+        total = self.result._sum_of_models(box, positive=True)[b]
         models = self._on(box, b), other._on(box, b)
         covariance = redistribution_covariance(variance, valid, *models, total)
         return Stamp(covariance[0], box.shift(*self.result.origin))
@@ -727,6 +729,55 @@ class Result:
         model.flags.writeable = positive.flags.writeable = False
         return model, positive
 
+    @cached_property
+    def _windows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Keys of all models with their blends (N, 2), and the bounds of the pixels that each can reach (N, 4)."""
+        psfs = self.psfs
+        side = getattr(psfs, "largest_side", None)
+        if side is None:
+            side = max((max(psf.shape[1:]) for psf in psfs.values()), default=0)
+        pairs = self.model_ids().T
+        pairs = pairs[np.isin(pairs[:, 1], [*self._boxes])]
+        grown = {number: box.grow(side // 2) for number, box in self._boxes.items()}
+        bounds = [(box.y0, box.y1, box.x0, box.x1) for box in (grown[number] for number in pairs[:, 1].tolist())]
+        return pairs, np.array(bounds, dtype=np.int64).reshape(-1, 4)
+
+    def _sum_of_models(self, box: Box, positive: bool = False) -> FloatArray:
+        """Add the models of all objects in a box, as array index; the same bits as in `model_image`.
+
+        A few boxes are drawn by themselves, which takes the models around them only; when more are asked for, the whole
+        image is drawn, once.
+        """
+        self._check_whole(positive)
+        if positive and self.total is not None:
+            return np.asarray(self.total[:, box.y, box.x])
+        if "_sums" not in self.__dict__ and self._small_boxes["drawn"] < _MOST_BOXES:
+            self._small_boxes["drawn"] += 1
+            return self._drawn(box, positive)
+        return np.asarray(self._sums[positive][:, box.y, box.x])
+
+    @cached_property
+    def _small_boxes(self) -> dict[str, int]:
+        """Number of boxes that were drawn by themselves."""
+        return {"drawn": 0}
+
+    def _drawn(self, box: Box, positive: bool) -> FloatArray:
+        out = np.zeros((len(self.bands), *box.shape), dtype=np.float32)
+        pairs, bounds = self._windows
+        near = (bounds[:, 0] < box.y1) & (bounds[:, 1] > box.y0) & (bounds[:, 2] < box.x1) & (bounds[:, 3] > box.x0)
+        for model_id, blend_id in pairs[near].tolist():
+            source = self.models[model_id]
+            if source.box.is_empty:
+                continue
+            array, own = render_source(source, self.kernels(self.psfs[blend_id]), self.outer_box_of_blend(blend_id))
+            light = array[(slice(None), *box.within(own))]
+            out[(slice(None), *own.within(box))] += np.maximum(light, 0) if positive else light
+        return out
+
+    def _check_whole(self, positive: bool) -> None:
+        if positive and self.is_part:
+            raise InputError("sharing pixels out needs the models of all objects, and this result holds some of them")
+
     @property
     def is_complete(self) -> bool:
         """Whether all blends were fitted; False for what a run that was stopped has left."""
@@ -747,26 +798,32 @@ class Result:
             counts[name] = {str(value) or "none": int(count) for value, count in zip(values, n, strict=True)}
         return {"peaks": self.n_peaks, "rows": len(self), **counts}
 
-    def model_image(self, positive: bool = False) -> FloatArray:
+    def model_image(self, positive: bool = False, box: Box | None = None) -> FloatArray:
         """Add the models of all objects, as observed.
 
         Parameters
         ----------
         positive : bool, optional
             True: add their positive parts only; by this sum the observed flux is shared.
+        box : Box, optional
+            Pixels to draw, in the coadd's coordinates, cut at the edge of the image; None: all. For a few small boxes
+            of a large result only the models around them are read and drawn.
 
         Returns
         -------
         image : ndarray, shape (B, H, W)
-            Flux per pixel [unit of the coadd]; computed once, read-only.
+            Flux per pixel [unit of the coadd], of the image or of the box; that of the image is computed once, and
+            read-only.
 
         Raises
         ------
         InputError
             If the positive parts are asked for and the result holds some of the objects only.
         """
-        if positive and self.is_part:
-            raise InputError("sharing pixels out needs the models of all objects, and this result holds some of them")
+        self._check_whole(positive)
+        if box is not None:
+            within = box.shift(-self.origin[0], -self.origin[1]) & Box.of_shape(self.shape)
+            return self._sum_of_models(within, positive)
         if positive and self.total is not None:
             return self.total
         return self._sums[positive]

@@ -541,6 +541,12 @@ class _StoredModels(ModelStore):
                     found[int(object_id)] = (y - dy, x - dx)
         return found
 
+    def largest_psf_side(self) -> int:
+        """Largest side of all PSFs [pixels]."""
+        with parquet(self._folder, "psfs.parquet") as file:
+            sides = file.read(columns=["height", "width"])
+        return max((int(number) for column in sides.columns for number in column.to_pylist()), default=0)
+
     def psfs_of_blend(self, blend_id: int) -> NDArray[np.float64]:
         """Read the PSF of a blend; the latest are kept."""
         psf_id = self._blend(blend_id)["psf_id"]
@@ -573,6 +579,11 @@ class _StoredPsfs(Mapping[int, NDArray[np.float64]]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._ids)
+
+    @cached_property
+    def largest_side(self) -> int:
+        """Largest side of all of them [pixels], which is known without reading their pixels."""
+        return self._models.largest_psf_side()
 
     def __getitem__(self, blend_id: int) -> NDArray[np.float64]:
         return self._models.psfs_of_blend(blend_id)
