@@ -54,7 +54,7 @@ def write_cell_coadd(
     hdus: list[Any] = [primary]
     image_header = header.copy()
     image_header["BUNIT"] = "nJy"
-    hdus.append(fits.CompImageHDU(images, image_header, name="IMAGE", compression_type="GZIP_2"))
+    hdus.append(fits.CompImageHDU(images, image_header, name="IMAGE", compression_type="GZIP_2", quantize_level=0.0))
     for number, planes in enumerate(masks):
         mask = np.zeros(shape, dtype=np.int32)
         for name, (y, x) in (bits or {}).items():
@@ -64,10 +64,14 @@ def write_cell_coadd(
         for n, (name, bit) in enumerate(planes.items()):
             mask_header[f"MSKN{n:04}"], mask_header[f"MSKM{n:04}"] = name, 1 << bit
         mask_header["EXTVER"] = number + 1
-        hdus.append(fits.CompImageHDU(mask, mask_header, name="MASK", compression_type="GZIP_2"))
+        hdus.append(fits.CompImageHDU(mask, mask_header, name="MASK", compression_type="GZIP_2", quantize_level=0.0))
     variance_header = header.copy()
     variance_header["BUNIT"] = "nJy2"
-    hdus.append(fits.CompImageHDU(np.ones_like(images), variance_header, name="VARIANCE", compression_type="GZIP_2"))
+    hdus.append(
+        fits.CompImageHDU(
+            np.ones_like(images), variance_header, name="VARIANCE", compression_type="GZIP_2", quantize_level=0.0
+        )
+    )
     first = origin if grid_first is None else grid_first
     i0, j0 = (origin[0] - first[0]) // CELL, (origin[1] - first[1]) // CELL
     y, x = (np.arange(side) - side // 2 for side in psf_shape)

@@ -54,7 +54,7 @@ def test_python_example_of_the_readme_runs(elsewhere):
 def test_command_line_example_of_the_readme_runs(elsewhere):
     text = (ROOT / "README.md").read_text()
     (example,) = re.findall(r"^```sh\n(kermes simulate .*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    assert [run(shlex.split(line)[1:]) for line in example.splitlines()] == [0] * 6
+    assert [run(shlex.split(line)[1:]) for line in example.splitlines()] == [0] * 7
 
 
 def test_links_of_the_readme_lead_to_files():

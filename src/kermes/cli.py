@@ -264,6 +264,70 @@ def show(
 
 
 @app.command
+def report(
+    result: Path,
+    /,
+    *,
+    object_id: Annotated[tuple[int, ...], Parameter(name="--object", negative=(), show_default=False)] = (),
+    blend_id: Annotated[int | None, Parameter(name="--blend")] = None,
+    worst: int | None = None,
+    output: Annotated[Path | None, Parameter(alias="-o")] = None,
+    coadd: Path | None = None,
+    overwrite: Switch = False,
+) -> None:
+    """Write an HTML page about some objects, and files of them for other viewers.
+
+    Beside the page, which needs no other file and no network, there are a FITS file of image, model and residual around
+    the objects (.fits), a region file of ds9 (.reg) and footprints for Firefly (_footprints.json).
+
+    Parameters
+    ----------
+    result
+        Directory that kermes deblend wrote.
+    object_id
+        Object to report on; may be repeated.
+    blend_id
+        Blend of which all objects are reported on.
+    worst
+        Number of objects to report on, those with the largest chi2.
+    output
+        Page to write, .html; left out: beside the result, under its name with _report.html.
+    coadd
+        Coadd it was made from; left out: the files that kermes deblend read.
+    overwrite
+        Replace earlier files of the same names.
+    """
+    from kermes import io
+    from kermes.io.overlays import ds9_regions, firefly_footprints, residual_fits
+    from kermes.report import MOST_OBJECTS, area_of, html_report, worst_objects
+
+    if sum((bool(object_id), blend_id is not None, worst is not None)) != 1:
+        raise _UsageError("give one of --object, --blend and --worst")
+    opened = kermes.open(result)
+    output = result.with_name(f"{result.stem}_report.html") if output is None else output
+    files = [output, *(output.with_name(output.stem + end) for end in (".fits", ".reg", "_footprints.json"))]
+    for file in files:
+        _check_file_output(file, file.suffix if file != output else ".html", overwrite=overwrite)
+    wanted = worst_objects(opened, worst) if worst is not None else _wanted(opened, object_id, blend_id, {}, None)
+    if not wanted:
+        raise InputError("worst must find an object with a chi2, and the result has none")
+    if len(wanted) > MOST_OBJECTS:
+        _say(f"warning: the first {MOST_OBJECTS} of {len(wanted)} objects are reported on")
+        wanted = wanted[:MOST_OBJECTS]
+    source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
+    opened = kermes.open(result, coadd=io.read(**source))
+    contents = (
+        html_report(opened, wanted, title=f"{result.name}: {_count(len(wanted), 'object')}").encode(),
+        residual_fits(opened, area_of(opened, wanted)),
+        ds9_regions(opened, wanted).encode(),
+        firefly_footprints(opened, wanted).encode(),
+    )
+    for file, content in zip(files, contents, strict=True):
+        write_file(file, content)
+    _say(f"{_count(len(wanted), 'object')}; written to {', '.join(map(str, files))}")
+
+
+@app.command
 def convert(
     source: Path,
     output: Path,

@@ -294,6 +294,12 @@ class Coadd:
     def __repr__(self) -> str:
         return f"Coadd({self.name!r}, bands={self.bands}, height={self.shape[0]}, width={self.shape[1]})"
 
+    def _repr_html_(self) -> str:
+        """Show it in a notebook, with a small picture."""
+        from kermes.plots import coadd_html
+
+        return coadd_html(self)
+
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width of every band."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from html import escape
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from astropy.table import Table
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import imsave
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike, NDArray
 
@@ -680,3 +685,251 @@ def show_result(result: Result, n: int = 5) -> Figure:
         scale,
     )
     return figure
+
+
+def show_region(result: Result, box: Box, ids: Sequence[int] | None = None) -> Figure:
+    """Draw a part of a result: image, model and residual.
+
+    Parameters
+    ----------
+    result : Result
+        With its coadd.
+    box : Box
+        Pixels to draw, in the coordinates of the coadd, cut at the edge of the image.
+    ids : sequence of int, optional
+        Values of `object_id` to mark and number; None: all objects in the box.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+        As that of `show_result`, without strips.
+
+    Raises
+    ------
+    InputError
+        If an object is not in the result, the result has no coadd, or the box no pixel of the image.
+    """
+    if result.coadd is None:
+        raise InputError("result must have its images to be drawn: open it with coadd=, got none")
+    part = result.coadd.cutout(box)
+    objects = result.objects
+    peaks = np.stack([_column(objects, "y"), _column(objects, "x")], axis=1)
+    inside = [(round(y), round(x)) in part.box for y, x in peaks.tolist()]
+    rows = np.flatnonzero(inside) if ids is None else np.array([result[number].index for number in ids], dtype=int)
+    height = _scene_height(part.shape)
+    figure = _new_figure(_WIDTH, height)
+    _draw_scene(
+        figure,
+        height,
+        part.images,
+        result.model_image(box=part.box),
+        part.variance,
+        part.valid,
+        result.bands,
+        part.origin,
+        peaks[rows],
+        [int(number) for number in np.asarray(objects["object_id"])[rows]],
+        ["white" if str(outcome) == "full" else "orange" for outcome in np.asarray(objects["outcome"])[rows]],
+        colour_scale(part.images, part.bands, noise=_typical_noise(part.variance, part.valid), valid=part.valid),
+    )
+    return figure
+
+
+_OUTCOMES = {"full": "tab:green", "single": "gold", "point": "tab:cyan", "template": "tab:orange", "peak": "tab:red"}
+_OTHER_OUTCOME = "magenta"
+
+
+def show_tile(result: Result, color: str = "outcome", *, ax: Axes | None = None, size: float = 12.0) -> Figure:
+    """Draw footprints and peaks of a whole result, coloured by a column.
+
+    Parameters
+    ----------
+    result : Result
+    color : str, optional
+        Column of the table of objects: "outcome", a flag, or any number. Objects without a value are grey.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None: a new figure.
+    size : float, optional
+        Area of a mark [points^2].
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+        That of `ax`. Numbers are coloured between their 2 and 98 per cent.
+
+    Raises
+    ------
+    InputError
+        If there is no such column.
+    """
+    objects = result.objects
+    if color not in objects.colnames:
+        raise InputError(f"color must be a column of the table of objects, got {color!r}")
+    if ax is None:
+        height, width = result.shape
+        figure = _new_figure(8.0, float(np.clip(6.5 * height / max(width, 1), 3.0, 12.0)))
+        figure.set_layout_engine("constrained")  # leaves room for the legend
+        axes = figure.subplots()
+    else:
+        axes, figure = ax, _figure_of(ax)
+    axes.add_collection(LineCollection(list(_edges(result)), colors="0.6", linewidths=0.5, zorder=1))
+    y, x = _column(objects, "y"), _column(objects, "x")
+    values = np.asarray(objects[color])
+    if values.dtype.kind in "iuf":
+        numbers = _column(objects, color)
+        known = np.isfinite(numbers)
+        low, high = np.percentile(numbers[known], [2, 98]) if known.any() else (0.0, 1.0)
+        axes.scatter(x[~known], y[~known], s=size, c="0.7", zorder=2)
+        marks = axes.scatter(x[known], y[known], s=size, c=numbers[known], vmin=low, vmax=high, zorder=3)
+        unit = objects[color].unit
+        figure.colorbar(marks, ax=axes, label=color + (f" [{unit}]" if unit else ""), extend="both")
+    else:
+        for value in sorted({str(each) for each in values}):
+            chosen = values.astype(str) == value
+            named = {"True": "tab:red", "False": "0.7"} if values.dtype == bool else _OUTCOMES
+            label = f"{value or 'none'}: {chosen.sum()}"
+            axes.scatter(x[chosen], y[chosen], s=size, c=named.get(value, _OTHER_OUTCOME), label=label)
+        axes.legend(title=color, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    box = Box(*result.origin, *result.shape)
+    axes.set(xlim=(box.x0 - 0.5, box.x1 - 0.5), ylim=(box.y0 - 0.5, box.y1 - 0.5), aspect="equal")
+    axes.set_xlabel("x [pixels]")
+    axes.set_ylabel("y [pixels]")
+    return figure
+
+
+def _edges(result: Result) -> FloatArray:
+    """Edges between pixels of different footprints, shape (N, 2, 2): both ends (x, y) of each."""
+    labels = np.zeros(result.shape, dtype=np.int64)
+    for number, footprint in result.footprints.items():
+        for row, first, end in footprint.spans.tolist():
+            labels[row, first:end] = number
+    padded = np.pad(labels, 1)
+    rows, columns = np.nonzero(padded[1:, :] != padded[:-1, :])
+    flat = np.stack([[columns - 1.5, rows - 0.5], [columns - 0.5, rows - 0.5]])
+    rows, columns = np.nonzero(padded[:, 1:] != padded[:, :-1])
+    upright = np.stack([[columns - 0.5, rows - 1.5], [columns - 0.5, rows - 0.5]])
+    segments = np.concatenate([flat, upright], axis=2).transpose(2, 0, 1)
+    return np.asarray(segments + [result.origin[1], result.origin[0]])
+
+
+def show_timing(result: Result, *, ax: Axes | None = None) -> Figure:
+    """Draw how long each blend took, against the number of its sources, and how it ended.
+
+    Parameters
+    ----------
+    result : Result
+        With its timings; those of blends that were not fitted are left out.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None: a new figure.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+        That of `ax`. Blends that did not converge are orange; the size of a mark grows with the iterations.
+
+    Raises
+    ------
+    InputError
+        If the result has no timings, as one that was read from files of other programs.
+    """
+    seconds = np.asarray(result.timings.get("blends", []), dtype=np.float64)
+    blends = result.blends
+    if len(seconds) != len(blends):
+        raise InputError("result must have the timings of its blends, got none")
+    if ax is None:
+        figure = _new_figure(7.0, 5.0)
+        axes = figure.subplots()
+    else:
+        axes, figure = ax, _figure_of(ax)
+    known = np.isfinite(seconds)
+    converged = np.asarray(blends["converged"], dtype=bool)
+    iterations = _column(blends, "iterations") if "iterations" in blends.colnames else np.zeros(len(blends))
+    for label, chosen, shade in (("converged", converged, "tab:blue"), ("not converged", ~converged, "tab:orange")):
+        used = known & chosen
+        area = 8.0 + 40.0 * np.nan_to_num(iterations[used]) / max(float(np.nanmax(iterations, initial=1.0)), 1.0)
+        n, label = np.asarray(blends["n_sources"])[used], f"{label}: {used.sum()}"
+        axes.scatter(n, 1e3 * seconds[used], s=area, c=shade, alpha=0.5, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="sources of the blend", ylabel="time [ms]")
+    total = float(np.nansum(seconds))
+    each = 1e3 * total / max(len(result), 1)
+    axes.set_title(f"{len(result)} objects, {total:.1f} s of one core, {each:.1f} ms per object")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _figure_of(ax: Axes) -> Figure:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+# ---------------------------------------------------------------- notebooks
+
+_THUMBNAIL = 240  # pixels, longer side
+_MOST_DRAWN = 300  # objects of which a result without images is drawn
+
+
+def _img(content: bytes) -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(content).decode()}" style="image-rendering: pixelated">'
+
+
+def _thumbnail(images: ImageArray, bands: Sequence[str], valid: BoolArray | None = None) -> str:
+    """Draw a small picture as HTML; every n-th pixel of a large image."""
+    step = -(-max(images.shape[1:]) // _THUMBNAIL)
+    small = images[:, ::step, ::step]
+    rgb = lupton_rgb(small, bands, valid=None if valid is None else valid[:, ::step, ::step])
+    enlarged = max(1, _THUMBNAIL // (2 * max(rgb.shape[:2])))
+    file = BytesIO()
+    imsave(file, np.repeat(np.repeat(rgb[::-1], enlarged, axis=0), enlarged, axis=1), format="png")
+    return _img(file.getvalue())
+
+
+def _beside(picture: str, text: str) -> str:
+    return f'<div style="display: flex; gap: 1em; align-items: center">{picture}<pre>{escape(text)}</pre></div>'
+
+
+def coadd_html(coadd: Coadd) -> str:
+    """Show a coadd in a notebook: a small picture and what it is made of."""
+    height, width = coadd.shape
+    lines = [
+        coadd.name,
+        f"bands   {' '.join(coadd.bands)}",
+        f"pixels  {height} x {width} from y = {coadd.origin[0]}, x = {coadd.origin[1]}",
+        f"valid   {100 * coadd.valid.mean():.1f} %",
+        f"unit    {coadd.unit or 'not known'}",
+        f"PSF     {'field' if callable(coadd.psfs) else 'one per band'}",
+        f"sky     {'WCS' if coadd.wcs is not None else 'none'}",
+    ]
+    return _beside(_thumbnail(coadd.images, coadd.bands, coadd.valid), "\n".join(lines))
+
+
+def result_html(result: Result) -> str:
+    """Show a result in a notebook: a small picture of its models, and its ledger."""
+    ledger = result.ledger()
+    counts = ", ".join(f"{n} {name}" for name, n in ledger["outcomes"].items())
+    height, width = result.shape
+    lines = [
+        f"{len(result)} objects in {len(result.blends)} blends, {len(result.candidates)} candidates",
+        f"outcome  {counts or 'none'}",
+        f"model    {result.config.model}",
+        f"bands    {' '.join(result.bands)}",
+        f"pixels   {height} x {width} from y = {result.origin[0]}, x = {result.origin[1]}",
+        f"images   {'at hand' if result.coadd is not None else 'not at hand: kermes.open(path, coadd=...)'}",
+    ]
+    if result.coadd is not None:
+        picture = _thumbnail(result.coadd.images, result.bands, result.coadd.valid)
+    elif 0 < len(result) <= _MOST_DRAWN:
+        picture = _thumbnail(result.model_image(), result.bands)
+    else:
+        picture = ""
+    return _beside(picture, "\n".join(lines))
+
+
+def object_html(obj: ObjectHandle) -> str:
+    """Show an object in a notebook: its strip of pictures."""
+    figure = show_objects(obj.result, [obj.object_id])
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=80)
+    row = obj.row
+    text = f"object {obj.object_id}: {row['model'] or 'no model'}, {row['outcome']}, chi2 {row['chi2']:.2f}"
+    return f"<div>{_img(file.getvalue())}<pre>{escape(text)}</pre></div>"

@@ -397,6 +397,12 @@ class ObjectHandle:
         y, x = self.peak
         return f"<Object {self.object_id}: peak y={y}, x={x}, {self.row['outcome']}, bands {' '.join(self.bands)}>"
 
+    def _repr_html_(self) -> str:
+        """Show it in a notebook, with its strip of pictures."""
+        from kermes.plots import object_html
+
+        return object_html(self)
+
 
 def _checked_kind(kind: StampKind | str) -> StampKind:
     try:
@@ -1101,3 +1107,9 @@ class Result:
         height, width = self.shape
         coadd = "" if self.coadd is not None else ", without coadd"
         return f"<Result: {objects}, bands {' '.join(self.bands)}, {height} x {width} pixels{coadd}>"
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook, with a small picture."""
+        from kermes.plots import result_html
+
+        return result_html(self)
