@@ -7,6 +7,7 @@ import pytest
 
 import kermes
 from kermes.config import Config
+from kermes.errors import InputError
 from kermes.simulation import simulate_scene
 
 ORIGIN = np.array([50, -30])
@@ -177,3 +178,24 @@ def test_bad_requests_are_named(result):
         kermes.refit(result, blend_id, config=Config(model="templates"))
     with pytest.raises(kermes.InputError, match="refit needs the images"):
         kermes.refit(replace(result, coadd=None), blend_id)
+
+
+def test_an_opened_result_is_refitted_like_the_one_in_memory(result, tmp_path):
+    blend_id = int(result.blends["blend_id"][np.argmax(result.blends["n_sources"])])
+    result.write(tmp_path / "out", tolerance=None)
+    opened = kermes.open(tmp_path / "out", coadd=result.coadd)
+    one, other = kermes.refit(result, blend_id), kermes.refit(opened, blend_id)
+    assert "_sums" not in opened.__dict__  # not all models were drawn
+    for name in one.objects.colnames:
+        values = np.asarray(one.objects[name])
+        if values.dtype.kind == "f":
+            # The sum of all models is added up in another order.
+            np.testing.assert_allclose(np.asarray(other.objects[name]), values, rtol=2e-4, atol=1e-4, err_msg=name)
+        else:
+            np.testing.assert_array_equal(np.asarray(other.objects[name]), values, err_msg=name)
+
+
+def test_a_part_of_a_result_is_not_refitted(result):
+    blend_id = int(result.blends["blend_id"][0])
+    with pytest.raises(InputError, match="refit needs the models of all objects, and this result holds some of them"):
+        kermes.refit(result.select(blend_ids=blend_id), blend_id)

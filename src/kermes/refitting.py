@@ -108,6 +108,8 @@ def refit(
     tried earlier.
     """
     coadd = result.need_coadd("refit")
+    if result.is_part:
+        raise InputError("refit needs the models of all objects, and this result holds some of them")
     config = result.config if config is None else config
     if (config.model == "templates") != (result.config.model == "templates"):
         raise InputError(f"config must have a model like that of the result, {result.config.model}, got {config.model}")
@@ -180,11 +182,11 @@ def _fit(
     config: Config,
 ) -> Result:
     """Deblend the pixels of a blend from which the light of all others was taken."""
-    others = result.model_image().copy()
-    _add(own, others, -1, positive=False)
+    others = result.model_image(box=outer.shift(*coadd.origin)).copy()
+    _add(replace(own, boxes=own.boxes - np.array([*outer.origin, 0, 0])), others, -1, positive=False)
     cut = coadd.cutout(outer.shift(*coadd.origin))
     window = (slice(None), outer.y, outer.x)
-    images = np.where(coadd.valid[window], coadd.images[window] - others[window], coadd.images[window])
+    images = np.where(coadd.valid[window], coadd.images[window] - others, coadd.images[window])
     object.__setattr__(cut, "images", np.ascontiguousarray(images))
     labels = np.zeros(outer.shape, dtype=np.int64)
     labels[box.within(outer)] = 1
@@ -283,24 +285,34 @@ def _merged(
         notes={**result.notes, "history": [*result.notes.get("history", []), dict(entry)]},
         timings={},
     )
-    total = result.model_image(positive=True).copy()
-    _add(own, total, -1, positive=True)
     changed = result.outer_box_of_blend(blend_id)
     for number in blend_ids.tolist():
-        _add(_models_of_blend(merged, number), total, 1, positive=True)
         changed = changed | merged.outer_box_of_blend(number)
+    if result.total is None:  # it is drawn where it is asked for
+        return _shared_anew(merged, changed)
+    total = result.total.copy()
+    _add(own, total, -1, positive=True)
+    for number in blend_ids.tolist():
+        _add(_models_of_blend(merged, number), total, 1, positive=True)
     np.maximum(total, 0, out=total)  # what is left of a difference of equal numbers
     return _shared_anew(replace(merged, total=total), changed)
 
 
 def _shared_anew(result: Result, changed: Box) -> Result:
     """Fill the columns that rest on the light of all blends, for those that reach into a box."""
-    coadd, total = result.need_coadd("refit"), result.model_image(positive=True)
+    coadd = result.need_coadd("refit")
     objects = {name: np.array(result.objects[name]) for name in result.objects.colnames}
-    for blend_id in result.blends["blend_id"].tolist():
-        outer = result.outer_box_of_blend(blend_id)
-        if (outer & changed).is_empty:
-            continue
+    outers = {number: result.outer_box_of_blend(number) for number in result.blends_near(changed).tolist()}
+    outers = {number: outer for number, outer in outers.items() if not (outer & changed).is_empty}
+    total = result.total
+    if total is None:
+        # Only pixels that these blends reach are looked at, so that only they are drawn.
+        reached = Box(0, 0, 0, 0)
+        for outer in outers.values():
+            reached = reached | outer
+        total = np.zeros((len(result.bands), *result.shape), dtype=np.float32)
+        total[:, reached.y, reached.x] = result.model_image(positive=True, box=reached.shift(*result.origin))
+    for blend_id, outer in outers.items():
         rows = np.flatnonzero(objects["blend_id"] == blend_id)
         sources = tuple(result.models[number] for number in objects["object_id"][rows].tolist())
         models = render_scene(Scene(sources=sources, box=outer), result.kernels(result.psfs[blend_id]))

@@ -736,17 +736,20 @@ class Result:
         return model, positive
 
     @cached_property
-    def _windows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Keys of all models with their blends (N, 2), and the bounds of the pixels that each can reach (N, 4)."""
+    def _bounds(self) -> NDArray[np.int64]:
+        """Number of each blend and bounds (y0, y1, x0, x1) of pixels that hold all that it can reach, shape (K, 5)."""
         psfs = self.psfs
         side = getattr(psfs, "largest_side", None)
         if side is None:
             side = max((max(psf.shape[1:]) for psf in psfs.values()), default=0)
-        pairs = self.model_ids().T
-        pairs = pairs[np.isin(pairs[:, 1], [*self._boxes])]
-        grown = {number: box.grow(side // 2) for number, box in self._boxes.items()}
-        bounds = [(box.y0, box.y1, box.x0, box.x1) for box in (grown[number] for number in pairs[:, 1].tolist())]
-        return pairs, np.array(bounds, dtype=np.int64).reshape(-1, 4)
+        grown = [(number, box.grow(side // 2)) for number, box in self._boxes.items()]
+        rows = [(number, box.y0, box.y1, box.x0, box.x1) for number, box in grown]
+        return np.array(rows, dtype=np.int64).reshape(-1, 5)
+
+    def blends_near(self, box: Box) -> NDArray[np.int64]:
+        """Find the blends whose models may reach into a box, as array index; a few may not."""
+        number, y0, y1, x0, x1 = self._bounds.T
+        return np.asarray(number[(y0 < box.y1) & (y1 > box.y0) & (x0 < box.x1) & (x1 > box.x0)])
 
     def _sum_of_models(self, box: Box, positive: bool = False) -> FloatArray:
         """Add the models of all objects in a box, as array index; the same bits as in `model_image`.
@@ -769,9 +772,8 @@ class Result:
 
     def _drawn(self, box: Box, positive: bool) -> FloatArray:
         out = np.zeros((len(self.bands), *box.shape), dtype=np.float32)
-        pairs, bounds = self._windows
-        near = (bounds[:, 0] < box.y1) & (bounds[:, 1] > box.y0) & (bounds[:, 2] < box.x1) & (bounds[:, 3] > box.x0)
-        for model_id, blend_id in pairs[near].tolist():
+        pairs = self.model_ids().T
+        for model_id, blend_id in pairs[np.isin(pairs[:, 1], self.blends_near(box))].tolist():
             source = self.models[model_id]
             if source.box.is_empty:
                 continue
