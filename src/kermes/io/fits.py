@@ -614,6 +614,11 @@ def _named_bits(header: fits.Header) -> dict[str, int]:
     return planes
 
 
+def mask_type(n_planes: int) -> np.dtype[Any]:
+    """Choose the smaller type of integers that has a bit for each plane, and one for the sign."""
+    return np.dtype(np.int32 if n_planes < 32 else np.int64)
+
+
 def _masks(
     masks: Sequence[Sequence[_Plane]], mask_planes: Mapping[str, int] | None
 ) -> tuple[list[NDArray[Any]], Mapping[str, int]]:
@@ -634,10 +639,10 @@ def _masks(
     common = {name: bit for bit, name in enumerate(dict.fromkeys(every))}
     moved = []
     for of_band, planes_of_band in zip(masks, named, strict=True):
-        out = np.zeros(of_band[0].data.shape, dtype=np.int64)
+        dtype = mask_type(len(common))
+        out = np.zeros(of_band[0].data.shape, dtype=dtype)
         for plane, planes in zip(of_band, planes_of_band, strict=True):
-            data = plane.data.astype(np.int64)
             for name, bit in planes.items():
-                out |= ((data >> bit) & 1) << common[name]
+                out |= ((plane.data >> bit) & 1).astype(dtype) << common[name]
         moved.append(out)
     return moved, common

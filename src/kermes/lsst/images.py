@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from kermes.coadd import BAD_PLANES, Coadd, PsfField, wavelength_order
 from kermes.errors import InputError, ShapeError
 from kermes.geometry import Box
+from kermes.io.fits import mask_type
 from kermes.io.lsst_images import Cells, cells_from_grid, psf_of_cells
 from kermes.psf import CellPsf
 
@@ -85,6 +86,7 @@ def coadd_of_images(
     scales = {band: _scale(image, band, unit) for band, image in by_band.items()}
     masks, planes = _masks({band: image.mask for band, image in by_band.items()})
     nothing = np.full(first.image.array.shape, np.nan, dtype=np.float32)
+    no_bits = np.zeros(nothing.shape, dtype=mask_type(len(planes)))
     flux = {band: _scaled(image.image.array, scales[band]) for band, image in by_band.items()}
     noise = {band: _scaled(image.variance.array, scales[band] ** 2) for band, image in by_band.items()}
     return Coadd(
@@ -92,7 +94,7 @@ def coadd_of_images(
         variance=[noise.get(band, nothing) for band in wanted],  # type: ignore[arg-type]
         psfs=_psfs(by_band, wanted) if psfs is None else psfs,
         bands=wanted,
-        mask=[masks[band] if band in masks else np.zeros(nothing.shape, dtype=np.int64) for band in wanted],  # type: ignore[arg-type]
+        mask=[masks.get(band, no_bits) for band in wanted],  # type: ignore[arg-type]
         mask_planes=planes,
         bad_planes=tuple(bad_planes),
         wcs=_wcs(first),
@@ -152,17 +154,18 @@ def _scaled(pixels: NDArray[Any], scale: float) -> NDArray[Any]:
     return pixels if scale == 1.0 else pixels * np.asarray(scale, dtype=pixels.dtype)
 
 
-def _masks(masks: Mapping[str, Mask]) -> tuple[dict[str, NDArray[np.int64]], dict[str, int]]:
+def _masks(masks: Mapping[str, Mask]) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
     """Bits of all bands under one numbering, as of the planes of the first and then those of the others."""
     names = dict.fromkeys(name for mask in masks.values() for plane in mask.schema if plane for name in (plane.name,))
     planes = {name: number for number, name in enumerate(names)}
     bits = {}
+    dtype = mask_type(len(planes))
     for band, mask in masks.items():
-        out = np.zeros(mask.array.shape[:2], dtype=np.int64)
+        out = np.zeros(mask.array.shape[:2], dtype=dtype)
         for plane in mask.schema:
             if plane is not None:
                 bit = mask.schema.bit(plane.name)
-                out |= ((mask.array[..., bit.index] & bit.mask) != 0).astype(np.int64) << planes[plane.name]
+                out |= ((mask.array[..., bit.index] & bit.mask) != 0).astype(dtype) << planes[plane.name]
         bits[band] = out
     return bits, planes
 
