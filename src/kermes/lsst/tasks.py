@@ -19,6 +19,7 @@ from lsst.pipe.base import (
 )
 from lsst.pipe.base import connectionTypes as connections
 
+from kermes.coadd import Coadd
 from kermes.errors import ConfigError, DataWarning, InputError
 from kermes.forced import forced_photometry
 from kermes.geometry import Box
@@ -189,9 +190,12 @@ class DeblendPatchTask(PipelineTask):
         data_id = butlerQC.quantum.dataId
         name = f"tract {data_id['tract']}, patch {data_id['patch']}"
         images = {band: read_image(handles[band].get, f"{name}, band {band}") for band in bands}
+        coadd, inner = self._coadd(images, missing, name)
+        del images  # as large as the coadd, and not needed while it is deblended
         sky_map = data_id.records["skymap"]
-        outputs = self.run(
-            images,
+        outputs = self._deblend(
+            coadd,
+            inner,
             detections=inputs.get("detections"),
             missing_bands=missing,
             tract=data_id["tract"],
@@ -236,13 +240,39 @@ class DeblendPatchTask(PipelineTask):
         NoWorkFound
             If no pixel has data, or nothing is detected.
         """
+        coadd, inner = self._coadd(images, missing_bands or [], f"tract {tract}, patch {patch}")
+        return self._deblend(
+            coadd,
+            inner,
+            detections=detections,
+            missing_bands=missing_bands or [],
+            tract=tract,
+            patch=patch,
+            patches_per_tract=patches_per_tract,
+            n_cores=n_cores,
+        )
+
+    def _coadd(self, images: Mapping[str, Any], missing_bands: list[str], name: str) -> tuple[Coadd, Box]:
+        """Make a coadd of the images, which are not needed afterwards; and the inner part of the patch."""
         if not any(has_data(image) for image in images.values()):
             raise NoWorkFound("no pixel of the patch has data")
-        name = f"tract {tract}, patch {patch}"
         if missing_bands:
             self.log.warning("%s has no coadd in the bands %s", name, ", ".join(missing_bands))
-        bands = list(self.config.bands) or list(images)
-        coadd = coadd_of_images(images, bands=bands, name=name)
+        coadd = coadd_of_images(images, bands=list(self.config.bands) or list(images), name=name)
+        return coadd, box_of(next(iter(images.values())).patch.inner_bbox)
+
+    def _deblend(
+        self,
+        coadd: Coadd,
+        inner: Box,
+        *,
+        detections: Table | None,
+        missing_bands: list[str],
+        tract: int,
+        patch: int,
+        patches_per_tract: int,
+        n_cores: int,
+    ) -> Struct:
         result = _run(coadd, self.config.kermes, detections, n_cores, self.log)
         if not len(result):
             raise NoWorkFound("nothing is detected in the patch")
@@ -250,17 +280,16 @@ class DeblendPatchTask(PipelineTask):
             raise InputError(f"a patch must have fewer than {NUMBERS} objects, got {len(result)}")
         result = result.renumbered(first_number(tract, patch, patches_per_tract))
         _note(self.metadata, result)
-        self.metadata["missing_bands"] = " ".join(missing_bands or [])
+        self.metadata["missing_bands"] = " ".join(missing_bands)
         self.log.info(
             "%s: %d objects in %d blends, bands %s, %.1f s on %d cores",
-            name,
+            coadd.name,
             len(result),
             len(result.blends),
-            " ".join(bands),
+            " ".join(coadd.bands),
             result.timings["total"],
             n_cores,
         )
-        inner = box_of(next(iter(images.values())).patch.inner_bbox)
         objects = _with_columns(
             result.objects,
             {
