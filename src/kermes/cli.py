@@ -211,12 +211,14 @@ def show(
     y: float | None = None,
     x: float | None = None,
     radius: float | None = None,
+    tile: str | None = None,
+    timing: Switch = False,
     output: Annotated[Path | None, Parameter(alias="-o")] = None,
     coadd: Path | None = None,
 ) -> None:
     """Draw a result, or some of its objects, and say what is known of them.
 
-    Without --object, --blend or a position: image, model, residual, and the largest objects of all.
+    Without --object, --blend, a position, --tile or --timing: image, model, residual, and the largest objects of all.
 
     Parameters
     ----------
@@ -236,8 +238,12 @@ def show(
         Column of that position.
     radius
         How far from the position: with --ra in arcsec, with --y in pixels. Left out: 2 arcsec, 10 pixels.
+    tile
+        Draw footprints and peaks of all objects, coloured by this column, such as outcome, a flag, or any number.
+    timing
+        Draw how long each blend took.
     output
-        Picture to write; left out: picture.png in that directory, or one named after the first object.
+        Picture to write; left out: picture.png in that directory, or one named after what is drawn.
     coadd
         Coadd it was made from; left out: the files that kermes deblend read. Objects are drawn without it if need be.
     """
@@ -245,6 +251,16 @@ def show(
 
     opened = kermes.open(result)  # What is no result gets its own message, before anything is looked for.
     wanted = _wanted(opened, object_id, blend_id, {"ra": ra, "dec": dec, "y": y, "x": x}, radius)
+    if sum((wanted is not None, tile is not None, timing)) > 1:
+        raise _UsageError("--tile, --timing and a choice of objects exclude each other")
+    if tile is not None or timing:
+        output = _beside(result, "timing.png" if tile is None else f"tile_{tile}.png") if output is None else output
+        _check_file_output(output, ".png")
+        from kermes import plots
+
+        write_file(output, _png(plots.show_timing(opened) if tile is None else plots.show_tile(opened, tile)))
+        _say(f"picture: {output}")
+        return
     if output is None:
         output = _beside(result, _PICTURE_FILE if wanted is None else f"object_{wanted[0]}.png")
     _check_file_output(output, ".png")
@@ -993,7 +1009,10 @@ def _description(result: Result, object_id: int) -> str:
 def _picture(result: Result, object_ids: Sequence[int] | None = None) -> bytes:
     from kermes import plots
 
-    figure: Figure = plots.show_result(result) if object_ids is None else plots.show_objects(result, object_ids)
+    return _png(plots.show_result(result) if object_ids is None else plots.show_objects(result, object_ids))
+
+
+def _png(figure: Figure) -> bytes:
     file = BytesIO()
     figure.savefig(file, format="png", dpi=150)
     return file.getvalue()
