@@ -169,13 +169,8 @@ def read_fits(
     _check_bands("variance", variance, images)
     _check_bands("invvar", invvar, images)
     own = [band for band in names if band not in variance and band not in invvar]
-    for plane, files in (("VARIANCE", variance), ("INVVAR", invvar)):
-        found = {band: exposures[band].planes[plane] for band in own if plane in exposures[band].planes}
-        own = [band for band in own if band not in found]
-        if plane == "VARIANCE":
-            variance = {**files, **found}
-        else:
-            invvar = {**files, **found}
+    variance = {**variance, **_planes_of(exposures, own, "VARIANCE")}
+    invvar = {**invvar, **_planes_of(exposures, [band for band in own if band not in variance], "INVVAR")}
     _check_noise(variance, invvar, names)
     mask_files: dict[str, tuple[Path | str, ...]] = {}
     if mask is not None:
@@ -196,14 +191,14 @@ def read_fits(
     noise = []
     for band in names:
         table, files = ("invvar", invvar) if band in invvar else ("variance", variance)
-        plane_read = _read_plane(files[band], table, band, window)
-        _check_on_grid(plane_read, flux[0], reference)
-        noise.append(_inverted(plane_read.data) if band in invvar else plane_read.data)
+        read = _read_plane(files[band], table, band, window)
+        _check_on_grid(read, flux[0], reference)
+        noise.append(_inverted(read.data) if band in invvar else read.data)
     bits, planes = None, mask_planes
     if mask_files:
         masks = [[_read_plane(file, "mask", band, window) for file in mask_files[band]] for band in names]
-        for plane_read in (each for of_band in masks for each in of_band):
-            _check_on_grid(plane_read, flux[0], reference)
+        for read in (each for of_band in masks for each in of_band):
+            _check_on_grid(read, flux[0], reference)
         bits, planes = _masks(masks, mask_planes)
     if isinstance(psf, Mapping):
         psf = [_read_plane(psf[band], "psf", band).data for band in names]
@@ -261,6 +256,11 @@ def _named_exposures(files: Any) -> tuple[dict[str, Path | str], dict[str, _Expo
             )
         images[exposure.band], exposures[exposure.band] = file, exposure
     return images, exposures
+
+
+def _planes_of(exposures: Mapping[str, _Exposure], bands: Sequence[str], plane: str) -> dict[str, str]:
+    """Say where a plane of some bands is, for those whose exposure has it."""
+    return {band: exposures[band].planes[plane] for band in bands if plane in exposures[band].planes}
 
 
 def _psf_of_exposures(exposures: Mapping[str, _Exposure], names: tuple[str, ...]) -> Any:
