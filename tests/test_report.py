@@ -280,3 +280,14 @@ def test_command_writes_the_page_and_its_files(tmp_path, monkeypatch, capsys):
     assert "exclude each other" in capsys.readouterr().err
     assert cli.run("report out --object 1 --worst 2".split()) == 2
     assert "give one of --object, --blend and --worst" in capsys.readouterr().err
+
+
+def test_firefly_footprints_of_a_cut_fit_the_cut(result):
+    number = int(result.objects["object_id"][3])
+    box = area_of(result, [number])
+    (whole,) = json.loads(firefly_footprints(result, [number]))["footprints"].values()
+    (part,) = json.loads(firefly_footprints(result, [number], box))["footprints"].values()
+    dy, dx = box.y0 - result.origin[0], box.x0 - result.origin[1]
+    assert (np.array(whole["spans"]) - [dy, dx, dx]).tolist() == part["spans"]
+    assert (np.array(whole["corners"]) - [dx, dy]).tolist() == part["corners"]
+    np.testing.assert_allclose(np.array(whole["peaks"]) - [dx, dy], part["peaks"])

@@ -434,6 +434,8 @@ def test_part_has_the_objects_of_a_blend_and_their_models(crowded, tmp_path):
         for b, each in enumerate(stamp.values()):
             assert np.array_equal(part[number].model(part.bands[b]).array, each.array)
             expected[(b, *each.box.within(crowded.coadd.box))] += each.array
+    for several in (set(members), (number for number in members), np.array(members)):
+        assert crowded.select(object_ids=several).objects["object_id"].tolist() == members
     of_candidates = part.select(object_ids=members)
     np.testing.assert_allclose(of_candidates.model_image(), expected, atol=1e-5 * expected.max())
 

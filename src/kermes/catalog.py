@@ -32,6 +32,21 @@ class Outcome(StrEnum):
     """As a PSF at the peak."""
 
 
+OUTCOME_COLORS: Mapping[str, str] = {
+    Outcome.FULL: "green",
+    Outcome.SINGLE: "gold",
+    Outcome.POINT: "cyan",
+    Outcome.TEMPLATE: "orange",
+    Outcome.PEAK: "red",
+}
+"""Colour in which objects of each outcome are marked, by a name that matplotlib and ds9 know."""
+
+
+def outcome_color(outcome: object) -> str:
+    """Say in which colour objects of an outcome are marked; those without one are magenta."""
+    return OUTCOME_COLORS.get(str(outcome), "magenta")
+
+
 class Reason(StrEnum):
     """Why a source was not modelled as configured."""
 

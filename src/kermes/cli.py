@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
@@ -27,7 +26,6 @@ from kermes.storage import write_file
 
 if TYPE_CHECKING:
     from astropy.table import Table
-    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     from kermes.modelling import BlendOutcome
@@ -258,7 +256,9 @@ def show(
         _check_file_output(output, ".png")
         from kermes import plots
 
-        write_file(output, _png(plots.show_timing(opened) if tile is None else plots.show_tile(opened, tile)))
+        write_file(
+            output, plots.png_bytes(plots.show_timing(opened) if tile is None else plots.show_tile(opened, tile))
+        )
         _say(f"picture: {output}")
         return
     if output is None:
@@ -332,11 +332,12 @@ def report(
         wanted = wanted[:MOST_OBJECTS]
     source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
     opened = kermes.open(result, coadd=io.read(**source))
+    area = area_of(opened, wanted)
     contents = (
         html_report(opened, wanted, title=f"{result.name}: {_count(len(wanted), 'object')}").encode(),
-        residual_fits(opened, area_of(opened, wanted)),
+        residual_fits(opened, area),
         ds9_regions(opened, wanted).encode(),
-        firefly_footprints(opened, wanted).encode(),
+        firefly_footprints(opened, wanted, area).encode(),
     )
     for file, content in zip(files, contents, strict=True):
         write_file(file, content)
@@ -1009,13 +1010,7 @@ def _description(result: Result, object_id: int) -> str:
 def _picture(result: Result, object_ids: Sequence[int] | None = None) -> bytes:
     from kermes import plots
 
-    return _png(plots.show_result(result) if object_ids is None else plots.show_objects(result, object_ids))
-
-
-def _png(figure: Figure) -> bytes:
-    file = BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return file.getvalue()
+    return plots.png_bytes(plots.show_result(result) if object_ids is None else plots.show_objects(result, object_ids))
 
 
 def _check_file_output(path: Path, *suffixes: str, overwrite: bool = True) -> None:

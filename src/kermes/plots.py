@@ -19,6 +19,7 @@ from matplotlib.image import imsave
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike, NDArray
 
+from kermes.catalog import outcome_color
 from kermes.coadd import wavelength_order
 from kermes.errors import InputError, ShapeError
 from kermes.geometry import Box
@@ -232,6 +233,13 @@ def _new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
+
+
+def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
+    """Make the content of a PNG file of a figure."""
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()
 
 
 def _margins(
@@ -735,10 +743,6 @@ def show_region(result: Result, box: Box, ids: Sequence[int] | None = None) -> F
     return figure
 
 
-_OUTCOMES = {"full": "tab:green", "single": "gold", "point": "tab:cyan", "template": "tab:orange", "peak": "tab:red"}
-_OTHER_OUTCOME = "magenta"
-
-
 def show_tile(result: Result, color: str = "outcome", *, ax: Axes | None = None, size: float = 12.0) -> Figure:
     """Draw footprints and peaks of a whole result, coloured by a column.
 
@@ -786,9 +790,9 @@ def show_tile(result: Result, color: str = "outcome", *, ax: Axes | None = None,
     else:
         for value in sorted({str(each) for each in values}):
             chosen = values.astype(str) == value
-            named = {"True": "tab:red", "False": "0.7"} if values.dtype == bool else _OUTCOMES
             label = f"{value or 'none'}: {chosen.sum()}"
-            axes.scatter(x[chosen], y[chosen], s=size, c=named.get(value, _OTHER_OUTCOME), label=label)
+            shade = {"True": "red", "False": "0.7"}.get(value) or outcome_color(value)
+            axes.scatter(x[chosen], y[chosen], s=size, c=shade, label=label)
         axes.legend(title=color, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     box = Box(*result.origin, *result.shape)
     axes.set(xlim=(box.x0 - 0.5, box.x1 - 0.5), ylim=(box.y0 - 0.5, box.y1 - 0.5), aspect="equal")
@@ -927,9 +931,7 @@ def result_html(result: Result) -> str:
 
 def object_html(obj: ObjectHandle) -> str:
     """Show an object in a notebook: its strip of pictures."""
-    figure = show_objects(obj.result, [obj.object_id])
-    file = BytesIO()
-    figure.savefig(file, format="png", dpi=80)
+    picture = png_bytes(show_objects(obj.result, [obj.object_id]), dpi=80)
     row = obj.row
     text = f"object {obj.object_id}: {row['model'] or 'no model'}, {row['outcome']}, chi2 {row['chi2']:.2f}"
-    return f"<div>{_img(file.getvalue())}<pre>{escape(text)}</pre></div>"
+    return f"<div>{_img(picture)}<pre>{escape(text)}</pre></div>"

@@ -7,7 +7,6 @@ import importlib.metadata
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ MOST_OBJECTS = 50
 """Objects that a report may have: each takes a picture of some 100 kB."""
 
 _MARGIN = 15  # pixels around the objects in the picture of all of them
+_DPI = 110
 _PER_BAND = "{band}_"
 
 _STYLE = """
@@ -91,7 +91,7 @@ def html_report(result: Result, object_ids: Sequence[int], title: str = "kermes 
     ids = [handle.object_id for handle in handles]
     parts = [f"<h1>{escape(title)}</h1>", _summary(result)]
     if result.coadd is not None:
-        area = _picture(plots.show_region(result, area_of(result, ids), ids))
+        area = plots.png_bytes(plots.show_region(result, area_of(result, ids), ids), _DPI)
         parts += ["<h2>Area</h2>", _image(area, "image, model and residual around the objects")]
     parts += [_section(handle) for handle in handles]
     parts += [_settings(result.config)]
@@ -100,12 +100,6 @@ def html_report(result: Result, object_ids: Sequence[int], title: str = "kermes 
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
-
-
-def _picture(figure: Any) -> bytes:
-    file = BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
 
 
 def _image(content: bytes, text: str) -> str:
@@ -170,7 +164,7 @@ def _section(handle: ObjectHandle) -> str:
     parts = [
         f'<h2 id="object-{number}">Object {number}</h2>',
         text,
-        _image(_picture(plots.show_objects(result, [number])), f"object {number} in pictures"),
+        _image(plots.png_bytes(plots.show_objects(result, [number]), _DPI), f"object {number} in pictures"),
         _numbers(handle),
     ]
     return "\n".join(parts)

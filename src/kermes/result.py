@@ -413,9 +413,10 @@ def _checked_kind(kind: StampKind | str) -> StampKind:
 
 def _whole_numbers(given: int | Iterable[int] | None, name: str) -> NDArray[np.int64]:
     try:
-        numbers = np.atleast_1d(np.asarray([] if given is None else given if np.ndim(given) else [given]))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        numbers = np.array([None])
+        values: list[Any] = [] if given is None else list(given)  # type: ignore[arg-type]
+    except TypeError:
+        values = [given]
+    numbers = np.asarray(values)
     if numbers.size and numbers.dtype.kind not in "iu":
         raise InputError(f"{name} must be a whole number, or several, got {given!r}")
     return numbers.astype(np.int64)
@@ -718,16 +719,20 @@ class Result:
             return dict(self.inputs)
         return {} if self.coadd is None else self.coadd.checksums()
 
+    def _lights(self, pairs: NDArray[np.int64]) -> Iterator[tuple[FloatArray, Box]]:
+        """Draw models as observed, one after the other, of keys and blends (N, 2); those without light are left out."""
+        for model_id, blend_id in pairs.tolist():
+            source = self.models[model_id]
+            if not source.box.is_empty:
+                kernels = self.kernels(self.psfs[blend_id])
+                yield render_source(source, kernels, self.outer_box_of_blend(blend_id))
+
     @cached_property
     def _sums(self) -> tuple[FloatArray, FloatArray]:
         """Sum of all convolved models, and of their positive parts, each (B, H, W) and read-only."""
         model = np.zeros((len(self.bands), *self.shape), dtype=np.float32)
         positive = np.zeros_like(model) if self.total is None else self.total
-        for model_id, blend_id in self.model_ids().T.tolist():
-            source = self.models[model_id]
-            if source.box.is_empty:
-                continue
-            array, box = render_source(source, self.kernels(self.psfs[blend_id]), self.outer_box_of_blend(blend_id))
+        for array, box in self._lights(self.model_ids().T):
             window = (slice(None), box.y, box.x)
             model[window] += array
             if self.total is None:
@@ -773,11 +778,7 @@ class Result:
     def _drawn(self, box: Box, positive: bool) -> FloatArray:
         out = np.zeros((len(self.bands), *box.shape), dtype=np.float32)
         pairs = self.model_ids().T
-        for model_id, blend_id in pairs[np.isin(pairs[:, 1], self.blends_near(box))].tolist():
-            source = self.models[model_id]
-            if source.box.is_empty:
-                continue
-            array, own = render_source(source, self.kernels(self.psfs[blend_id]), self.outer_box_of_blend(blend_id))
+        for array, own in self._lights(pairs[np.isin(pairs[:, 1], self.blends_near(box))]):
             light = array[(slice(None), *box.within(own))]
             out[(slice(None), *own.within(box))] += np.maximum(light, 0) if positive else light
         return out

@@ -324,8 +324,7 @@ def write_result(
         How far the stored model of an object, drawn as observed, may be from the one that was fitted, in any pixel and
         band [sigma of the noise in the quietest pixel it reaches]. Pixels of morphologies and templates are rounded to
         multiples of a power of two accordingly, and PSFs to 22 bits of their peak; profiles and fluxes are kept to the
-        bit. None: all is. Without the
-        coadd the noise is not known, and models are kept as they are.
+        bit. None: all is. Without the coadd the noise is not known, and models are kept as they are.
     extras : mapping of str to bytes, optional
         Further files to put beside the tables, by name.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from io import BytesIO
 from typing import Any
 
@@ -12,29 +12,13 @@ from astropy.io import fits
 from contourpy import contour_generator
 from numpy.typing import NDArray
 
-from kermes.catalog import Outcome
+from kermes.catalog import Outcome, outcome_color
 from kermes.coadd import Coadd
 from kermes.geometry import Box, Footprint
 from kermes.result import ObjectHandle, Result
 from kermes.scene import ProfileComponent
 
 DoubleArray = NDArray[np.float64]
-
-OUTCOME_COLORS: Mapping[str, str] = {
-    Outcome.FULL: "green",
-    Outcome.SINGLE: "yellow",
-    Outcome.POINT: "cyan",
-    Outcome.TEMPLATE: "orange",
-    Outcome.PEAK: "red",
-}
-"""Colour in which objects of each outcome are marked; others are magenta."""
-
-_NO_OUTCOME = "magenta"
-
-
-def outcome_color(outcome: Any) -> str:
-    """Say in which colour objects of an outcome are marked."""
-    return OUTCOME_COLORS.get(str(outcome), _NO_OUTCOME)
 
 
 def ds9_regions(result: Result, object_ids: Iterable[int] | None = None) -> str:
@@ -109,7 +93,7 @@ def _corners(line: DoubleArray) -> DoubleArray:
     return np.asarray(points[turns])
 
 
-def firefly_footprints(result: Result, object_ids: Iterable[int] | None = None) -> str:
+def firefly_footprints(result: Result, object_ids: Iterable[int] | None = None, box: Box | None = None) -> str:
     """Write footprints as JSON for ``FireflyClient.overlay_footprints``.
 
     Parameters
@@ -117,25 +101,30 @@ def firefly_footprints(result: Result, object_ids: Iterable[int] | None = None) 
     result : Result
     object_ids : iterable of int, optional
         Objects whose parents are written; None: all parents.
+    box : Box, optional
+        Pixels of the image that they are laid over, in the coadd's coordinates, such as that of `residual_fits`; None:
+        the whole image.
 
     Returns
     -------
     text : str
         Of each footprint: its corners, its runs (row, first and last column) and its peaks (x, y), in pixels of the
-        image, the first of which is (0, 0).
+        image that they are laid over, the first of which is (0, 0); what lies outside of it is kept.
     """
     objects = result.objects
     parents, y, x = (np.asarray(objects[name]) for name in ("parent_id", "y", "x"))
     chosen = parents if object_ids is None else [result[number].row["parent_id"] for number in object_ids]
+    y0, x0 = result.origin if box is None else box.origin
     footprints: dict[str, Any] = {}
     for parent_id in dict.fromkeys(int(number) for number in chosen):
         if parent_id not in result.footprints:
             continue
-        footprint = result.footprints[parent_id]
-        box, own = footprint.box, parents == parent_id
-        peaks = np.stack([x[own] - result.origin[1], y[own] - result.origin[0]], axis=1)
+        footprint = result.footprints[parent_id].shift(result.origin[0] - y0, result.origin[1] - x0)
+        around, own = footprint.box, parents == parent_id
+        left, right, low, high = around.x0, around.x1 - 1, around.y0, around.y1 - 1
+        peaks = np.stack([x[own] - x0, y[own] - y0], axis=1)
         footprints[str(parent_id)] = {
-            "corners": [[box.x0, box.y0], [box.x1 - 1, box.y0], [box.x1 - 1, box.y1 - 1], [box.x0, box.y1 - 1]],
+            "corners": [[left, low], [right, low], [right, high], [left, high]],
             "spans": [[int(row), int(first), int(end) - 1] for row, first, end in footprint.spans],
             "peaks": peaks.astype(float).tolist(),
         }
@@ -205,11 +194,11 @@ def _outcome_mask(result: Result, coadd: Coadd, header: fits.Header) -> Any:
     mask = np.zeros(coadd.shape, dtype=np.int32)
     objects = result.objects
     outcomes = np.asarray(objects["outcome"], dtype=str)
-    for row in np.flatnonzero(np.isin(outcomes, [*planes])).tolist():
-        handle = result[int(objects["object_id"][row])]
-        footprint = handle.footprint("model").footprint if not (handle.box & coadd.box).is_empty else None
-        if footprint is not None:
-            mask[footprint.mask(coadd.box)] |= np.int32(1 << planes[Outcome(outcomes[row])])
+    near = result.blends_near(coadd.box.shift(-result.origin[0], -result.origin[1]))
+    lesser = np.isin(outcomes, [*planes]) & np.isin(objects["blend_id"], near)
+    for row in np.flatnonzero(lesser).tolist():
+        footprint = result[int(objects["object_id"][row])].footprint("model").footprint
+        mask[footprint.mask(coadd.box)] |= np.int32(1 << planes[Outcome(outcomes[row])])
     hdu = fits.CompImageHDU(mask, header.copy(), compression_type="GZIP_2")
     hdu.name = "OUTCOME"
     for outcome, bit in planes.items():

@@ -116,7 +116,7 @@ def _several(parameters: Mapping[str, Any] | None, name: str) -> list[int] | Non
 
 
 def _part(result: Result, parameters: Mapping[str, Any]) -> Result:
-    object_ids, blend_ids = _several(parameters, "object_id"), _several(parameters, "blend_id")
+    object_ids, blend_ids = parameters.get("object_id"), parameters.get("blend_id")
     if object_ids is None and blend_ids is None:
         return result
     return result.select(object_ids=object_ids, blend_ids=blend_ids)
@@ -192,7 +192,7 @@ def read_image(get: Any, name: str, box: Box | None = None) -> Any:
     Parameters
     ----------
     get : callable
-        ``get(parameters={...})`` of a Butler or of a deferred dataset, and with ``component=`` or not.
+        ``get()`` of a deferred dataset, or of a Butler with the dataset bound; takes ``parameters``.
     name : str
         What messages call it.
     box : Box, optional

@@ -90,11 +90,11 @@ def _note(metadata: Any, result: Result) -> None:
     metadata["seconds"] = float(result.timings["total"])
 
 
-def _checked(config: Any, name: str, owner: type) -> None:
+def _check_settings(config: Any) -> None:
     try:
-        config_of_fields(getattr(config, name))
+        config_of_fields(config.kermes)
     except ConfigError as error:
-        raise pex_config.FieldValidationError(getattr(owner, name), config, str(error)) from None
+        raise pex_config.FieldValidationError(type(config).kermes, config, str(error)) from None
 
 
 # ---------------------------------------------------------------- all bands of a patch
@@ -169,7 +169,7 @@ class DeblendPatchConfig(PipelineTaskConfig, pipelineConnections=DeblendPatchCon
     def validate(self) -> None:
         """Check values that depend on each other."""
         super().validate()
-        _checked(self, "kermes", DeblendPatchConfig)
+        _check_settings(self)
 
 
 class DeblendPatchTask(PipelineTask):
@@ -424,7 +424,7 @@ class DeblendVisitConfig(PipelineTaskConfig, pipelineConnections=DeblendVisitCon
     def validate(self) -> None:
         """Check values that depend on each other."""
         super().validate()
-        _checked(self, "kermes", DeblendVisitConfig)
+        _check_settings(self)
 
 
 class DeblendVisitTask(PipelineTask):
