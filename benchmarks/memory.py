@@ -33,9 +33,9 @@ N_FITS = 20_000
 N_SAMPLE = 25
 
 
-def resident_mb(field: str) -> float:
-    """Read VmRSS or VmHWM [MB of a million bytes]."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def resident_mb(field: str, process: int | str = "self") -> float:
+    """Read VmRSS or VmHWM of a process [MB of a million bytes]."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024 / 1e6
     raise KeyError(field)

@@ -13,16 +13,19 @@ settings.load_profile("kermes")
 ROOT = Path(__file__).parents[1]
 
 
-HAS_MIDDLEWARE = all(importlib.util.find_spec(name) for name in ("lsst", "starlink"))
-collect_ignore = [] if HAS_MIDDLEWARE else ["pipelines"]
+# What these tests need is large, and not there on every machine.
+NEEDED = {
+    "pipelines": (("lsst", "starlink"), "the packages of the extra test-lsst (Python >= 3.12)"),
+    "browser": (("playwright",), "the packages of the extra test-view"),
+}
+LEFT_OUT = [name for name, (modules, _) in NEEDED.items() if not all(map(importlib.util.find_spec, modules))]
+collect_ignore = LEFT_OUT
 
 
 def pytest_terminal_summary(terminalreporter):
     """Say what was left out."""
-    if not HAS_MIDDLEWARE:
-        terminalreporter.write_line(
-            "left out: tests/pipelines, because the packages of the extra test-lsst (Python >= 3.12) are not installed"
-        )
+    for name in LEFT_OUT:
+        terminalreporter.write_line(f"left out: tests/{name}, because {NEEDED[name][1]} are not installed")
 
 
 @pytest.fixture(scope="session")

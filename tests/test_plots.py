@@ -48,13 +48,18 @@ class FakeObject:
         return SimpleNamespace(array=images[box.within(image_box)], box=box)
 
     def model(self, band):
-        b = self.result.bands.index(band)
-        return SimpleNamespace(array=self.result.models[self.index][b], box=self.result.boxes[self.index])
+        return self.stamps("model")[band]
 
-    def redistributed(self, band):
-        return self._stamp(self.result.coadd.images[self.result.bands.index(band)])
+    def stamps(self, kind):
+        if kind != "model":
+            stamps = map(self._stamp, self.result.coadd.images)
+        else:
+            box = self.result.boxes[self.index]
+            stamps = [SimpleNamespace(array=plane, box=box) for plane in self.result.models[self.index]]
+        return dict(zip(self.result.bands, stamps, strict=True))
 
-    neighbor_subtracted = redistributed
+    def neighbor_subtracted(self, band):
+        return self.stamps("neighbor_subtracted")[band]
 
 
 class FakeResult:

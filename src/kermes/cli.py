@@ -345,6 +345,61 @@ def report(
 
 
 @app.command
+def view(
+    result: Path,
+    coadd: Path | None = None,
+    /,
+    *,
+    edit: Switch = False,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    browser: bool = True,
+) -> None:
+    """Open a page in the browser with the picture of a result to pan and zoom, its table, and each object in detail.
+
+    The address of the page holds what is shown: who opens it, while this runs, sees the same. Ctrl-C ends it.
+
+    Parameters
+    ----------
+    result
+        Directory that kermes deblend wrote.
+    coadd
+        Coadd it was made from; left out: the files that kermes deblend read. Without it, only the models are shown.
+    edit
+        Allow to fit blends anew, with peaks added, removed or moved or with other settings. The result stays as it is:
+        edits go to a file beside it, from which they are taken up again the next time.
+    host
+        Address to listen on; the default is reached from this machine only. There is no password.
+    port
+        Port to listen on; left out: 8642, or the next that is free.
+    browser
+        Open the page in a browser.
+    """
+    from kermes import io, viewer
+
+    opened = kermes.open(result)
+    try:
+        source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
+    except (InputError, FileError) as error:
+        _say(f"without the images: {error}")
+    else:
+        with _step("reading the images"):
+            opened = kermes.open(result, coadd=io.read(**source))
+    edits = result.with_name(f"{result.stem}_edits.json") if edit else None
+    shown = viewer.View(opened, result.name, edits=edits)
+    del opened  # with its images, which the view keeps in its own way
+    if shown.edits:
+        _say(f"{_count(len(shown.edits), 'edit')} taken up from {edits}")
+    viewer.serve(
+        shown,
+        host=host,
+        port=port,
+        browser=browser,
+        ready=lambda address: _say(f"{result.name} is shown at {address} (Ctrl-C ends it)"),
+    )
+
+
+@app.command
 def convert(
     source: Path,
     output: Path,

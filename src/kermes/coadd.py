@@ -218,7 +218,8 @@ class Coadd:
     """Names along the first axis, in the order of the arrays."""
 
     mask: NDArray[np.integer[Any]] | None = None
-    """Bits of `mask_planes`, shape (B, H, W) or (H, W); of booleans: True is a pixel not to use."""
+    """Bits of `mask_planes`, shape (B, H, W) or (H, W); of booleans: True is a pixel not to use. Kept in the smallest
+    integers that hold the bits that have a name."""
 
     mask_planes: Mapping[str, int] | None = None
     """Number of the bit of each named plane of `mask`. Empty: no plane has a name, and the mask is not used."""
@@ -268,6 +269,7 @@ class Coadd:
                 # Cast, because the highest bit of the mask is its sign, and numpy would refuse the positive number.
                 bad = np.array(_bad_bits(planes, bad_planes, self.name)).astype(mask.dtype)
                 valid &= (mask & bad) == 0
+                mask = _smallest(mask, planes)
         if not valid.any():
             _warn(f"{self.name}: no pixel of any band is valid")
 
@@ -663,6 +665,12 @@ def _mask_bits(given: Any, bands: tuple[str, ...], shape: tuple[int, ...]) -> ND
     if mask.dtype != bool:
         mask = mask.astype(np.int32 if np.can_cast(mask.dtype, np.int32) else np.int64, copy=items[0] is mask)
     return np.broadcast_to(mask, shape)
+
+
+def _smallest(mask: NDArray[np.integer[Any]], planes: Mapping[str, int]) -> NDArray[np.integer[Any]]:
+    """Keep the bits that have a name in the smallest integers that hold them: a mask is as large as the images."""
+    smallest = np.min_scalar_type(2 ** (max(planes.values(), default=0) + 1) - 1)
+    return mask.astype(smallest) if smallest.itemsize < mask.dtype.itemsize else mask
 
 
 def _checked_planes(planes: Any) -> Mapping[str, int] | None:

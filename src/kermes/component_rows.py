@@ -305,6 +305,7 @@ class Rows(Sequence[dict[str, Any]]):
     def __init__(self, table: pa.Table) -> None:
         self._length: int = table.num_rows
         self._scalars: dict[str, list[Any]] = {}
+        self._places: dict[str, dict[Any, list[int]]] = {}
         self._lists: dict[str, tuple[list[int], NDArray[Any]]] = {}
         for name in table.column_names:
             column = table[name].combine_chunks()
@@ -339,7 +340,12 @@ class Rows(Sequence[dict[str, Any]]):
 
     def where(self, key: str, value: Any) -> list[dict[str, Any]]:
         """Rows with a value in one of the columns."""
-        return [self[number] for number, found in enumerate(self._scalars[key]) if found == value]
+        places = self._places.get(key)
+        if places is None:
+            places = self._places[key] = {}
+            for number, found in enumerate(self._scalars[key]):
+                places.setdefault(found, []).append(number)
+        return [self[number] for number in places.get(value, ())]
 
 
 def write_models(

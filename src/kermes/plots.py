@@ -23,6 +23,7 @@ from kermes.catalog import outcome_color
 from kermes.coadd import wavelength_order
 from kermes.errors import InputError, ShapeError
 from kermes.geometry import Box
+from kermes.kernels import pictures as kernels
 
 if TYPE_CHECKING:
     from kermes.coadd import Coadd
@@ -33,13 +34,18 @@ ImageArray = NDArray[np.floating]
 BoolArray = NDArray[np.bool_]
 RgbArray = NDArray[np.uint8]
 
-_MID_GREY = 128
+UNKNOWN_GREY = 128
+"""Grey of pixels that are valid in no band."""
+
+RESIDUAL_RANGE = 5.0
+"""Residual that has the deepest colour [sigma]."""
+
 _BLACK = -1.0  # sigma; a little below the sky, so that its noise is seen
 _SOFTENING = 3.0  # sigma; brightness is linear below and logarithmic above
 _LEAST_WHITE = 30.0  # sigma; what is drawn white at least, so that noise alone stays dark
 _BRIGHT = 5.0  # sigma; brighter pixels decide on the balance of colours
 _MAX_GAIN = 4.0
-_RESIDUAL_RANGE = 5.0  # sigma
+_MOST_SAMPLED = 1_000_000  # pixels that the scale of a large image is found from
 _ABOVE_NOISE = 3.0  # sigma, all bands together
 _WIDTH = 12.0  # inches
 _STRIP_HEIGHT = 2.1  # inches
@@ -85,19 +91,9 @@ def _noise(images: ImageArray, valid: BoolArray) -> FloatArray:
 
 
 def _channels(images: ImageArray, bands: Sequence[str], noise: FloatArray, valid: BoolArray) -> ImageArray:
-    """Red, green and blue in units of the noise, shape (H, W, 3); NaN where no band is valid."""
-    channels = np.zeros((*images.shape[1:], 3), dtype=np.float32)
-    covered = np.zeros_like(channels)
-    shares = _channel_weights(bands).T.astype(np.float32)
-    for image, good, sigma, weights in zip(images, valid, noise.astype(np.float32), shares, strict=True):
-        channels += (np.where(good, image, 0.0) / sigma)[..., None] * weights
-        covered += good[..., None] * weights
-    channels = np.divide(channels, covered, out=np.full_like(channels, np.nan), where=covered > 0)
-    # A channel without a valid band takes the mean of the others.
-    empty = np.isnan(channels)
-    some = empty.any(axis=2) & ~empty.all(axis=2)
-    if some.any():
-        channels[some] = np.where(empty[some], np.nanmean(channels[some], axis=1, keepdims=True), channels[some])
+    """Red, green and blue in units of the noise, shape (3, H, W); NaN where no band is valid."""
+    channels = np.empty((3, *images.shape[1:]), dtype=np.float32)
+    kernels.mix_channels(images.astype(np.float32), valid, noise, _channel_weights(bands), channels)
     return channels
 
 
@@ -150,7 +146,7 @@ def colour_scale(
             f"noise must have one value per band: {len(bands)} for bands {tuple(bands)}, got {sigma.shape}"
         )
     channels = _channels(array, bands, sigma, good)
-    pixels = channels[np.isfinite(channels).all(axis=2)]
+    pixels = channels[:, np.isfinite(channels).all(axis=0)].T
     brightness = pixels.mean(axis=1)
     bright = brightness > _BRIGHT
     if not bright.any():
@@ -195,16 +191,9 @@ def lupton_rgb(
     array, good = _checked(images, bands, valid)
     scale = colour_scale(array, bands, valid=good) if scale is None else scale
     channels = _channels(array, bands, scale.noise, good)
-    bad = np.asarray(np.isnan(channels).any(axis=2))
-    channels[bad] = 0.0
-    shifted = channels * scale.gains.astype(np.float32) - np.float32(_BLACK)
-    brightness = np.maximum(shifted.mean(axis=2, keepdims=True), 1e-6)
-    factor = np.arcsinh(brightness / _SOFTENING) / np.arcsinh((scale.white - _BLACK) / _SOFTENING) / brightness
-    rgb = np.maximum(shifted * factor, 0.0)
-    rgb /= np.maximum(rgb.max(axis=2, keepdims=True), 1.0)
-    result: RgbArray = np.rint(255.0 * rgb).astype(np.uint8)
-    result[bad] = _MID_GREY
-    return result
+    rgb = np.empty((*array.shape[1:], 3), dtype=np.uint8)
+    kernels.stretch(channels, scale.gains, _BLACK, _SOFTENING, scale.white, UNKNOWN_GREY, rgb)
+    return rgb
 
 
 def _typical_noise(variance: ImageArray, valid: BoolArray) -> FloatArray:
@@ -319,10 +308,10 @@ def _draw_scene(
         extent=extent,
         origin="lower",
         cmap="RdBu_r",
-        vmin=-_RESIDUAL_RANGE,
-        vmax=_RESIDUAL_RANGE,
+        vmin=-RESIDUAL_RANGE,
+        vmax=RESIDUAL_RANGE,
     )
-    panels[2].set_facecolor((_MID_GREY / 255,) * 3)
+    panels[2].set_facecolor((UNKNOWN_GREY / 255,) * 3)
     panels[2].set_title("residual")
     bar = panels[2].inset_axes((1.05, 0.1, 0.05, 0.8))
     figure.colorbar(residual, cax=bar, label="σ, all bands together", extend="both")
@@ -464,7 +453,7 @@ def _draw_spectrum(axes: Axes, result: Result, index: int) -> None:
 def _draw_object(panels: Sequence[Axes], obj: ObjectHandle, result: Result, scale: ColourScale, first: bool) -> None:
     """Fill one strip; without a coadd there are only model and spectrum."""
     coadd, bands, row = result.coadd, result.bands, obj.row
-    models = [obj.model(band) for band in bands]
+    models = [*obj.stamps("model").values()]
     peak = float(row["y"]), float(row["x"])
     view = _close_up(np.array([stamp.array for stamp in models]), models[0].box, scale.noise, peak)
     model = np.nan_to_num(_stamp_image(models, view))
@@ -477,9 +466,10 @@ def _draw_object(panels: Sequence[Axes], obj: ObjectHandle, result: Result, scal
         observed[(slice(None), *target)] = np.where(valid, pixels, np.nan)
         unknown = np.isnan(observed)
         images = {"image": observed, "model": model}
-        kinds = {"re-distributed": obj.redistributed, "neighbours subtracted": obj.neighbor_subtracted}
+        kinds = {"re-distributed": "redistributed", "neighbours subtracted": "neighbor_subtracted"}
         for title, kind in [*kinds.items()][int(result.is_part) :]:  # a part cannot share pixels out
-            images[title] = np.where(unknown, np.nan, _stamp_image([kind(band) for band in bands], view))
+            stamps = [*obj.stamps(kind).values()]
+            images[title] = np.where(unknown, np.nan, _stamp_image(stamps, view))
     own = replace(scale, white=colour_scale(model, bands, noise=scale.noise).white)
     for axes, (title, image) in zip(panels[:-1], images.items(), strict=True):
         axes.imshow(lupton_rgb(image, bands, scale=own), extent=_extent(view), origin="lower")
@@ -495,15 +485,29 @@ def _draw_object(panels: Sequence[Axes], obj: ObjectHandle, result: Result, scal
         panels[-1].legend(fontsize="x-small", frameon=False)
 
 
-def _result_scale(result: Result, ids: Sequence[int] | None = None) -> ColourScale:
-    """Scale from the images; where there are none, from the model, or that of the first of some objects."""
+def result_scale(result: Result, ids: Sequence[int] | None = None) -> ColourScale:
+    """Find the scale on which a result is drawn.
+
+    Parameters
+    ----------
+    result : Result
+    ids : sequence of int, optional
+        Objects that are to be drawn.
+
+    Returns
+    -------
+    scale : ColourScale
+        From the images, of large ones every n-th row and column; where there are none, from the models, or from that of
+        the first of `ids`.
+    """
     coadd = result.coadd
     if coadd is None and ids:
         return colour_scale([result[ids[0]].model(band).array for band in result.bands], result.bands)
     if coadd is None:
         return colour_scale(result.model_image(), result.bands)
-    noise = _typical_noise(coadd.variance, coadd.valid)
-    return colour_scale(coadd.images, coadd.bands, noise=noise, valid=coadd.valid)
+    step = int(np.ceil(np.sqrt(coadd.images[0].size / _MOST_SAMPLED)))
+    images, variance, valid = (plane[:, ::step, ::step] for plane in (coadd.images, coadd.variance, coadd.valid))
+    return colour_scale(images, coadd.bands, noise=_typical_noise(variance, valid), valid=valid)
 
 
 def _strips_size(result: Result, n: int) -> tuple[float, float]:
@@ -511,8 +515,13 @@ def _strips_size(result: Result, n: int) -> tuple[float, float]:
     return _WIDTH if result.coadd is not None else 5.5, _STRIP_HEIGHT * max(n, 1) + 0.3
 
 
+def _n_images(result: Result) -> int:
+    """How many pictures there are of an object; without images one, and a part cannot share pixels out."""
+    return 1 if result.coadd is None else 3 if result.is_part else 4
+
+
 def _draw_objects(figure: Figure | SubFigure, result: Result, ids: Sequence[int], scale: ColourScale) -> None:
-    n_images = 1 if result.coadd is None else 3 if result.is_part else 4
+    n_images = _n_images(result)
     width, height = _strips_size(result, len(ids))
     margins = _margins(width, height, left=0.6, right=0.15, bottom=0.3, top=0.3, space=(0.1, 0.22))
     # The spectrum starts a column later, which leaves room for its labels.
@@ -548,7 +557,34 @@ def show_objects(result: Result, ids: Sequence[int] | None = None, n: int = 5) -
     chosen = _brightest(result, n) if ids is None else [int(object_id) for object_id in ids]
     figure = _new_figure(*_strips_size(result, len(chosen)))
     if chosen:
-        _draw_objects(figure, result, chosen, _result_scale(result, chosen))
+        _draw_objects(figure, result, chosen, result_scale(result, chosen))
+    return figure
+
+
+def show_object(obj: ObjectHandle, *, scale: ColourScale | None = None) -> Figure:
+    """Draw one object in a narrow place: the pictures of `show_objects` two by two, and the spectrum below.
+
+    Parameters
+    ----------
+    obj : ObjectHandle
+        Of a result without a coadd, only model and spectrum are drawn.
+    scale : ColourScale, optional
+        Noise and balance of colours; None: those of the whole result, `result_scale`.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+    """
+    result = obj.result
+    n_images = _n_images(result)
+    n_rows = -(-n_images // 2)
+    width, height = 6.0, 3.0 * n_rows + 2.6
+    figure = _new_figure(width, height)
+    margins = _margins(width, height, left=0.7, right=0.15, bottom=0.3, top=0.3, space=(0.05, 0.2))
+    grid = figure.add_gridspec(n_rows + 1, 2, height_ratios=[3.0] * n_rows + [2.0], **margins)
+    panels = [figure.add_subplot(grid[k // 2, k % 2]) for k in range(n_images)]
+    panels.append(figure.add_subplot(grid[n_rows, :]))
+    _draw_object(panels, obj, result, result_scale(result, [obj.object_id]) if scale is None else scale, first=True)
     return figure
 
 
@@ -598,10 +634,10 @@ def _draw_parts(panels: Sequence[Axes], obj: ObjectHandle, result: Result, coadd
         extent=_extent(view),
         origin="lower",
         cmap="RdBu_r",
-        vmin=-_RESIDUAL_RANGE,
-        vmax=_RESIDUAL_RANGE,
+        vmin=-RESIDUAL_RANGE,
+        vmax=RESIDUAL_RANGE,
     )
-    panels[-1].set_facecolor((_MID_GREY / 255,) * 3)
+    panels[-1].set_facecolor((UNKNOWN_GREY / 255,) * 3)
     for axes in panels:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -641,7 +677,7 @@ def show_parts(result: Result, ids: Sequence[int] | None = None, n: int = 3) -> 
     panels = figure.subplots(rows, len(_PARTS), squeeze=False, gridspec_kw=margins)
     for axes, title in zip(panels[0], _PARTS, strict=True):
         axes.set_title(title, fontsize="medium")
-    scale = _result_scale(result)
+    scale = result_scale(result)
     for strip, object_id in zip(panels, chosen, strict=False):
         _draw_parts(strip, result[object_id], result, result.coadd, scale)
     return figure
@@ -669,7 +705,7 @@ def show_result(result: Result, n: int = 5) -> Figure:
     coadd = result.coadd
     if coadd is None:
         raise InputError("result must have its images to be drawn: open it with coadd=, got none")
-    chosen, scale = _brightest(result, n), _result_scale(result)
+    chosen, scale = _brightest(result, n), result_scale(result)
     scene_height, (_, strips_height) = _scene_height(result.shape), _strips_size(result, len(chosen))
     figure = _new_figure(_WIDTH, scene_height + (strips_height if chosen else 0.0))
     scene_part: Figure | SubFigure = figure

@@ -167,9 +167,8 @@ def _models_of_blend(result: Result, blend_id: int) -> SourceModels:
 
 def _add(models: SourceModels, image: NDArray[np.float32], sign: int, positive: bool) -> None:
     """Add models to an image of the same coordinates, in place."""
-    for s, (y0, x0, height, width) in enumerate(models.boxes.tolist()):
-        pixels = models.pixels[:, models.offsets[s] : models.offsets[s + 1]].reshape(-1, height, width)
-        image[:, y0 : y0 + height, x0 : x0 + width] += sign * (np.maximum(pixels, 0) if positive else pixels)
+    for pixels, box in models.by_source():
+        image[:, box.y, box.x] += sign * (np.maximum(pixels, 0) if positive else pixels)
 
 
 def _fit(

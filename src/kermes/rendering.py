@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -211,6 +211,13 @@ class SourceModels:
 
     pixels: FloatArray
     """Models [unit], shape (B, offsets[-1])."""
+
+    def by_source(self, origin: tuple[int, int] = (0, 0)) -> Iterator[tuple[FloatArray, Box]]:
+        """Give the pixels (B, h, w) of one source after the other, and their box moved by `origin`; none if empty."""
+        for s, (y0, x0, height, width) in enumerate(self.boxes.tolist()):
+            if height and width:
+                pixels = self.pixels[:, self.offsets[s] : self.offsets[s + 1]].reshape(-1, height, width)
+                yield pixels, Box(y0, x0, height, width).shift(*origin)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -93,7 +93,7 @@ def html_report(result: Result, object_ids: Sequence[int], title: str = "kermes 
     if result.coadd is not None:
         area = plots.png_bytes(plots.show_region(result, area_of(result, ids), ids), _DPI)
         parts += ["<h2>Area</h2>", _image(area, "image, model and residual around the objects")]
-    parts += [_section(handle) for handle in handles]
+    parts += [object_section(handle) for handle in handles]
     parts += [_settings(result.config)]
     body = "\n".join(parts)
     return (
@@ -144,7 +144,20 @@ def _summary(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _section(handle: ObjectHandle) -> str:
+def object_section(handle: ObjectHandle, picture: str | None = None) -> str:
+    """Write what is known of one object: its place and flags, its pictures, and its numbers.
+
+    Parameters
+    ----------
+    handle : ObjectHandle
+    picture : str, optional
+        Address of its pictures; None: they are drawn, and are in the page.
+
+    Returns
+    -------
+    html : str
+        Part of a page.
+    """
     result, row = handle.result, handle.row
     number = handle.object_id
     place = f"y = {row['y']:.2f}, x = {row['x']:.2f}"
@@ -161,10 +174,15 @@ def _section(handle: ObjectHandle) -> str:
         f"{escape(str(row['model'])) or 'none'}, {row['n_components']} components. "
         f"χ² {_number(row['chi2'])}. Flags: {flags}</p>"
     )
+    text_of_picture = f"object {number} in pictures"
+    if picture is None:
+        strip = _image(plots.png_bytes(plots.show_objects(result, [number]), _DPI), text_of_picture)
+    else:
+        strip = f'<img alt="{text_of_picture}" src="{escape(picture)}">'
     parts = [
         f'<h2 id="object-{number}">Object {number}</h2>',
         text,
-        _image(plots.png_bytes(plots.show_objects(result, [number]), _DPI), f"object {number} in pictures"),
+        strip,
         _numbers(handle),
     ]
     return "\n".join(parts)
