@@ -83,7 +83,15 @@ def main() -> int:
 
 def measure(options: argparse.Namespace, result: Path, coadd: Path) -> int:
     start = time.perf_counter()
-    command = [str(Path(sys.executable).with_name("kermes")), "view", str(result), str(coadd), "--no-browser", "--port", "0"]
+    command = [
+        str(Path(sys.executable).with_name("kermes")),
+        "view",
+        str(result),
+        str(coadd),
+        "--no-browser",
+        "--port",
+        "0",
+    ]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     figures: dict[str, float] = {}
@@ -119,7 +127,9 @@ def measure(options: argparse.Namespace, result: Path, coadd: Path) -> int:
                 start = time.perf_counter()
                 page.evaluate(f"document.querySelectorAll('.tabulator-row')[{k}].click()")
                 page.wait_for_selector("#side h2")
-                page.wait_for_function("document.querySelector('#side h2').id == 'object-' + window.kermes.state.object")
+                page.wait_for_function(
+                    "document.querySelector('#side h2').id == 'object-' + window.kermes.state.object"
+                )
                 clicks.append(1e3 * (time.perf_counter() - start))
                 peak = max(peak, resident_mb("VmRSS", server.pid))
             times["click on an object"] = clicks

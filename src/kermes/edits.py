@@ -78,7 +78,9 @@ class Edit:
                 settings=tuple(_text(setting) for setting in content.get("settings", [])),
             )
         except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"an edit must have numbers, peaks (y, x) and settings; got {content!r}: {error}") from None
+            raise InputError(
+                f"an edit must have numbers, peaks (y, x) and settings; got {content!r}: {error}"
+            ) from None
 
 
 def _whole(value: Any) -> int:

@@ -506,8 +506,10 @@ def result_scale(result: Result, ids: Sequence[int] | None = None) -> ColourScal
     if coadd is None:
         return colour_scale(result.model_image(), result.bands)
     step = int(np.ceil(np.sqrt(coadd.images[0].size / _MOST_SAMPLED)))
-    images, variance, valid = (plane[:, ::step, ::step] for plane in (coadd.images, coadd.variance, coadd.valid))
-    return colour_scale(images, coadd.bands, noise=_typical_noise(variance, valid), valid=valid)
+    sampled = (slice(None), slice(None, None, step), slice(None, None, step))
+    valid = coadd.valid[sampled]
+    noise = _typical_noise(coadd.variance[sampled], valid)
+    return colour_scale(coadd.images[sampled], coadd.bands, noise=noise, valid=valid)
 
 
 def _strips_size(result: Result, n: int) -> tuple[float, float]:

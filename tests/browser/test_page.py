@@ -28,7 +28,9 @@ def settle(page):
 
 def picture(page):
     """What is seen of the picture, without marks and legend, shape (h, w, 3)."""
-    page.evaluate("for (const id of ['marks', 'legend', 'place']) document.getElementById(id).style.visibility = 'hidden'")
+    page.evaluate(
+        "for (const id of ['marks', 'legend', 'place']) document.getElementById(id).style.visibility = 'hidden'"
+    )
     shot = page.locator("#osd").screenshot()
     page.evaluate("for (const id of ['marks', 'legend', 'place']) document.getElementById(id).style.visibility = ''")
     return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
@@ -132,7 +134,10 @@ def test_a_filter_is_on_table_picture_and_address(serve, page, made):
     points = set(objects["object_id"][objects["model"] == "point"].tolist())
     type_filter(page, "model", "point")
     expect(page.locator("#count")).to_have_text(f"{len(points)} of 39 objects")
-    assert set(page.evaluate("window.kermes.table.getData().map((row) => row.object_id)")) == points
+    page.wait_for_function(
+        "(ids) => window.kermes.table.getData().map((row) => row.object_id).join() === ids",
+        arg=",".join(map(str, sorted(points))),
+    )
     page.wait_for_timeout(300)
     assert json.loads(page.evaluate("new URLSearchParams(location.hash.slice(1)).get('filter')")) == {"model": "point"}
     type_filter(page, "object_id", "<= 5")

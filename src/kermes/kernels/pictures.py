@@ -68,8 +68,8 @@ def bin_planes(layer, images, variance, valid, left, decoded, noise, corner, fac
 def mix_channels(images, valid, noise, weights, out):
     """Fill out (3, H, W) with red, green and blue of images (B, H, W) in units of their noise (B,).
 
-    weights (3, B), each row with a sum of one. A channel is the weighted mean of the bands that are valid (B, H, W) in a
-    pixel; if it has none, the mean of the channels that have one; NaN where no band is valid. Cost O(B H W).
+    weights (3, B), each row with a sum of one. A channel is the weighted mean of the bands that are valid (B, H, W) in
+    a pixel; if it has none, the mean of the channels that have one; NaN where no band is valid. Cost O(B H W).
     """
     n_bands, height, width = images.shape
     covered = np.empty((3, width), dtype=np.float32)
@@ -103,9 +103,9 @@ def mix_channels(images, valid, noise, weights, out):
 def stretch(channels, gains, black, softening, white, unknown, out):
     """Fill out (H, W, 3) with colours (Lupton et al. 2004, eq. 1 and 2) of channels (3, H, W).
 
-    Brightness, the mean of the channels times their gains (3,), less `black`, goes through asinh(. / softening), so that
-    `white` becomes 1; ratios of channels are kept, and a pixel with a channel above 1 is scaled down. Pixels that are
-    NaN become `unknown`. Cost O(H W).
+    Brightness, the mean of the channels times their gains (3,), less `black`, goes through asinh(. / softening), so
+    that `white` becomes 1; ratios of channels are kept, and a pixel with a channel above 1 is scaled down. Pixels that
+    are NaN become `unknown`. Cost O(H W).
     """
     height, width = channels.shape[1], channels.shape[2]
     full = 1.0 / np.arcsinh((white - black) / softening)
@@ -121,4 +121,8 @@ def stretch(channels, gains, black, softening, white, unknown, out):
                 factor = np.arcsinh(brightness / softening) * full / brightness
                 red, green, blue = max(red * factor, 0.0), max(green * factor, 0.0), max(blue * factor, 0.0)
                 most = 255.0 / max(red, green, blue, 1.0)
-                out[y, x, 0], out[y, x, 1], out[y, x, 2] = np.rint(red * most), np.rint(green * most), np.rint(blue * most)
+                out[y, x, 0], out[y, x, 1], out[y, x, 2] = (
+                    np.rint(red * most),
+                    np.rint(green * most),
+                    np.rint(blue * most),
+                )

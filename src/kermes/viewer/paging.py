@@ -61,6 +61,6 @@ class Pages:
 
     def release(self) -> None:
         """Let go of the memory of all pages; they are read again where they are looked at."""
-        advice = getattr(mmap, "MADV_DONTNEED", None)  # not on every system
-        for pages in self._maps if advice is not None else ():
-            pages.madvise(advice)
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on every system
+            for pages in self._maps:
+                pages.madvise(mmap.MADV_DONTNEED)

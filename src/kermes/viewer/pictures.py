@@ -106,7 +106,7 @@ def _encoded(left: FloatArray) -> CodeArray:
 
 
 def _half(planes: NDArray[np.floating]) -> HalfArray:
-    return np.clip(planes, -_LARGEST, _LARGEST).astype(np.float16)
+    return np.asarray(np.clip(planes, -_LARGEST, _LARGEST), dtype=np.float16)
 
 
 def return_memory() -> None:
@@ -232,12 +232,12 @@ class Pictures:
         noise, coadd = self._noise[:, None, None], self.result.coadd
         if coadd is None:
             return _encoded(-model / noise)
-        rows = slice(self.result.shape[0] - box.y1, self.result.shape[0] - box.y0)
-        valid, images, variance = (
-            plane[:, rows, box.x][:, ::-1] for plane in (coadd.valid, coadd.images, coadd.variance)
-        )
-        sigma = np.sqrt(variance, where=valid, out=np.broadcast_to(noise, model.shape).copy())
-        return _encoded((np.where(valid, images, 0) - model) / sigma)
+        cut = (slice(None), slice(self.result.shape[0] - box.y1, self.result.shape[0] - box.y0), box.x)
+        valid = coadd.valid[cut][:, ::-1]
+        image = np.where(valid, coadd.images[cut][:, ::-1], np.float32(0))
+        variance = np.where(valid, coadd.variance[cut][:, ::-1], np.square(noise))
+        left: FloatArray = ((image - model) / np.sqrt(variance)).astype(np.float32, copy=False)
+        return _encoded(left)
 
     # ------------------------------------------------------------ models
 
@@ -330,8 +330,9 @@ class Pictures:
         Returns
         -------
         bmp : bytes
-            Content of a BMP file: noise is hardly made smaller, and trying takes longer than all else. Grey where no band is valid, and where models from afar are not drawn yet. Seen from
-            afar, image and model are means of their pixels, and the residual keeps noise of a width of one.
+            Content of a BMP file: noise is hardly made smaller, and trying takes longer than all else. Grey where no
+            band is valid, and where models from afar are not drawn yet. Seen from afar, image and model are means of
+            their pixels, and the residual keeps noise of a width of one.
 
         Raises
         ------
@@ -368,7 +369,7 @@ def _residual_rgb(planes: FloatArray) -> RgbArray:
     n = known.sum(axis=0)
     total = np.where(known, planes, 0).sum(axis=0)
     share = (total / np.sqrt(np.maximum(n, 1)) / RESIDUAL_RANGE + 1) / 2
-    rgb = _RESIDUAL_COLOURS[np.clip(np.rint(255 * share), 0, 255).astype(np.uint8)]
+    rgb: RgbArray = _RESIDUAL_COLOURS[np.clip(np.rint(255 * share), 0, 255).astype(np.uint8)]
     rgb[n == 0] = UNKNOWN_GREY
     return rgb
 

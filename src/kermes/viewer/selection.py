@@ -143,8 +143,8 @@ class Colouring:
     values are words, of the last one in the legend."""
 
     legend: Mapping[str, Any]
-    """As JSON. Of numbers: ``low``, ``high``, whether colours follow the ``log``, and the ``colors``; of others: ``entries``, each with
-    ``label``, ``color`` and ``count``."""
+    """As JSON. Of numbers: ``low``, ``high``, whether colours follow the ``log``, and ``colors``; of others:
+    ``entries``, each with ``label``, ``color`` and ``count``."""
 
 
 def colouring(result: Result, column: str) -> Colouring:
@@ -183,13 +183,15 @@ def _numbers(values: NDArray[np.float64]) -> tuple[RgbArray, NDArray[np.int64], 
     norm = LogNorm(low, high, clip=True) if 0 < _LOGARITHMIC * low < high else Normalize(low, high, clip=True)
     share = np.asarray(norm(np.where(known, values, low)))
     codes = np.where(known, np.clip(np.rint(255 * share), 0, 255), -1).astype(np.int64)
-    return palette, codes, {"low": low, "high": high, "log": isinstance(norm, LogNorm), "colors": [_hex(palette[k]) for k in range(0, 256, 15)]}
+    colors = [_hex(palette[k]) for k in range(0, 256, 15)]
+    return palette, codes, {"low": low, "high": high, "log": isinstance(norm, LogNorm), "colors": colors}
 
 
 def _words(values: NDArray[np.str_], column: str) -> tuple[RgbArray, NDArray[np.int64], dict[str, Any]]:
     names, codes = np.unique(values, return_inverse=True)
-    known = [*OUTCOME_COLORS] if column == "outcome" else [*_OF_MODELS] if column == "model" else []
-    order = sorted(range(len(names)), key=lambda k: (known.index(names[k]) if names[k] in known else 99, names[k]))
+    known = {"outcome": [str(name) for name in OUTCOME_COLORS], "model": [str(name) for name in _OF_MODELS]}
+    places = {name: place for place, name in enumerate(known.get(column, []))}
+    order = sorted(range(len(names)), key=lambda k: (places.get(str(names[k]), len(places)), str(names[k])))
     rank = np.empty(len(names), dtype=np.int64)
     rank[order] = np.arange(len(names))
     codes = rank[codes]

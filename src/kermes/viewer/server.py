@@ -133,9 +133,7 @@ class View:
             before = self.result
             after = edit.apply(before)
             self._take(after, [*self.edits, edit], self._changed(before, after, edit.blend_id))
-            new = sorted(
-                set(after.objects["object_id"].tolist()) - set(before.objects["object_id"].tolist())
-            )
+            new = sorted(set(after.objects["object_id"].tolist()) - set(before.objects["object_id"].tolist()))
             box = self._members_box(before, edit.blend_id) | self._members_box(after, edit.blend_id)
             sides = {"before": before, "after": after}
             return {

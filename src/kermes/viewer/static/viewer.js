@@ -308,7 +308,10 @@ async function loadPlaces() {
 
 async function loadMarks() {
   const query = { color: state.color, filter: JSON.stringify(state.filters) };
-  marks = new Uint8Array(await (await ask("api/marks", query)).arrayBuffer());
+  const turn = loadMarks.turn = (loadMarks.turn ?? 0) + 1;
+  const content = await (await ask("api/marks", query)).arrayBuffer();
+  if (turn !== loadMarks.turn) return; // another colour or filter was chosen meanwhile
+  marks = new Uint8Array(content);
   drawMarks();
 }
 
@@ -356,7 +359,7 @@ function columnOf(name) {
     hozAlign: isNumber ? "right" : "left",
     formatter: (cell) => {
       const value = cell.getValue();
-      if (value === null) return "";
+      if (value === null || value === undefined) return ""; // none, or not loaded yet
       return typeof value === "boolean" ? (value ? "yes" : "") : column.kind === "number" ? number(value)
         : escaped(String(value));
     },
@@ -385,13 +388,15 @@ async function loadRows(params) {
   const filters = Object.fromEntries((params.filter ?? []).map(({ field, value }) => [field, String(value)]));
   const sort = params.sort?.[0];
   const changed = JSON.stringify(filters) !== JSON.stringify(state.filters);
+  const turn = loadRows.turn = (loadRows.turn ?? 0) + 1;
   [state.filters, state.sort, state.descending] = [filters, sort?.field ?? "", sort?.dir === "desc"];
   try {
     const { total, rows } = await askJson("api/rows", {
       columns: [...new Set(["object_id", ...state.columns])].join(), filter: JSON.stringify(filters),
       sort: state.sort, descending: state.descending, first: (params.page - 1) * PAGE, n: PAGE,
     });
-    $("count").textContent = total === info.n_objects ? `${total} objects` : `${total} of ${info.n_objects} objects`;
+    // An answer that was overtaken by that to a later question says nothing of what is shown.
+    if (turn === loadRows.turn) $("count").textContent = total === info.n_objects ? `${total} objects` : `${total} of ${info.n_objects} objects`;
     remember();
     if (changed) await loadMarks();
     return { data: rows, last_page: Math.max(1, Math.ceil(total / PAGE)) };
