@@ -67,8 +67,8 @@ def test_the_source_imports_only_the_standard_library_and_declared_dependencies(
         if name not in sys.stdlib_module_names
         and not declared & {provider.lower() for provider in providers.get(name, [])}
     }
-    # What two extras bring is imported in one package each, which nothing else imports: the middleware of LSST with what
-    # it rests on, and the server of the viewer.
+    # What two extras bring is imported in one package each, which nothing else imports: the middleware of LSST with
+    # what it rests on, and the server of the viewer.
     allowed = {
         "lsst": {"lsst", "starlink", "astro_metadata_translator"},
         "viewer": {"starlette", "uvicorn", "anyio", "PIL"},

@@ -165,6 +165,7 @@ def demo(
     n_sources: int = 40,
     seed: int = 1,
     workers: int | None = None,
+    view: Switch = False,
 ) -> None:
     """Simulate a field in six bands, deblend it, and compare with the truth.
 
@@ -178,8 +179,12 @@ def demo(
         The same seed gives the same sky.
     workers
         Number of blends fitted at the same time; does not change the answer.
+    view
+        Then open a page in the browser with the result, as kermes view does.
     """
     _check_file_output(output, ".png")
+    if view:
+        from kermes.viewer import View, serve  # packages that are missing are missed before the work
     with _step(f"simulating {n_sources} stars and galaxies in six bands"):
         from kermes.simulation import simulate_scene
 
@@ -195,6 +200,8 @@ def demo(
     for line in _comparison(result, scene):
         print(line)
     _say(f"{_summary(result)}, {1e3 * seconds / max(len(result), 1):.0f} ms per object; picture: {output}")
+    if view:
+        serve(View(result, "kermes demo"), ready=_say_where)
 
 
 @app.command
@@ -395,7 +402,7 @@ def view(
         host=host,
         port=port,
         browser=browser,
-        ready=lambda address: _say(f"{result.name} is shown at {address} (Ctrl-C ends it)"),
+        ready=_say_where,
     )
 
 
@@ -466,15 +473,18 @@ def refit(
     coadd: Path | None = None,
     /,
     *,
-    blend_id: Annotated[int, Parameter(name="--blend")],
+    blend_id: Annotated[int | None, Parameter(name="--blend")] = None,
     output: Output,
     add: Annotated[tuple[tuple[float, float], ...], Parameter(negative=(), show_default=False)] = (),
     remove: Annotated[tuple[int, ...], Parameter(negative=(), show_default=False)] = (),
     setting: Settings = (),
     model: str | None = None,
+    edits: Path | None = None,
     overwrite: Switch = False,
 ) -> None:
     """Fit one blend of a result anew, with peaks added or removed or with other settings; all else stays.
+
+    With --edits, everything that was done in kermes view --edit is done to the result.
 
     Parameters
     ----------
@@ -494,23 +504,35 @@ def refit(
         Change one setting of this fit, for example --set profiles.residual_rounds=0; may be repeated.
     model
         kermes or scarlet-lite; short for --set model=...
+    edits
+        File of edits that kermes view wrote, instead of a blend and what to do to it.
     overwrite
         Replace an earlier result of the same name.
     """
     from kermes import io, store
-    from kermes.config import changed_config
+    from kermes.edits import Edit, apply_edits, read_edits
 
+    changes = [*setting, *([] if model is None else [f"model={model}"])]
+    if (blend_id is None) == (edits is None) or (edits is not None and (add or remove or changes)):
+        raise _UsageError("kermes refit needs --blend and what to do to it, or --edits alone")
     store.check_output(output, overwrite)
     kermes.open(result)
     source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
     opened = kermes.open(result, coadd=io.read(**source))
-    changes = [*setting, *([] if model is None else [f"model={model}"])]
-    settings = changed_config(opened.config, changes) if changes else None
-    again = kermes.refit(opened, blend_id, add=add, remove=remove, config=settings)
+    if edits is None:
+        assert blend_id is not None
+        wanted = [Edit(blend_id=blend_id, add=add, remove=remove, settings=tuple(changes))]
+    else:
+        wanted = read_edits(edits, opened)
+    again = apply_edits(opened, wanted)
     extras = {_INPUT_FILE: json.dumps(source, indent=1).encode() + b"\n"}
     store.write_result(again, output, overwrite=overwrite, extras=extras)
-    before, after = (_blend_chi2(each, blend_id) for each in (opened, again))
-    _say(f"blend {blend_id}: chi2 {before:.3f} before, {after:.3f} now; {_summary(again)}; written to {output}")
+    if blend_id is None:
+        done = _count(len(wanted), "edit")
+    else:
+        before, after = (_blend_chi2(each, blend_id) for each in (opened, again))
+        done = f"blend {blend_id}: chi2 {before:.3f} before, {after:.3f} now"
+    _say(f"{done}; {_summary(again)}; written to {output}")
 
 
 @app.command
@@ -1170,6 +1192,10 @@ def _commented_toml(settings: Any) -> str:
 
 
 # ---------------------------------------------------------------- talking
+
+
+def _say_where(address: str) -> None:
+    _say(f"the result is shown at {address} (Ctrl-C ends it)")
 
 
 def _say(text: str) -> None:

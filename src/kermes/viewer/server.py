@@ -50,6 +50,10 @@ _THREADS = 6  # that answer at the same time
 _MOST_ROWS = 1000  # that are sent at a time
 _CACHED = {"Cache-Control": "private, max-age=86400"}
 _NOT_CACHED = {"Cache-Control": "no-store"}
+# Whatever the page shows, and runs, comes from its own server.
+_OWN_ONLY = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'"
+}
 _HEADER = "x-kermes"  # that only the page itself can send: no other page may without being allowed
 
 
@@ -311,10 +315,10 @@ def _find(view: View, text: str) -> dict[str, Any]:
     result = view.result
     words = text.replace(",", " ").split()
     in_pixels = [word[2:] for word in words if word.lower()[:2] in ("y=", "x=")]
+    if len(words) == 1 and words[0].isdecimal():
+        handle = result[int(words[0])]
+        return {"object_id": handle.object_id, "y": float(handle.row["y"]), "x": float(handle.row["x"])}
     try:
-        if len(words) == 1:
-            handle = result[int(words[0])]
-            return {"object_id": handle.object_id, "y": float(handle.row["y"]), "x": float(handle.row["x"])}
         if len(words) == 2 and len(in_pixels) == 2:
             places = {word[0].lower(): float(word[2:]) for word in words}
             return {"y": places["y"], "x": places["x"]}
@@ -479,7 +483,7 @@ def make_app(view: View, hosts: list[str] | None = None) -> Starlette:
         lifespan=lifespan,
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["localhost", "127.0.0.1", "::1"])],
         routes=[
-            Route("/", lambda request: Response(page, media_type="text/html", headers=_NOT_CACHED)),
+            Route("/", lambda request: Response(page, media_type="text/html", headers={**_NOT_CACHED, **_OWN_ONLY})),
             *(Route(path, _answer(respond)) for path, respond in get.items()),
             *(Route(path, _edit(view, respond), methods=["POST"]) for path, respond in post.items()),
             Mount("/static", StaticFiles(directory=str(static))),
