@@ -22,6 +22,11 @@ LEFT_OUT = [name for name, (modules, _) in NEEDED.items() if not all(map(importl
 collect_ignore = LEFT_OUT
 
 
+def pytest_addoption(parser):
+    """Say how pictures are stored anew."""
+    parser.addoption("--new-pictures", action="store_true", help="draw the stored pictures anew, to be looked at")
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say what was left out."""
     for name in LEFT_OUT:

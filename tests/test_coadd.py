@@ -168,6 +168,21 @@ def test_bad_planes_are_the_callers_choice():
     assert make(mask=mask, mask_planes=planes, bad_planes=("MINE",)).valid.all()
 
 
+@pytest.mark.parametrize(("highest", "dtype"), [(0, "u1"), (7, "u1"), (8, "u2"), (31, "i4"), (40, "i8")])
+def test_a_mask_is_kept_in_the_smallest_integers_that_hold_its_planes(highest, dtype):
+    # Of four or eight bytes, as files have them; bits without a name go.
+    given = np.zeros((6, 8), dtype=np.int32 if highest < 32 else np.int64)
+    given[1, 2] = np.array(1 << highest).astype(given.dtype)
+    given[3, 3] = 1 << 5 | 1 << 30
+    planes = {"BAD": highest, "DETECTED": 0 if highest else 1}
+    coadd = make(mask=given, mask_planes=planes)
+    assert coadd.mask.dtype == np.dtype(dtype)
+    assert not coadd.valid[:, 1, 2].any()
+    assert coadd.valid[:, 3, 3].all()
+    for bit in planes.values():
+        np.testing.assert_array_equal(coadd.mask[0] >> bit & 1, given >> bit & 1)
+
+
 def test_high_bits_of_a_mask_are_kept():
     mask = np.zeros((6, 8), dtype=np.int64)
     mask[2, 2] = 1 << 40

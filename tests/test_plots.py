@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from astropy import units
 from astropy.table import Table
 
 import kermes
+from kermes import plots
 from kermes.coadd import Coadd, wavelength_order
 from kermes.errors import InputError, ShapeError
 from kermes.geometry import Box
@@ -377,3 +379,38 @@ def test_part_of_a_result_shows_no_shared_pixels(scene):
     result.is_part = True
     titles = [axes.get_title() for axes in show_objects(result, n=1).axes]
     assert titles == ["image", "model", "neighbours subtracted", "spectrum"]
+
+
+# ---------------------------------------------------------------- the kernels behind the colours
+
+
+def reference_rgb(images, bands, scale, valid):
+    """Lupton et al. (2004), written out with arrays."""
+    weights = plots._channel_weights(bands)
+    scaled = np.where(valid, images, 0) / scale.noise[:, None, None]
+    covered = np.tensordot(weights, valid.astype(float), axes=1)
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing
+        channels = np.tensordot(weights, scaled, axes=1) / covered
+        channels = np.where(covered > 0, channels, np.nanmean(channels, axis=0))
+    unknown = np.isnan(channels).any(axis=0)
+    shifted = np.nan_to_num(channels) * scale.gains[:, None, None] + 1.0
+    brightness = np.maximum(shifted.mean(axis=0), 1e-6)
+    factor = np.arcsinh(brightness / 3.0) / np.arcsinh((scale.white + 1.0) / 3.0) / brightness
+    rgb = np.maximum(shifted * factor, 0.0)
+    rgb = np.rint(255 * rgb / np.maximum(rgb.max(axis=0), 1.0)).transpose(1, 2, 0)
+    rgb[unknown] = 128
+    return rgb
+
+
+@pytest.mark.parametrize("bands", [("g",), ("r", "g"), ("g", "r", "i"), ("y", "u", "g", "z", "r", "i")])
+def test_colours_are_those_of_the_formula(bands):
+    rng = np.random.default_rng(8)
+    images = (rng.normal(size=(len(bands), 40, 50)) * 10.0 ** rng.uniform(-1, 4, (40, 50))).astype(np.float32)
+    valid = rng.random(images.shape) > 0.2
+    images[~valid] = np.where(rng.random((~valid).sum()) > 0.5, np.nan, 1e9)
+    scale = plots.ColourScale(noise=rng.uniform(0.5, 2.0, len(bands)), gains=np.array([0.7, 1.0, 1.6]), white=300.0)
+    found = lupton_rgb(images, bands, scale=scale, valid=valid)
+    expected = reference_rgb(images, bands, scale, valid & np.isfinite(images))
+    # Two ways to the same float32 may round to neighbouring bytes.
+    assert np.abs(found.astype(int) - expected).max() <= 1

@@ -272,7 +272,11 @@ def test_command_writes_the_page_and_its_files(tmp_path, monkeypatch, capsys):
     assert cli.run("report out --blend 1 -o page.html --overwrite".split()) == 0
     assert cli.run("report out".split()) == 2
     assert cli.run("report out --object 1 --worst 2".split()) == 2
-    for arguments, name in (("--tile outcome", "tile_outcome.png"), ("--timing", "timing.png")):
+    for arguments, name in (
+        ("--tile outcome", "tile_outcome.png"),
+        ("--timing", "timing.png"),
+        ("--convergence", "convergence.png"),
+    ):
         assert cli.run(["show", "out", *arguments.split()]) == 0
         assert (tmp_path / "out" / name).stat().st_size > 5000
     assert cli.run("show out --tile nonsense".split()) == 1

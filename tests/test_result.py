@@ -511,6 +511,22 @@ def test_a_box_of_the_model_is_the_cut_of_the_whole_to_the_bit(crowded, tmp_path
         np.testing.assert_array_equal(outside, whole[:, 150:, 150:])
 
 
+def test_images_of_models_are_let_go(crowded, tmp_path):
+    crowded.write(tmp_path / "out", tolerance=None)
+    opened = kermes.open(tmp_path / "out")
+    box = Box(40, 30, 50, 70)
+    whole = opened.model_image()
+    before = opened.model_image(box=box)
+    assert "_sums" in opened.__dict__
+    opened.forget()
+    assert "_sums" not in opened.__dict__
+    # Boxes are counted anew, so that however many are drawn, the whole image is not, if it is let go between them.
+    for _ in range(40):
+        np.testing.assert_array_equal(opened.model_image(box=box), before)
+        opened.forget()
+    np.testing.assert_array_equal(opened.model_image(), whole)
+
+
 def test_few_objects_are_drawn_alone_and_many_with_the_whole(crowded, tmp_path):
     crowded.write(tmp_path / "out", tolerance=None)
     whole = kermes.open(tmp_path / "out", coadd=crowded.coadd)

@@ -218,12 +218,14 @@ def show(
     radius: float | None = None,
     tile: str | None = None,
     timing: Switch = False,
+    convergence: Switch = False,
     output: Annotated[Path | None, Parameter(alias="-o")] = None,
     coadd: Path | None = None,
 ) -> None:
     """Draw a result, or some of its objects, and say what is known of them.
 
-    Without --object, --blend, a position, --tile or --timing: image, model, residual, and the largest objects of all.
+    Without --object, --blend, a position, --tile, --timing or --convergence: image, model, residual, and the largest
+    objects of all.
 
     Parameters
     ----------
@@ -247,6 +249,8 @@ def show(
         Draw footprints and peaks of all objects, coloured by this column, such as outcome, a flag, or any number.
     timing
         Draw how long each blend took.
+    convergence
+        Draw how many iterations each blend took, and how well its models then fit.
     output
         Picture to write; left out: picture.png in that directory, or one named after what is drawn.
     coadd
@@ -256,16 +260,19 @@ def show(
 
     opened = kermes.open(result)  # What is no result gets its own message, before anything is looked for.
     wanted = _wanted(opened, object_id, blend_id, {"ra": ra, "dec": dec, "y": y, "x": x}, radius)
-    if sum((wanted is not None, tile is not None, timing)) > 1:
-        raise _UsageError("--tile, --timing and a choice of objects exclude each other")
-    if tile is not None or timing:
-        output = _beside(result, "timing.png" if tile is None else f"tile_{tile}.png") if output is None else output
+    if sum((wanted is not None, tile is not None, timing, convergence)) > 1:
+        raise _UsageError("--tile, --timing, --convergence and a choice of objects exclude each other")
+    if tile is not None or timing or convergence:
+        name = f"tile_{tile}" if tile is not None else "timing" if timing else "convergence"
+        output = _beside(result, f"{name}.png") if output is None else output
         _check_file_output(output, ".png")
         from kermes import plots
 
-        write_file(
-            output, plots.png_bytes(plots.show_timing(opened) if tile is None else plots.show_tile(opened, tile))
-        )
+        if tile is not None:
+            figure = plots.show_tile(opened, tile)
+        else:
+            figure = plots.show_timing(opened) if timing else plots.show_convergence(opened)
+        write_file(output, plots.png_bytes(figure))
         _say(f"picture: {output}")
         return
     if output is None:

@@ -899,6 +899,48 @@ def show_timing(result: Result, *, ax: Axes | None = None) -> Figure:
     return figure
 
 
+def show_convergence(result: Result, *, ax: Axes | None = None) -> Figure:
+    """Draw how many iterations each blend took, and how well its models then fit.
+
+    Parameters
+    ----------
+    result : Result
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; None: a new figure.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+        That of `ax`. A mark for each blend with a chi2, larger for more sources; orange: it did not converge. The grey
+        line is the chi2 of noise.
+
+    Raises
+    ------
+    InputError
+        If the result does not know how its blends were fitted, as one that was read from files of other programs.
+    """
+    blends = result.blends
+    needed = {"iterations", "chi2", "converged", "n_sources"}
+    if not needed <= set(blends.colnames):
+        raise InputError("result must know the iterations of its blends, got none")
+    if ax is None:
+        figure = _new_figure(7.0, 5.0)
+        axes = figure.subplots()
+    else:
+        axes, figure = ax, _figure_of(ax)
+    iterations, chi2, n = (_column(blends, name) for name in ("iterations", "chi2", "n_sources"))
+    known = np.isfinite(chi2) & (chi2 > 0)
+    converged = np.asarray(blends["converged"], dtype=bool)
+    axes.axhline(1.0, color="0.7", lw=1.0, zorder=0)
+    for label, chosen, shade in (("converged", converged, "tab:blue"), ("not converged", ~converged, "tab:orange")):
+        used = known & chosen
+        label = f"{label}: {used.sum()}"
+        axes.scatter(iterations[used], chi2[used], s=8.0 + 4.0 * n[used], c=shade, alpha=0.5, label=label)
+    axes.set(yscale="log", xlabel="iterations", ylabel="chi2 of the blend", xlim=(0, None))
+    axes.legend(fontsize="small")
+    return figure
+
+
 def _figure_of(ax: Axes) -> Figure:
     figure = ax.get_figure(root=True)
     assert figure is not None
