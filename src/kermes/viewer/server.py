@@ -232,7 +232,7 @@ def _description(view: View) -> dict[str, Any]:
         "finest": FINEST,
         "has_sky": result.wcs is not None,
         "can_edit": view.edits_file is not None,
-        "edits_file": str(view.edits_file or ""),
+        "edits_file": "" if view.edits_file is None else view.edits_file.name,
         "columns": [
             {
                 "name": name,

@@ -244,13 +244,20 @@ function drawMarks() {
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   const sign = (y, x, color, text) => {
     const [px, py] = toPicture(y, x);
-    context.strokeStyle = context.fillStyle = color;
-    context.lineWidth = 2;
+    context.font = "bold 14px system-ui";
     context.beginPath();
     context.arc(x0 + px * scale, y0 + py * scale, 11, 0, 2 * Math.PI);
-    context.stroke();
-    context.font = "bold 14px system-ui";
-    context.fillText(text, x0 + px * scale + 13, y0 + py * scale + 5);
+    // With a dark edge, to be seen on white too.
+    for (const [shade, width] of [["#000", 5], [color, 2]]) {
+      context.strokeStyle = shade;
+      context.lineWidth = width;
+      context.stroke();
+    }
+    context.strokeStyle = "#000";
+    context.lineWidth = 3;
+    context.strokeText(text, x0 + px * scale + 14, y0 + py * scale + 5);
+    context.fillStyle = color;
+    context.fillText(text, x0 + px * scale + 14, y0 + py * scale + 5);
   };
   const placeOf = (id) => { const k = rowOf.get(id); return toCoadd(places[k], places[n + k]); };
   if (state.object !== null && rowOf.has(state.object)) sign(...placeOf(state.object), "#fff", String(state.object));
@@ -512,7 +519,7 @@ function editor(object) {
   );
   const past = Object.assign(document.createElement("div"), { className: "row" });
   past.append(
-    `${info.edits.length} refits kept in ${info.edits_file}`,
+    `${info.edits.length} ${info.edits.length === 1 ? "refit" : "refits"} kept in ${info.edits_file}`,
     button("Undo last", "Take back the last refit", async () => { pending = null; await changed(await send("api/undo", {})); },
       !info.edits.length),
     button("Write result", "Write the result with all refits beside it", async () => {
@@ -542,7 +549,7 @@ function comparison(edit, answer) {
   box.append(Object.assign(document.createElement("h2"), { textContent: `Blend ${edit.blend_id} before and after` }));
   for (const side of ["before", "after"]) {
     const { picture, chi2, rows } = answer[side];
-    const title = `${side}: χ² ${chi2 === null ? "not known" : chi2.toFixed(3)}, ${rows.length} objects`;
+    const title = `${side}: χ² ${chi2 === null ? "not known" : chi2.toFixed(3)}, ${rows.length} ${rows.length === 1 ? "object" : "objects"}`;
     box.append(
       Object.assign(document.createElement("h3"), { textContent: title }),
       Object.assign(document.createElement("img"), { src: picture, alt: side }),
