@@ -733,10 +733,12 @@ class Result:
         bounds = np.append(np.flatnonzero(np.diff(blends, prepend=-1)), len(blends)).tolist()
         for first, end in pairwise(bounds):
             blend_id = int(blends[first])
-            kernels, outer = self.kernels(self.psfs[blend_id]), self.outer_box_of_blend(blend_id)
             for k in range(first, end, _DRAWN_TOGETHER):
-                sources = tuple(self.models[number] for number in model_ids[k : min(k + _DRAWN_TOGETHER, end)].tolist())
-                yield from render_scene(Scene(sources=sources, box=outer), kernels).by_source(outer.origin)
+                models = (self.models[number] for number in model_ids[k : min(k + _DRAWN_TOGETHER, end)].tolist())
+                sources = tuple(source for source in models if not source.box.is_empty)
+                if sources:  # a blend without light may have no PSF
+                    kernels, outer = self.kernels(self.psfs[blend_id]), self.outer_box_of_blend(blend_id)
+                    yield from render_scene(Scene(sources=sources, box=outer), kernels).by_source(outer.origin)
 
     @cached_property
     def _sums(self) -> tuple[FloatArray, FloatArray]:
