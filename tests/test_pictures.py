@@ -64,7 +64,7 @@ def drawn(name):
     if name in ("colours", "colours_reversed", "one_band"):
         images, bands = stars(range(5, -1, -1) if name == "colours_reversed" else [2] if name == "one_band" else None)
         return plots.lupton_rgb(images, bands)[::-1]
-    if name == "scene":
+    if name in ("scene", "scene_of_four"):
         result = result_of_hand()
         coadd = result.coadd
         peaks = [[30 + ORIGIN[0], 30 + ORIGIN[1]], [31 + ORIGIN[0], 36 + ORIGIN[1]]]
@@ -75,6 +75,7 @@ def drawn(name):
             bands=coadd.bands,
             peaks=peaks,
             origin=coadd.origin,
+            frame=result.model_image(convolved=False) if name == "scene_of_four" else None,
         )
     result = result_of_hand(with_coadd=name != "objects_without_images")
     return {
@@ -92,7 +93,17 @@ def drawn(name):
 
 
 NAMES = (
-    *("colours", "colours_reversed", "one_band", "scene", "result", "region", "objects", "objects_without_images"),
+    *(
+        "colours",
+        "colours_reversed",
+        "one_band",
+        "scene",
+        "scene_of_four",
+        "result",
+        "region",
+        "objects",
+        "objects_without_images",
+    ),
     *("object", "parts", "tile_of_outcomes", "tile_of_numbers", "timing", "convergence"),
 )
 

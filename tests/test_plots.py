@@ -88,7 +88,7 @@ class FakeResult:
             self.objects[f"{band}_flux"] = scene.truth[f"{band}_flux"][scene.truth["peak_index"] >= 0]
             self.objects[f"{band}_flux_err"] = np.full(n, 10.0) * units.nJy
 
-    def model_image(self):
+    def model_image(self, convolved=True):
         return self.total
 
     def __getitem__(self, object_id):
@@ -220,6 +220,12 @@ def test_invalid_pixels_of_the_residual_are_left_blank(scene, result):
     coadd = scene.coadd
     figure = show_scene(coadd.images, result.total, variance=coadd.variance, bands=coadd.bands, valid=valid)
     np.testing.assert_array_equal(figure.axes[2].images[0].get_array().mask, ~valid)
+
+
+def test_a_frame_of_another_shape_is_refused(scene, result):
+    coadd = scene.coadd
+    with pytest.raises(ShapeError, match="frame must have the shape of image"):
+        show_scene(coadd.images, result.total, variance=coadd.variance, bands=coadd.bands, frame=np.ones((3, 4, 5)))
 
 
 def test_peaks_are_marked_in_the_coordinates_of_the_origin(scene, result):

@@ -241,7 +241,12 @@ def test_pictures_go_into_the_axes_that_are_given(result):
 
 def test_region_is_drawn_alone(result):
     figure = plots.show_region(result, Box(1010, 2010, 60, 70))
-    assert [axes.get_title() for axes in figure.axes][:3] == ["image (g r i)", "model", "residual"]
+    assert [axes.get_title() for axes in figure.axes][:4] == [
+        "image (g r i)",
+        "model",
+        "model as observed",
+        "residual",
+    ]
     assert figure.axes[0].images[0].get_extent() == pytest.approx((2009.5, 2079.5, 1009.5, 1069.5))
 
 

@@ -511,6 +511,25 @@ def test_a_box_of_the_model_is_the_cut_of_the_whole_to_the_bit(crowded, tmp_path
         np.testing.assert_array_equal(outside, whole[:, 150:, 150:])
 
 
+def test_models_add_up_in_the_model_frame(crowded):
+    drawn = crowded.model_image(convolved=False)
+    total = np.zeros_like(drawn)
+    for handle in crowded:
+        for b, band in enumerate(crowded.bands):
+            stamp = handle.model(band, convolved=False)
+            total[(b, *stamp.box.within(crowded.coadd.box))] += stamp.array
+    for candidate in crowded.candidates["candidate_id"].tolist():
+        source = crowded.models[-candidate]
+        box = source.box & Box.of_shape(crowded.shape)
+        total[:, box.y, box.x] += source.model(len(crowded.bands))[(slice(None), *box.within(source.box))]
+    # A stamp ends with the light as observed, to which its sharp light is cut; single precision.
+    np.testing.assert_allclose(drawn, total, rtol=1e-4, atol=1e-4 * drawn.max())
+    box = Box(40, 30, 50, 70)
+    np.testing.assert_array_equal(
+        crowded.model_image(box=box, convolved=False), drawn[(slice(None), *box.within(crowded.coadd.box))]
+    )
+
+
 def test_images_of_models_are_let_go(crowded, tmp_path):
     crowded.write(tmp_path / "out", tolerance=None)
     opened = kermes.open(tmp_path / "out")

@@ -203,6 +203,21 @@ def test_without_images_models_have_sensible_colours(result):
     assert np.median(found) < 60
 
 
+def test_a_result_without_objects_is_shown(result):
+    nothing = kermes.deblend(result.coadd, peaks=np.zeros((0, 2), dtype=int))
+    for each in (nothing, replace(nothing, coadd=None)):
+        with TestClient(make_app(View(each)), base_url="http://localhost") as client:
+            assert client.get("/api/result").json()["n_objects"] == 0
+            assert client.get("/api/positions").content == b""
+            for column in ("outcome", "i_flux", "flag_edge"):
+                assert client.get("/api/marks", params={"color": column}).content == b""
+                assert client.get("/api/legend", params={"color": column}).status_code == 200
+            assert client.get("/api/rows").json() == {"total": 0, "rows": []}
+            layer = "model" if each.coadd is None else "residual"
+            assert client.get(f"/tiles/{layer}/10/0_0").status_code == 200
+            assert client.get("/tiles/footprints/10/0_0").status_code == 200
+
+
 def test_a_change_is_shown_and_nothing_else(result):
     fresh = Pictures(result)
     fresh.draw_missing(threading.Event())

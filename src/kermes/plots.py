@@ -249,9 +249,9 @@ def _margins(
     }
 
 
-def _scene_height(shape: Sequence[int]) -> float:
-    """Height of a figure in which image, model and residual fill the width [inches]."""
-    return float(np.clip(3.3 * shape[0] / shape[1] + 0.9, 2.5, 10.0))
+def _scene_height(shape: Sequence[int], n_panels: int = 4) -> float:
+    """Height of a figure in which image, models and residual fill the width [inches]."""
+    return float(np.clip(9.9 / n_panels * shape[0] / shape[1] + 0.9, 2.2, 10.0))
 
 
 def _extent(box: Box) -> tuple[float, float, float, float]:
@@ -293,17 +293,23 @@ def _draw_scene(
     names: Sequence[Any],
     colours: Sequence[str],
     scale: ColourScale,
+    frame: ImageArray | None = None,
 ) -> None:
-    """Draw image, model and residual side by side; `height` is that of the figure [inches]."""
+    """Draw image, model frame, model and residual side by side; `height` is that of the figure [inches]."""
     extent = _extent(Box(*origin, *image.shape[1:]))
     margins = _margins(_WIDTH, height, left=0.6, right=1.1, bottom=0.55, top=0.35, space=(0.05, 0.0))
-    panels = figure.subplots(1, 3, sharex=True, sharey=True, gridspec_kw=margins)
+    panels = [*figure.subplots(1, 3 if frame is None else 4, sharex=True, sharey=True, gridspec_kw=margins)]
     panels[0].imshow(lupton_rgb(image, bands, scale=scale, valid=valid), extent=extent, origin="lower")
     _mark(panels[0], peaks, names, colours)
     panels[0].set_title(f"image ({' '.join(bands)})")
-    panels[1].imshow(lupton_rgb(model, bands, scale=scale), extent=extent, origin="lower")
-    panels[1].set_title("model")
-    residual = panels[2].imshow(
+    if frame is not None:
+        # Sharper, and so brighter: on a scale of its own.
+        sharper = replace(scale, white=colour_scale(frame, bands, noise=scale.noise).white)
+        panels[1].imshow(lupton_rgb(frame, bands, scale=sharper), extent=extent, origin="lower")
+        panels[1].set_title("model")
+    panels[-2].imshow(lupton_rgb(model, bands, scale=scale), extent=extent, origin="lower")
+    panels[-2].set_title("model" if frame is None else "model as observed")
+    residual = panels[-1].imshow(
         np.ma.masked_invalid(_significance(image, model, variance, valid)),
         extent=extent,
         origin="lower",
@@ -311,9 +317,9 @@ def _draw_scene(
         vmin=-RESIDUAL_RANGE,
         vmax=RESIDUAL_RANGE,
     )
-    panels[2].set_facecolor((UNKNOWN_GREY / 255,) * 3)
-    panels[2].set_title("residual")
-    bar = panels[2].inset_axes((1.05, 0.1, 0.05, 0.8))
+    panels[-1].set_facecolor((UNKNOWN_GREY / 255,) * 3)
+    panels[-1].set_title("residual")
+    bar = panels[-1].inset_axes((1.05, 0.1, 0.05, 0.8))
     figure.colorbar(residual, cax=bar, label="σ, all bands together", extend="both")
     for panel in panels:
         panel.tick_params(labelsize="small")
@@ -330,6 +336,7 @@ def show_scene(
     valid: ArrayLike | None = None,
     peaks: ArrayLike | None = None,
     origin: tuple[int, int] = (0, 0),
+    frame: ArrayLike | None = None,
 ) -> Figure:
     """Draw an image, its model, and what is left in units of the noise.
 
@@ -347,6 +354,8 @@ def show_scene(
         Positions (y, x) to mark and to number from 0, in the coordinates of `origin`.
     origin : tuple of int, optional
         Coordinates (y, x) of the first pixel.
+    frame : array_like, shape (B, H, W), optional
+        The model in the model frame, drawn between image and model on a scale of its own.
 
     Returns
     -------
@@ -363,6 +372,9 @@ def show_scene(
     modelled = np.asarray(model, dtype=np.float64)
     if modelled.shape != array.shape:
         raise ShapeError(f"model must have the shape of image {array.shape}, got {modelled.shape}")
+    sharp = None if frame is None else np.asarray(frame, dtype=np.float64)
+    if sharp is not None and sharp.shape != array.shape:
+        raise ShapeError(f"frame must have the shape of image {array.shape}, got {sharp.shape}")
     try:
         spread = np.broadcast_to(np.asarray(variance, dtype=np.float64), array.shape)
     except ValueError:
@@ -370,7 +382,7 @@ def show_scene(
     good &= np.isfinite(spread) & (spread > 0)
     positions = np.asarray([] if peaks is None else peaks, dtype=np.float64).reshape(-1, 2)
     scale = colour_scale(array, bands, noise=_typical_noise(spread, good), valid=good)
-    height = _scene_height(array.shape[1:])
+    height = _scene_height(array.shape[1:], 3 if sharp is None else 4)
     figure = _new_figure(_WIDTH, height)
     _draw_scene(
         figure,
@@ -385,6 +397,7 @@ def show_scene(
         range(len(positions)),
         ["white"] * len(positions),
         scale,
+        sharp,
     )
     return figure
 
@@ -686,7 +699,7 @@ def show_parts(result: Result, ids: Sequence[int] | None = None, n: int = 3) -> 
 
 
 def show_result(result: Result, n: int = 5) -> Figure:
-    """Draw a whole result: image, model, residual, and strips of the brightest objects.
+    """Draw a whole result: image, model frame, model as observed, residual, and strips of the brightest objects.
 
     Parameters
     ----------
@@ -729,12 +742,13 @@ def show_result(result: Result, n: int = 5) -> Figure:
         list(objects["object_id"]),
         ["white" if str(outcome) == "full" else "orange" for outcome in objects["outcome"]],
         scale,
+        result.model_image(convolved=False),
     )
     return figure
 
 
 def show_region(result: Result, box: Box, ids: Sequence[int] | None = None) -> Figure:
-    """Draw a part of a result: image, model and residual.
+    """Draw a part of a result: image, model frame, model as observed and residual.
 
     Parameters
     ----------
@@ -777,6 +791,7 @@ def show_region(result: Result, box: Box, ids: Sequence[int] | None = None) -> F
         [int(number) for number in np.asarray(objects["object_id"])[rows]],
         ["white" if str(outcome) == "full" else "orange" for outcome in np.asarray(objects["outcome"])[rows]],
         colour_scale(part.images, part.bands, noise=_typical_noise(part.variance, part.valid), valid=part.valid),
+        result.model_image(box=part.box, convolved=False),
     )
     return figure
 

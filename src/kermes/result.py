@@ -36,7 +36,7 @@ from kermes.flux import LEAST_MODEL, redistribute, redistribution_covariance, re
 from kermes.geometry import Box, Footprint, Footprints
 from kermes.metrics import registered_metrics
 from kermes.psf import continued, difference_kernels, model_psf
-from kermes.rendering import KernelSet, outer_box, render_scene, render_source
+from kermes.rendering import KernelSet, frame_models, outer_box, render_scene, render_source
 from kermes.scene import ProfileComponent, Scene, Source
 
 FloatArray = NDArray[np.float32]
@@ -722,8 +722,8 @@ class Result:
             return dict(self.inputs)
         return {} if self.coadd is None else self.coadd.checksums()
 
-    def _lights(self, pairs: NDArray[np.int64]) -> Iterator[tuple[FloatArray, Box]]:
-        """Draw models as observed, of keys and blends (N, 2); those without light are left out.
+    def _lights(self, pairs: NDArray[np.int64], convolved: bool = True) -> Iterator[tuple[FloatArray, Box]]:
+        """Draw models of keys and blends (N, 2), as observed or in the model frame; those without light are left out.
 
         Blend by blend, in the order in which a file has them, and some sources at a time: drawn one by one, they would
         take three times as long.
@@ -737,8 +737,14 @@ class Result:
                 models = (self.models[number] for number in model_ids[k : min(k + _DRAWN_TOGETHER, end)].tolist())
                 sources = tuple(source for source in models if not source.box.is_empty)
                 if sources:  # a blend without light may have no PSF
-                    kernels, outer = self.kernels(self.psfs[blend_id]), self.outer_box_of_blend(blend_id)
-                    yield from render_scene(Scene(sources=sources, box=outer), kernels).by_source(outer.origin)
+                    outer = self.outer_box_of_blend(blend_id)
+                    scene = Scene(sources=sources, box=outer)
+                    drawn = (
+                        render_scene(scene, self.kernels(self.psfs[blend_id]))
+                        if convolved
+                        else frame_models(scene, len(self.bands))
+                    )
+                    yield from drawn.by_source(outer.origin)
 
     @cached_property
     def _sums(self) -> tuple[FloatArray, FloatArray]:
@@ -793,10 +799,10 @@ class Result:
         for name in ("_sums", "_small_boxes"):
             self.__dict__.pop(name, None)
 
-    def _drawn(self, box: Box, positive: bool) -> FloatArray:
+    def _drawn(self, box: Box, positive: bool = False, convolved: bool = True) -> FloatArray:
         out = np.zeros((len(self.bands), *box.shape), dtype=np.float32)
         pairs = self.model_ids().T
-        for array, own in self._lights(pairs[np.isin(pairs[:, 1], self.blends_near(box))]):
+        for array, own in self._lights(pairs[np.isin(pairs[:, 1], self.blends_near(box))], convolved):
             light = array[(slice(None), *box.within(own))]
             out[(slice(None), *own.within(box))] += np.maximum(light, 0) if positive else light
         return out
@@ -825,8 +831,8 @@ class Result:
             counts[name] = {str(value) or "none": int(count) for value, count in zip(values, n, strict=True)}
         return {"peaks": self.n_peaks, "rows": len(self), **counts}
 
-    def model_image(self, positive: bool = False, box: Box | None = None) -> FloatArray:
-        """Add the models of all objects, as observed.
+    def model_image(self, positive: bool = False, box: Box | None = None, convolved: bool = True) -> FloatArray:
+        """Add the models of all objects.
 
         Parameters
         ----------
@@ -835,12 +841,14 @@ class Result:
         box : Box, optional
             Pixels to draw, in the coadd's coordinates, cut at the edge of the image; None: all. For a few small boxes
             of a large result only the models around them are read and drawn.
+        convolved : bool, optional
+            True: as observed. False: in the model frame, on the same pixels; always drawn anew.
 
         Returns
         -------
         image : ndarray, shape (B, H, W)
-            Flux per pixel [unit of the coadd], of the image or of the box; that of the image is computed once, and
-            read-only.
+            Flux per pixel [unit of the coadd], of the image or of the box; that of the image as observed is computed
+            once, and read-only.
 
         Raises
         ------
@@ -848,8 +856,11 @@ class Result:
             If the positive parts are asked for and the result holds some of the objects only.
         """
         self._check_whole(positive)
+        whole = Box.of_shape(self.shape)
+        within = whole if box is None else box.shift(-self.origin[0], -self.origin[1]) & whole
+        if not convolved:
+            return self._drawn(within, positive, convolved=False)
         if box is not None:
-            within = box.shift(-self.origin[0], -self.origin[1]) & Box.of_shape(self.shape)
             return self._sum_of_models(within, positive)
         if positive and self.total is not None:
             return self.total

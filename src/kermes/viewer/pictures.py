@@ -141,8 +141,16 @@ class Pictures:
     Tiles are numbered from the upper left corner of the picture, whose first row is the last one of the image. A tile
     of level `deepest` shows pixels of the image, one of the level before twice as many to a side, and so on.
 
-    Images stay as they are; of the models only what they leave is kept, in half precision. It is filled block by
-    block: by `draw_missing`, or by the first tile that needs it. All of this may be called from several threads.
+    Images stay as they are; of the models only what they leave is kept, in two bytes per pixel and band. It is filled
+    block by block: by `draw_missing`, or by the first tile that needs it. All of this may be called from several
+    threads.
+
+    Parameters
+    ----------
+    result : Result
+        Without images, only the models can be shown.
+    release : callable, optional
+        Is called now and then, to let go of the memory of pixels that were looked at.
     """
 
     def __init__(self, result: Result, release: Callable[[], None] = lambda: None) -> None:
@@ -243,6 +251,8 @@ class Pictures:
 
     def _draw(self, row: int, column: int) -> None:
         """Draw the models of one block."""
+        if self._is_drawn[row, column]:  # and nobody needs to wait for what others draw
+            return
         with self.lock:
             if self._is_drawn[row, column]:
                 return
@@ -264,7 +274,8 @@ class Pictures:
         y, x = np.mgrid[:rows, :columns]
         distance = np.hypot(y - (rows - 1) / 2, x - (columns - 1) / 2)
         for place in np.argsort(distance, axis=None, kind="stable").tolist():
-            if stop.is_set():
+            # A moment in which others who wait for the lock can have it.
+            if stop.wait(0.002):
                 return
             self._draw(*divmod(place, columns))
 

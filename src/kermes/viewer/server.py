@@ -274,19 +274,20 @@ def _rows(view: View, query: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _object(view: View, object_id: int) -> dict[str, Any]:
-    result = view.result
-    row = result[object_id].row
+    with view.pictures.lock:
+        handle = view.result[object_id]
+        objects, row = view.result.objects, handle.row
+        picture = f"api/objects/{object_id}/picture?v={view.run}-{view.version}"
+        html = report.object_section(handle, picture)
     blend_id = int(row["blend_id"])
-    members = np.asarray(result.objects["object_id"])[np.asarray(result.objects["blend_id"]) == blend_id]
+    members = np.asarray(objects["object_id"])[np.asarray(objects["blend_id"]) == blend_id]
     return {
         "object_id": object_id,
         "blend_id": blend_id,
         "members": members.tolist(),
         "y": float(row["y"]),
         "x": float(row["x"]),
-        "html": report.object_section(
-            result[object_id], f"api/objects/{object_id}/picture?v={view.run}-{view.version}"
-        ),
+        "html": html,
     }
 
 
@@ -316,8 +317,9 @@ def _find(view: View, text: str) -> dict[str, Any]:
     words = text.replace(",", " ").split()
     in_pixels = [word[2:] for word in words if word.lower()[:2] in ("y=", "x=")]
     if len(words) == 1 and words[0].isdecimal():
-        handle = result[int(words[0])]
-        return {"object_id": handle.object_id, "y": float(handle.row["y"]), "x": float(handle.row["x"])}
+        with view.pictures.lock:
+            row = result[int(words[0])].row
+        return {"object_id": int(row["object_id"]), "y": float(row["y"]), "x": float(row["x"])}
     try:
         if len(words) == 2 and len(in_pixels) == 2:
             places = {word[0].lower(): float(word[2:]) for word in words}
