@@ -454,7 +454,7 @@ def test_the_description(client, result):
 def test_positions_and_marks(client, result):
     n = len(result)
     content = client.get("/api/positions").content
-    ids, places = np.frombuffer(content[: 4 * n], "<i4"), np.frombuffer(content[4 * n :], "<f4").reshape(2, n)
+    ids, places = np.frombuffer(content[: 8 * n], "<f8"), np.frombuffer(content[8 * n :], "<f4").reshape(2, n)
     np.testing.assert_array_equal(ids, result.objects["object_id"])
     # The middle of the last row of the image is half a pixel below the upper edge of the picture.
     np.testing.assert_allclose(places[0], result.objects["x"] - ORIGIN[1] + 0.5, atol=1e-3)
@@ -463,6 +463,15 @@ def test_positions_and_marks(client, result):
     marks = np.frombuffer(marks, np.uint8).reshape(n, 4)
     np.testing.assert_array_equal(marks[:, 3] == 255, result.objects["model"] == "point")
     np.testing.assert_array_equal(marks[:, :3], colouring(result, "model").objects)
+
+
+def test_numbers_of_the_pipelines_are_kept(result):
+    first = (20_000 * 100 + 99) * 2**24
+    with TestClient(make_app(View(result.renumbered(first))), base_url="http://localhost") as client:
+        content = client.get("/api/positions").content
+        ids = np.frombuffer(content[: 8 * len(result)], "<f8").astype(np.int64)
+        np.testing.assert_array_equal(ids, np.asarray(result.objects["object_id"]) + first)
+        assert client.get(f"/api/objects/{first + 3}").json()["object_id"] == first + 3
 
 
 def test_rows(client, result):
@@ -513,6 +522,7 @@ def test_places_on_the_sky_are_found_and_told(client, result):
     [
         ("/api/find?text=nowhere", "a place must be the number of an object, ra and dec, or like y=120 x=340"),
         ("/api/find?text=99999", "object_id must be one of"),
+        ("/api/find?text=330 -2", "a place must be"),
         ("/api/objects/99999", "object_id must be one of"),
         ("/api/rows?columns=nothing", "columns must be a column"),
         ("/api/rows?sort=nothing", "sort must be a column"),

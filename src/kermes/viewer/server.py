@@ -21,6 +21,7 @@ import numpy as np
 import uvicorn
 from anyio import to_thread
 from astropy.coordinates import SkyCoord
+from astropy.wcs import NoConvergence
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
@@ -247,14 +248,17 @@ def _description(view: View) -> dict[str, Any]:
 
 
 def _positions(view: View) -> bytes:
-    """Numbers (int32) and places x, y (float32) of all objects, in pixels of the picture from its upper left corner."""
+    """Numbers (float64) and places x, y (float32) of all objects, in pixels of the picture from its upper left corner.
+
+    Numbers of the pipelines have 45 bits, which a browser has no other type for.
+    """
     result = view.result
     ids = np.asarray(result.objects["object_id"])
     y = np.asarray(result.objects["y"], dtype=np.float64) - result.origin[0]
     x = np.asarray(result.objects["x"], dtype=np.float64) - result.origin[1]
     # The middle of the first pixel is half a pixel from the corner.
     places = np.concatenate([x + 0.5, result.shape[0] - (y + 0.5)]).astype("<f4")
-    return ids.astype("<i4").tobytes() + places.tobytes()
+    return ids.astype("<f8").tobytes() + places.tobytes()
 
 
 def _marks(view: View, column: str, conditions: Mapping[str, str]) -> bytes:
@@ -298,7 +302,8 @@ def _place(view: View, y: float, x: float) -> dict[str, Any]:
     place: dict[str, Any] = {"y": y, "x": x}
     if result.wcs is not None:
         sky = result.wcs.celestial.pixel_to_world(column, row).icrs
-        place |= {"ra": float(sky.ra.deg), "dec": float(sky.dec.deg)}
+        if np.isfinite(sky.ra.deg + sky.dec.deg):  # far outside there may be no sky
+            place |= {"ra": float(sky.ra.deg), "dec": float(sky.dec.deg)}
     pixel = round(row), round(column)
     if result.coadd is not None and pixel in Box.of_shape(result.shape):
         values = result.coadd.images[(slice(None), *pixel)]
@@ -329,8 +334,9 @@ def _find(view: View, text: str) -> dict[str, Any]:
             half = len(words) // 2
             sky = SkyCoord(" ".join(words[:half]), " ".join(words[half:]), unit=unit)
             x, y = result.wcs.celestial.world_to_pixel(sky)
-            return {"y": float(y) + result.origin[0], "x": float(x) + result.origin[1]}
-    except (ValueError, KeyError):
+            if np.isfinite(x + y):
+                return {"y": float(y) + result.origin[0], "x": float(x) + result.origin[1]}
+    except (ValueError, KeyError, NoConvergence):
         pass
     sky_form = "" if result.wcs is None else ", ra and dec"
     raise InputError(f"a place must be the number of an object{sky_form}, or like y=120 x=340; got {text!r}")

@@ -307,9 +307,9 @@ function nearest(position) {
 
 async function loadPlaces() {
   const content = await (await ask("api/positions")).arrayBuffer();
-  const n = content.byteLength / 12;
-  ids = new Int32Array(content, 0, n);
-  places = new Float32Array(content, 4 * n, 2 * n);
+  const n = content.byteLength / 16;
+  ids = new Float64Array(content, 0, n);
+  places = new Float32Array(content, 8 * n, 2 * n);
   rowOf = new Map(Array.from(ids, (id, k) => [id, k]));
 }
 
