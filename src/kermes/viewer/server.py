@@ -161,6 +161,8 @@ class View:
         """Write the result with all edits."""
         with self.pictures.lock:
             self.result.write(path, overwrite=overwrite)
+            self._release()
+            return_memory()
 
     def state(self) -> dict[str, Any]:
         """What changes while the page is open."""
@@ -179,6 +181,9 @@ class View:
         self.outlines = Outlines(result)
         self._colourings = {}
         self.version += 1
+        result.forget()
+        self._release()
+        return_memory()
 
     @staticmethod
     def _changed(before: Result, after: Result, blend_id: int) -> Box:
