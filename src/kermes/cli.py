@@ -399,18 +399,13 @@ def view(
     else:
         with _step("reading the images"):
             opened = kermes.open(result, coadd=io.read(**source))
-    edits = result.with_name(f"{result.stem}_edits.json") if edit else None
-    shown = viewer.View(opened, result.name, edits=edits)
+    place = result.resolve()
+    edits = place.with_name(f"{place.stem}_edits.json") if edit else None
+    shown = viewer.View(opened, place.name, edits=edits)
     del opened  # with its images, which the view keeps in its own way
     if shown.edits:
         _say(f"{_count(len(shown.edits), 'edit')} taken up from {edits}")
-    viewer.serve(
-        shown,
-        host=host,
-        port=port,
-        browser=browser,
-        ready=_say_where,
-    )
+    viewer.serve(shown, host=host, port=port, browser=browser, ready=_say_where)
 
 
 @app.command

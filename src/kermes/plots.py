@@ -405,7 +405,7 @@ def show_scene(
 # ---------------------------------------------------------------- results
 
 
-def _column(table: Table, name: str) -> FloatArray:
+def column_values(table: Table, name: str) -> FloatArray:
     """One column as floats, NaN where it is masked."""
     return np.asarray(np.ma.filled(np.ma.asarray(table[name]).astype(np.float64), np.nan))
 
@@ -414,8 +414,8 @@ def _brightest(result: Result, n: int) -> list[int]:
     """Numbers of the `n` objects with the most light, each band in units of its median error."""
     brightness = np.zeros(len(result.objects))
     for band in result.bands:
-        flux = _column(result.objects, f"{band}_flux")
-        error = _column(result.objects, f"{band}_flux_err")
+        flux = column_values(result.objects, f"{band}_flux")
+        error = column_values(result.objects, f"{band}_flux_err")
         usable = error[np.isfinite(error) & (error > 0)]
         brightness += np.nan_to_num(flux / np.median(usable) if len(usable) else flux, posinf=0.0, neginf=0.0)
     order = np.argsort(-brightness, kind="stable")[:n]
@@ -448,8 +448,8 @@ def _draw_spectrum(axes: Axes, result: Result, index: int) -> None:
     for kind, style in (("flux", "o-"), ("redistributed_flux", "s")):
         if f"{bands[0]}_{kind}" not in objects.colnames:
             continue
-        flux = np.array([_column(objects, f"{band}_{kind}")[index] for band in bands])
-        error = np.array([_column(objects, f"{band}_{kind}_err")[index] for band in bands])
+        flux = np.array([column_values(objects, f"{band}_{kind}")[index] for band in bands])
+        error = np.array([column_values(objects, f"{band}_{kind}_err")[index] for band in bands])
         if not np.isfinite(flux).any():
             continue
         label = "model" if kind == "flux" else "re-distributed"
@@ -738,7 +738,7 @@ def show_result(result: Result, n: int = 5) -> Figure:
         coadd.valid,
         result.bands,
         result.origin,
-        np.stack([_column(objects, "y"), _column(objects, "x")], axis=1),
+        np.stack([column_values(objects, "y"), column_values(objects, "x")], axis=1),
         list(objects["object_id"]),
         ["white" if str(outcome) == "full" else "orange" for outcome in objects["outcome"]],
         scale,
@@ -773,7 +773,7 @@ def show_region(result: Result, box: Box, ids: Sequence[int] | None = None) -> F
         raise InputError("result must have its images to be drawn: open it with coadd=, got none")
     part = result.coadd.cutout(box)
     objects = result.objects
-    peaks = np.stack([_column(objects, "y"), _column(objects, "x")], axis=1)
+    peaks = np.stack([column_values(objects, "y"), column_values(objects, "x")], axis=1)
     inside = [(round(y), round(x)) in part.box for y, x in peaks.tolist()]
     rows = np.flatnonzero(inside) if ids is None else np.array([result[number].index for number in ids], dtype=int)
     height = _scene_height(part.shape)
@@ -830,10 +830,10 @@ def show_tile(result: Result, color: str = "outcome", *, ax: Axes | None = None,
     else:
         axes, figure = ax, _figure_of(ax)
     axes.add_collection(LineCollection(list(_edges(result)), colors="0.6", linewidths=0.5, zorder=1))
-    y, x = _column(objects, "y"), _column(objects, "x")
+    y, x = column_values(objects, "y"), column_values(objects, "x")
     values = np.asarray(objects[color])
     if values.dtype.kind in "iuf":
-        numbers = _column(objects, color)
+        numbers = column_values(objects, color)
         known = np.isfinite(numbers)
         low, high = np.percentile(numbers[known], [2, 98]) if known.any() else (0.0, 1.0)
         axes.scatter(x[~known], y[~known], s=size, c="0.7", zorder=2)
@@ -900,7 +900,7 @@ def show_timing(result: Result, *, ax: Axes | None = None) -> Figure:
         axes, figure = ax, _figure_of(ax)
     known = np.isfinite(seconds)
     converged = np.asarray(blends["converged"], dtype=bool)
-    iterations = _column(blends, "iterations") if "iterations" in blends.colnames else np.zeros(len(blends))
+    iterations = column_values(blends, "iterations") if "iterations" in blends.colnames else np.zeros(len(blends))
     for label, chosen, shade in (("converged", converged, "tab:blue"), ("not converged", ~converged, "tab:orange")):
         used = known & chosen
         area = 8.0 + 40.0 * np.nan_to_num(iterations[used]) / max(float(np.nanmax(iterations, initial=1.0)), 1.0)
@@ -943,7 +943,7 @@ def show_convergence(result: Result, *, ax: Axes | None = None) -> Figure:
         axes = figure.subplots()
     else:
         axes, figure = ax, _figure_of(ax)
-    iterations, chi2, n = (_column(blends, name) for name in ("iterations", "chi2", "n_sources"))
+    iterations, chi2, n = (column_values(blends, name) for name in ("iterations", "chi2", "n_sources"))
     known = np.isfinite(chi2) & (chi2 > 0)
     converged = np.asarray(blends["converged"], dtype=bool)
     axes.axhline(1.0, color="0.7", lw=1.0, zorder=0)

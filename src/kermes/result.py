@@ -45,7 +45,7 @@ FloatArray = NDArray[np.float32]
 _N_KERNEL_SETS = 16  # PSFs whose kernels are kept; blends that follow each other often share one
 
 
-_DRAWN_TOGETHER = 64  # sources of a blend whose pixels are in memory at the same time
+_DRAWN_TOGETHER = 32  # sources of a blend whose pixels are in memory at the same time
 
 _MOST_BOXES = 32  # boxes that are drawn by themselves before the whole image is
 
@@ -725,8 +725,8 @@ class Result:
     def _lights(self, pairs: NDArray[np.int64], convolved: bool = True) -> Iterator[tuple[FloatArray, Box]]:
         """Draw models of keys and blends (N, 2), as observed or in the model frame; those without light are left out.
 
-        Blend by blend, in the order in which a file has them, and some sources at a time: drawn one by one, they would
-        take three times as long.
+        Blend by blend, whose models lie together in a file, and some sources at a time: one by one, most of the time
+        would go into the calls.
         """
         order = np.argsort(pairs[:, 1], kind="stable")
         model_ids, blends = pairs[order].T

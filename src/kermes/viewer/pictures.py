@@ -18,9 +18,16 @@ from PIL import Image
 from kermes.errors import InputError
 from kermes.geometry import Box
 from kermes.kernels import pictures as kernels
-from kermes.plots import RESIDUAL_RANGE, UNKNOWN_GREY, ColourScale, colour_scale, lupton_rgb, result_scale
+from kermes.plots import (
+    RESIDUAL_RANGE,
+    UNKNOWN_GREY,
+    ColourScale,
+    colour_scale,
+    column_values,
+    lupton_rgb,
+    result_scale,
+)
 from kermes.result import Result
-from kermes.viewer.selection import column_of
 
 FloatArray = NDArray[np.float32]
 HalfArray = NDArray[np.float16]
@@ -126,12 +133,12 @@ def _scale_of_fluxes(result: Result) -> ColourScale:
     peak, norm = _peak_and_norm(result)
     noise, fluxes = np.ones(len(result.bands)), np.zeros((len(result.bands), max(len(result), 1), 1))
     for b, band in enumerate(result.bands):
-        error = column_of(result.objects, f"{band}_flux_err")
+        error = column_values(result.objects, f"{band}_flux_err")
         usable = error[np.isfinite(error) & (error > 0)]
         if len(usable) and norm[b] > 0:
             noise[b] = np.median(usable) * norm[b]  # the error of a point source is the noise over this norm
         if len(result):
-            fluxes[b, :, 0] = column_of(result.objects, f"{band}_flux") * peak[b]
+            fluxes[b, :, 0] = column_values(result.objects, f"{band}_flux") * peak[b]
     return colour_scale(fluxes, result.bands, noise=noise)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kermes.catalog import OUTCOME_COLORS, Model, outcome_color
 from kermes.errors import InputError
+from kermes.plots import column_values
 from kermes.result import Result
 
 BoolArray = NDArray[np.bool_]
@@ -29,16 +30,11 @@ _ON_BLACK = {"green": "lime"}  # what would be too dark on the picture
 _YES_AND_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
-def column_of(table: Table, name: str) -> NDArray[np.float64]:
-    """One column as floats, NaN where it is masked."""
-    return np.asarray(np.ma.filled(np.ma.asarray(table[name]).astype(np.float64), np.nan))
-
-
 def _checked_column(table: Table, name: str, argument: str) -> NDArray[Any]:
     if name not in table.colnames:
         raise InputError(f"{argument} must be a column of the table of objects, got {name!r}")
     values = np.asarray(table[name])
-    return values if values.dtype.kind in "biu" else column_of(table, name) if values.dtype.kind == "f" else values
+    return values if values.dtype.kind in "biu" else column_values(table, name) if values.dtype.kind == "f" else values
 
 
 # ---------------------------------------------------------------- rows
