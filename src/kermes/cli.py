@@ -146,7 +146,7 @@ def deblend(
         checkpoint=checkpoint,
         watch=_watch,
     )
-    extras = {_INPUT_FILE: json.dumps(source, indent=1).encode() + b"\n"}
+    extras = _input_extras(source)
     if picture:
         extras[_PICTURE_FILE] = _picture(result)
     store.write_result(result, output, overwrite=overwrite, extras=extras)
@@ -391,17 +391,18 @@ def view(
     """
     from kermes import io, viewer
 
-    opened = kermes.open(result)
+    opened, extras = kermes.open(result), None
     try:
         source = _remembered_input(result) if coadd is None else {"source": str(coadd)}
     except (InputError, FileError) as error:
         _say(f"without the images: {error}")
     else:
+        extras = _input_extras(source)
         with _step("reading the images"):
             opened = kermes.open(result, coadd=io.read(**source))
     place = result.resolve()
     edits = place.with_name(f"{place.stem}_edits.json") if edit else None
-    shown = viewer.View(opened, place.name, edits=edits)
+    shown = viewer.View(opened, place.name, edits=edits, extras=extras)
     del opened  # with its images, which the view keeps in its own way
     if shown.edits:
         _say(f"{_count(len(shown.edits), 'edit')} taken up from {edits}")
@@ -527,8 +528,7 @@ def refit(
     else:
         wanted = read_edits(edits, opened)
     again = apply_edits(opened, wanted)
-    extras = {_INPUT_FILE: json.dumps(source, indent=1).encode() + b"\n"}
-    store.write_result(again, output, overwrite=overwrite, extras=extras)
+    store.write_result(again, output, overwrite=overwrite, extras=_input_extras(source))
     if blend_id is None:
         done = _count(len(wanted), "edit")
     else:
@@ -930,6 +930,11 @@ def _input_file(result: Path) -> bytes:
     from kermes.storage import Folder, current
 
     return current(Folder.of(result)).read(_INPUT_FILE)
+
+
+def _input_extras(source: Mapping[str, Any]) -> dict[str, bytes]:
+    """Make the file of a result that says what it was made from."""
+    return {_INPUT_FILE: json.dumps(source, indent=1).encode() + b"\n"}
 
 
 def _beside(result: Path, name: str) -> Path:

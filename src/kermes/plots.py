@@ -822,13 +822,10 @@ def show_tile(result: Result, color: str = "outcome", *, ax: Axes | None = None,
     objects = result.objects
     if color not in objects.colnames:
         raise InputError(f"color must be a column of the table of objects, got {color!r}")
+    height, width = result.shape
+    figure, axes = _figure_and_axes(ax, 8.0, float(np.clip(6.5 * height / max(width, 1), 3.0, 12.0)))
     if ax is None:
-        height, width = result.shape
-        figure = _new_figure(8.0, float(np.clip(6.5 * height / max(width, 1), 3.0, 12.0)))
         figure.set_layout_engine("constrained")  # leaves room for the legend
-        axes = figure.subplots()
-    else:
-        axes, figure = ax, _figure_of(ax)
     axes.add_collection(LineCollection(list(_edges(result)), colors="0.6", linewidths=0.5, zorder=1))
     y, x = column_values(objects, "y"), column_values(objects, "x")
     values = np.asarray(objects[color])
@@ -893,14 +890,10 @@ def show_timing(result: Result, *, ax: Axes | None = None) -> Figure:
     blends = result.blends
     if len(seconds) != len(blends):
         raise InputError("result must have the timings of its blends, got none")
-    if ax is None:
-        figure = _new_figure(7.0, 5.0)
-        axes = figure.subplots()
-    else:
-        axes, figure = ax, _figure_of(ax)
+    figure, axes = _figure_and_axes(ax, 7.0, 5.0)
     known = np.isfinite(seconds)
     converged = np.asarray(blends["converged"], dtype=bool)
-    iterations = column_values(blends, "iterations") if "iterations" in blends.colnames else np.zeros(len(blends))
+    iterations = column_values(blends, "iterations")
     for label, chosen, shade in (("converged", converged, "tab:blue"), ("not converged", ~converged, "tab:orange")):
         used = known & chosen
         area = 8.0 + 40.0 * np.nan_to_num(iterations[used]) / max(float(np.nanmax(iterations, initial=1.0)), 1.0)
@@ -928,21 +921,9 @@ def show_convergence(result: Result, *, ax: Axes | None = None) -> Figure:
     figure : matplotlib.figure.Figure
         That of `ax`. A mark for each blend with a chi2, larger for more sources; orange: it did not converge. The grey
         line is the chi2 of noise.
-
-    Raises
-    ------
-    InputError
-        If the result does not know how its blends were fitted, as one that was read from files of other programs.
     """
     blends = result.blends
-    needed = {"iterations", "chi2", "converged", "n_sources"}
-    if not needed <= set(blends.colnames):
-        raise InputError("result must know the iterations of its blends, got none")
-    if ax is None:
-        figure = _new_figure(7.0, 5.0)
-        axes = figure.subplots()
-    else:
-        axes, figure = ax, _figure_of(ax)
+    figure, axes = _figure_and_axes(ax, 7.0, 5.0)
     iterations, chi2, n = (column_values(blends, name) for name in ("iterations", "chi2", "n_sources"))
     known = np.isfinite(chi2) & (chi2 > 0)
     converged = np.asarray(blends["converged"], dtype=bool)
@@ -956,10 +937,14 @@ def show_convergence(result: Result, *, ax: Axes | None = None) -> Figure:
     return figure
 
 
-def _figure_of(ax: Axes) -> Figure:
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    return figure
+def _figure_and_axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
+    """Give what is drawn on: the axes of the caller, or those of a new figure of that size [inches]."""
+    if ax is None:
+        figure = _new_figure(width, height)
+        return figure, figure.subplots()
+    root = ax.get_figure(root=True)
+    assert root is not None
+    return root, ax
 
 
 # ---------------------------------------------------------------- notebooks

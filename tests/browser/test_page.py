@@ -9,6 +9,7 @@ from PIL import Image
 from playwright.sync_api import expect
 
 import kermes
+from kermes import cli
 
 LOADED = """() => Object.values(window.kermes.items).every((item) => !item.opacity || item.getFullyLoaded())"""
 
@@ -264,6 +265,8 @@ def test_refit_after_adding_a_peak(serve, page, tmp_path, made):
 
     page.click("#editor button:has-text('Write result')")
     expect(page.locator("#message")).to_contain_text("out_edited.kermes")
+    # It says what it was made from, like a result of kermes refit.
+    assert cli.run(["show", str(tmp_path / "out_edited.kermes"), "-o", str(tmp_path / "picture.png")]) == 0
     edited = kermes.open(tmp_path / "out_edited.kermes")
     assert len(edited) == 40
     assert len(edited.notes["history"]) == 1

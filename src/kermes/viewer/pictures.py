@@ -174,7 +174,6 @@ class Pictures:
         """Scale of all pictures."""
         self._noise = scale.noise.astype(np.float32)
         self._of_noise = replace(scale, noise=np.ones(len(result.bands)))  # of planes in units of the noise
-        self._scales: dict[str, ColourScale] = {}
         blocks = -(-height // TILE), -(-width // TILE)
         small = (len(result.bands), -(-height // _BIN), -(-width // _BIN))
         # What the models leave of the image in sigma of each pixel; where a pixel is invalid, an image of zero with the
@@ -325,15 +324,6 @@ class Pictures:
         small = self._from_afar[layer][:, y : -(-box.y1 // _BIN), x : -(-box.x1 // _BIN)]
         return _binned(small, factor // _BIN, noise=layer is Layer.RESIDUAL)
 
-    def _scale_of(self, band: str) -> ColourScale:
-        """Scale of one band by itself."""
-        if band not in self._scales:
-            b = self.result.bands.index(band)
-            far = self._from_afar[Layer.IMAGE if self.result.coadd is not None else Layer.MODEL][b : b + 1]
-            own = colour_scale(far.astype(np.float32), [band], noise=[1.0])
-            self._scales[band] = replace(own, white=self._of_noise.white)
-        return self._scales[band]
-
     def tile(self, layer: Layer, level: int, column: int, row: int, look: Look | None = None) -> bytes:
         """Draw a tile.
 
@@ -367,7 +357,7 @@ class Pictures:
         bands, scale = self.result.bands, self._of_noise
         if look.band is not None:
             b = bands.index(look.band)
-            planes, bands, scale = planes[b : b + 1], (look.band,), self._scale_of(look.band)
+            planes, bands, scale = planes[b : b + 1], (look.band,), replace(scale, noise=np.ones(1), gains=np.ones(3))
         if factor < _BIN:
             self._note_use(box)
         if layer is Layer.RESIDUAL:

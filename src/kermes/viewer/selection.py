@@ -24,7 +24,9 @@ _OPERATORS = (">=", "<=", "!=", ">", "<", "=")
 _PERCENTILES = (2.0, 98.0)  # of numbers, between which colours change
 _COLOUR_MAP = "viridis"
 _LOGARITHMIC = 50.0  # ratio of both from which on colours follow the logarithm, as for fluxes
-_OF_MODELS = dict(zip(Model, ("tab:cyan", "tab:blue", "tab:green", "tab:red", "tab:purple", "tab:orange"), strict=True))
+_OF_MODELS = dict(
+    zip(map(str, Model), ("tab:cyan", "tab:blue", "tab:green", "tab:red", "tab:purple", "tab:orange"), strict=True)
+)
 _WITHOUT_VALUE = (128, 128, 128)
 _ON_BLACK = {"green": "lime"}  # what would be too dark on the picture
 _YES_AND_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
@@ -185,8 +187,8 @@ def _numbers(values: NDArray[np.float64]) -> tuple[RgbArray, NDArray[np.int64], 
 
 def _words(values: NDArray[np.str_], column: str) -> tuple[RgbArray, NDArray[np.int64], dict[str, Any]]:
     names, codes = np.unique(values, return_inverse=True)
-    known = {"outcome": [str(name) for name in OUTCOME_COLORS], "model": [str(name) for name in _OF_MODELS]}
-    places = {name: place for place, name in enumerate(known.get(column, []))}
+    known = {"outcome": map(str, OUTCOME_COLORS), "model": _OF_MODELS}
+    places = {name: place for place, name in enumerate(known.get(column, ()))}
     order = sorted(range(len(names)), key=lambda k: (places.get(str(names[k]), len(places)), str(names[k])))
     rank = np.empty(len(names), dtype=np.int64)
     rank[order] = np.arange(len(names))
@@ -206,7 +208,7 @@ def _shade(name: str, column: str, place: int) -> str:
         return "red" if name == "True" else "silver"
     if column == "outcome":
         return _ON_BLACK.get(outcome_color(name), outcome_color(name))
-    return _OF_MODELS.get(name, f"C{place % 10}")  # type: ignore[call-overload, no-any-return]
+    return _OF_MODELS.get(name, f"C{place % 10}")
 
 
 def _hex(colour: RgbArray) -> str:

@@ -36,6 +36,7 @@ from kermes.edits import Edit, apply_edits, read_edits, write_edits
 from kermes.errors import FileError, InputError, KermesError
 from kermes.geometry import Box
 from kermes.result import Result
+from kermes.store import write_result
 from kermes.viewer.paging import Pages
 from kermes.viewer.pictures import FINEST, TILE, Layer, Look, Outlines, Pictures, return_memory
 from kermes.viewer.selection import Colouring, as_json, colouring, matching, ordered
@@ -69,6 +70,8 @@ class View:
         Title of the page.
     edits : path, optional
         File in which edits are kept. Those that are in it already are applied. None: the result cannot be edited.
+    extras : mapping of str to bytes, optional
+        Further files, by name, that go into a result that is written.
 
     Raises
     ------
@@ -76,8 +79,16 @@ class View:
         If the file is damaged or was made on another result, or edits are wanted and the result has no coadd.
     """
 
-    def __init__(self, result: Result, name: str = "kermes", *, edits: str | PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        result: Result,
+        name: str = "kermes",
+        *,
+        edits: str | PathLike[str] | None = None,
+        extras: Mapping[str, bytes] | None = None,
+    ) -> None:
         self.name = name
+        self._extras = extras
         self._pages = None
         if result.coadd is not None:
             self._pages = Pages(result.coadd)
@@ -160,7 +171,7 @@ class View:
     def write(self, path: str | PathLike[str], overwrite: bool = False) -> None:
         """Write the result with all edits."""
         with self.pictures.lock:
-            self.result.write(path, overwrite=overwrite)
+            write_result(self.result, path, overwrite=overwrite, extras=self._extras)
             self._release()
             return_memory()
 

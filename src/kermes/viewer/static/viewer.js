@@ -430,12 +430,17 @@ async function dropColumn(name) {
 
 // ---------------------------------------------------------------- one object
 
-async function select(id, center = false) {
+async function select(wanted, center = false) {
+  const id = rowOf.has(wanted) ? wanted : null;
   state.object = id;
   remember();
   drawMarks();
   for (const row of table.getRows()) row.reformat();
-  if (id === null) return;
+  if (id === null) {
+    const hint = { className: "hint", textContent: "Click an object in the picture or in the table." };
+    $("side").replaceChildren(Object.assign(document.createElement("p"), hint));
+    return;
+  }
   const object = await askJson(`api/objects/${id}`);
   if (state.object !== id) return; // another one was chosen meanwhile
   if (center) lookAt(object.y, object.x);
@@ -572,7 +577,7 @@ async function changed(answer, object = state.object) {
   Object.assign(info, { version: answer.version, drawn: answer.drawn, n_objects: answer.n_objects, edits: answer.edits });
   await loadPlaces();
   await Promise.all([loadMarks(), loadLegend(), redraw([...info.layers, "footprints"]), table.setData("api/rows")]);
-  await select(rowOf.has(object) ? object : null);
+  await select(object);
 }
 
 // ---------------------------------------------------------------- the controls
@@ -689,7 +694,7 @@ async function start() {
   connect();
   await Promise.all([loadMarks(), loadLegend(), show("footprints")]);
   makeTable();
-  if (state.object !== null) await select(rowOf.has(state.object) ? state.object : null);
+  await select(state.object);
   remember();
   document.body.dataset.ready = "yes";
   await watchDrawing();
