@@ -48,6 +48,8 @@ async ([name, action]) => {
 }
 """
 
+SHOWN = "() => document.querySelector('#side h2')?.id === 'object-' + window.kermes.state.object"
+
 
 def make(folder: Path, side: int, density: float) -> tuple[Path, Path]:
     """Simulate a patch and deblend it at the true peaks."""
@@ -103,7 +105,7 @@ def measure(options: argparse.Namespace, result: Path, coadd: Path) -> int:
             page = browser.new_page(viewport={"width": 1600, "height": 1000})
             start = time.perf_counter()
             page.goto(address)
-            page.wait_for_function("window.kermes?.items.image?.getFullyLoaded()", polling="raf")
+            page.wait_for_function("() => window.kermes?.items.image?.getFullyLoaded()", polling="raf")
             figures["first picture [s]"] = time.perf_counter() - start
             page.wait_for_selector("body[data-ready=yes]")
             figures["page complete, marks and table included [s]"] = time.perf_counter() - start
@@ -119,20 +121,19 @@ def measure(options: argparse.Namespace, result: Path, coadd: Path) -> int:
                 page.goto("about:blank")
                 page.goto(f"{address}#layer={layer}&footprints=yes&color=chi2")
                 page.wait_for_selector("body[data-ready=yes]")
-                page.wait_for_function(f"window.kermes.items.{layer}.getFullyLoaded()", polling="raf")
+                page.wait_for_function(f"() => window.kermes.items.{layer}.getFullyLoaded()", polling="raf")
                 times[f"{layer}, footprints"] = steps(page, layer, walk)
                 peak = max(peak, resident_mb("VmRSS", server.pid))
-            clicks = []
+            texts, pictures = [], []
             for k in range(0, 20, 2):
                 start = time.perf_counter()
                 page.evaluate(f"document.querySelectorAll('.tabulator-row')[{k}].click()")
-                page.wait_for_selector("#side h2")
-                page.wait_for_function(
-                    "document.querySelector('#side h2').id == 'object-' + window.kermes.state.object"
-                )
-                clicks.append(1e3 * (time.perf_counter() - start))
+                page.wait_for_function(SHOWN, polling="raf")
+                texts.append(1e3 * (time.perf_counter() - start))
+                page.wait_for_function("() => document.querySelector('#side img').naturalWidth > 0", polling="raf")
+                pictures.append(1e3 * (time.perf_counter() - start))
                 peak = max(peak, resident_mb("VmRSS", server.pid))
-            times["click on an object"] = clicks
+            times |= {"click on an object, its text": texts, "click on an object, its pictures": pictures}
             browser.close()
         figures["server, most memory once it is ready [MB]"] = peak
     finally:

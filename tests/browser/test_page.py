@@ -173,7 +173,7 @@ def test_a_click_in_the_picture_and_one_in_the_table_show_the_object(serve, page
     page.mouse.click(*screen_of(page, 7))
     expect(page.locator("#side h2")).to_contain_text("Object 7")
     expect(page.locator("#side img")).to_be_visible()
-    page.wait_for_function("document.querySelector('#side img').naturalWidth > 300")
+    page.wait_for_function("() => document.querySelector('#side img').naturalWidth > 300")
     expect(page.locator("#side")).to_contain_text("blendedness")
     expect(page.locator(".tabulator-row.chosen [tabulator-field=object_id]")).to_have_text("7")
     page.locator(".tabulator-row", has=page.locator("[tabulator-field=object_id]", has_text="12")).first.click()
@@ -213,7 +213,7 @@ def test_columns_are_added_and_taken_away(serve, page):
     page.fill("#add-column", "i_blendedness")
     page.press("#add-column", "Enter")
     expect(page.locator(".tabulator-col[tabulator-field=i_blendedness]")).to_be_attached()
-    page.wait_for_function("typeof window.kermes.table.getData()[0]?.i_blendedness === 'number'")
+    page.wait_for_function("() => typeof window.kermes.table.getData()[0]?.i_blendedness === 'number'")
     page.wait_for_timeout(300)
     assert "i_blendedness" in page.url
 

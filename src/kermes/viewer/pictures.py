@@ -40,7 +40,7 @@ TILE = 512
 FINEST = 8
 """How many times finer than the pixels of the image outlines are drawn."""
 
-_BIN = 4  # pixels of the image to a side of those that are kept for views from afar
+_KEPT = (2, 4)  # pixels of the image to a side of those that are kept, for views from afar
 _MOST_TOUCHED = 4e8  # bytes of images that are looked at before their memory is released
 _LARGEST = 6e4  # sigma; what is kept of a residual, and of planes in half precision
 _STEPS = 32767 / np.arcsinh(_LARGEST)
@@ -175,14 +175,17 @@ class Pictures:
         self._noise = scale.noise.astype(np.float32)
         self._of_noise = replace(scale, noise=np.ones(len(result.bands)))  # of planes in units of the noise
         blocks = -(-height // TILE), -(-width // TILE)
-        small = (len(result.bands), -(-height // _BIN), -(-width // _BIN))
         # What the models leave of the image in sigma of each pixel; where a pixel is invalid, an image of zero with the
         # typical noise stands for it, so that the model can always be told from it.
         self._left = np.zeros((len(result.bands), height, width), dtype=np.uint16)
         self._valid = np.zeros(self._left.shape, dtype=bool) if coadd is None else coadd.valid
         self._is_drawn = np.zeros(blocks, dtype=bool)
-        self._from_afar: Mapping[Layer, HalfArray] = {
-            layer: np.full(small, np.nan, dtype=np.float16) for layer in self.layers
+        self._from_afar: Mapping[tuple[Layer, int], HalfArray] = {
+            (layer, factor): np.full(
+                (len(result.bands), -(-height // factor), -(-width // factor)), np.nan, dtype=np.float16
+            )
+            for layer in self.layers
+            for factor in _KEPT
         }
         if coadd is not None:
             for row in range(blocks[0]):
@@ -237,9 +240,10 @@ class Pictures:
 
     def _keep(self, layer: Layer, box: Box) -> None:
         """Keep what is seen of a block from afar."""
-        planes = _half(self._planes(layer, box, _BIN))
-        y, x = box.y0 // _BIN, box.x0 // _BIN
-        self._from_afar[layer][:, y : y + planes.shape[1], x : x + planes.shape[2]] = planes
+        for factor in _KEPT:
+            planes = _half(self._planes(layer, box, factor))
+            y, x = box.y0 // factor, box.x0 // factor
+            self._from_afar[layer, factor][:, y : y + planes.shape[1], x : x + planes.shape[2]] = planes
 
     def _left_by(self, model: FloatArray, box: Box) -> CodeArray:
         """What models (B, h, w) leave of the image in a box, both from the upper left corner, in codes."""
@@ -316,13 +320,16 @@ class Pictures:
 
     def _tile_planes(self, layer: Layer, box: Box, factor: int) -> FloatArray:
         """Planes (B, h, w) of a tile in units of the noise, NaN where nothing is known."""
-        if factor < _BIN:
-            for block in self._blocks_of(box) if layer is not Layer.IMAGE else ():
+        if factor <= _KEPT[0] and layer is not Layer.IMAGE:
+            for block in self._blocks_of(box):
                 self._draw(*block)
+        if factor < _KEPT[0]:
+            self._note_use(box)
             return self._planes(layer, box, factor)
-        y, x = box.y0 // _BIN, box.x0 // _BIN
-        small = self._from_afar[layer][:, y : -(-box.y1 // _BIN), x : -(-box.x1 // _BIN)]
-        return _binned(small, factor // _BIN, noise=layer is Layer.RESIDUAL)
+        kept = max(known for known in _KEPT if known <= factor)
+        y, x = box.y0 // kept, box.x0 // kept
+        small = self._from_afar[layer, kept][:, y : -(-box.y1 // kept), x : -(-box.x1 // kept)]
+        return _binned(small, factor // kept, noise=layer is Layer.RESIDUAL)
 
     def tile(self, layer: Layer, level: int, column: int, row: int, look: Look | None = None) -> bytes:
         """Draw a tile.
@@ -358,8 +365,6 @@ class Pictures:
         if look.band is not None:
             b = bands.index(look.band)
             planes, bands, scale = planes[b : b + 1], (look.band,), replace(scale, noise=np.ones(1), gains=np.ones(3))
-        if factor < _BIN:
-            self._note_use(box)
         if layer is Layer.RESIDUAL:
             return _encode(_residual_rgb(planes), "BMP")
         white = scale.white * 2.0**-look.brightness

@@ -432,10 +432,14 @@ async function dropColumn(name) {
 
 async function select(wanted, center = false) {
   const id = rowOf.has(wanted) ? wanted : null;
+  const before = state.object;
   state.object = id;
   remember();
   drawMarks();
-  for (const row of table.getRows()) row.reformat();
+  for (const each of [before, id]) {
+    const row = each !== null && table.getRow(each); // false where it is not loaded
+    if (row) row.getElement().classList.toggle("chosen", each === id);
+  }
   if (id === null) {
     const hint = { className: "hint", textContent: "Click an object in the picture or in the table." };
     $("side").replaceChildren(Object.assign(document.createElement("p"), hint));
