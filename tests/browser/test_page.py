@@ -21,8 +21,11 @@ def open_page(page, address):
 
 
 def settle(page):
-    """Wait until all tiles are on the screen."""
-    page.wait_for_timeout(450)  # the time of an animation, and one frame
+    """Wait until nothing moves any more, which the address then says, and all tiles are on the screen."""
+    address = None
+    while page.url != address:
+        address = page.url
+        page.wait_for_timeout(600)  # the time of an animation, and of writing the address after it
     page.wait_for_function(LOADED)
     page.wait_for_timeout(100)
 
@@ -121,8 +124,8 @@ def test_zoom_and_pan_are_in_the_address_and_a_link_opens_the_same_view(serve, p
     other = browser.new_page(viewport=page.viewport_size)
     open_page(other, link)
     again = picture(other)
-    # The place in the address has a tenth of a pixel.
-    assert (np.abs(again - seen).max(axis=2) > 30).mean() < 0.02
+    # The place in the address is rounded, which can move an edge of a pixel by one on the screen, here and there.
+    assert (np.abs(again - seen).max(axis=2) > 30).mean() < 0.01
     expect(other.locator("#footprints")).to_be_checked()
     expect(other.locator("#legend")).to_contain_text("chi2")
     other.close()

@@ -97,7 +97,8 @@ function writeAddress() {
   const center = bounds.getCenter();
   const [y, x] = toCoadd(center.x * info.width, center.y * info.width);
   const words = {
-    y: y.toFixed(1), x: x.toFixed(1), width: (bounds.width * info.width).toFixed(1),
+    // Of a pixel, which may have 40 on the screen, a thousandth.
+    y: y.toFixed(3), x: x.toFixed(3), width: (bounds.width * info.width).toFixed(3),
     layer: state.layer, band: state.band, brightness: state.brightness, peaks: state.peaks ? "" : "no",
     footprints: state.footprints ? "yes" : "", color: state.color === "outcome" ? "" : state.color,
     columns: state.columns.join() === defaultColumns().join() ? "" : state.columns.join(),
