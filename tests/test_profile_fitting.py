@@ -12,19 +12,15 @@ from hypothesis import strategies as st
 from scipy.optimize import least_squares
 
 from kermes.config import ProfileConfig
+from kermes.kernels.normal_equations import BLOCK, RIDGE, cholesky, normal_equations, solve_fluxes, substitute
 from kermes.kernels.profile_fitting import (
     MOST_PIXELS,
-    RIDGE,
-    cholesky,
     evaluate_group,
     fit_group,
     list_components,
     mean_weight,
-    normal_equations,
     see_column,
     shape_index,
-    solve_fluxes,
-    substitute,
     visit_group,
 )
 from kermes.kernels.profiles import N_COLUMNS
@@ -43,6 +39,7 @@ from kermes.profile_fitting import (
     fit_profiles,
     group_sources,
 )
+from kermes.profiles import frequencies_of
 from kermes.psf import continued
 from kermes.scene import kernel_table
 from kermes.simulation import MoffatPsf, simulate_scene
@@ -143,6 +140,12 @@ def test_substitution_solves_the_triangular_systems(n, backward, seed):
     np.testing.assert_allclose(vector, expected, rtol=1e-9, atol=1e-12)
 
 
+def complex_columns(waves, columns):
+    """Transforms of components and their derivatives (C, N_COLUMNS, M) from factors of their waves."""
+    turns = np.array([1, -1j, -1j, 1, 1, 1, 1])
+    return (waves[:, 0] + 1j * waves[:, 1])[:, None] * columns * turns[:, None]
+
+
 def problem(kinds, exact, *, uniform=False, seed=0, side=12):
     """Make a group of sources of some kinds with random data and weights, at the modes or pixels of a stamp."""
     rng = np.random.default_rng(seed)
@@ -153,7 +156,7 @@ def problem(kinds, exact, *, uniform=False, seed=0, side=12):
     members = np.arange(n, 0, -1)
     sources.kinds[members] = kinds
     sources.shapes[:, 2:] += rng.normal(size=(n + 1, N_SHAPE - 2)) * 0.3
-    lengths = np.array([6, 6, 6, 5, 2, 0, 0, 0, 2, 5, 6, 6])
+    lengths = np.array([6, 6, 6, 5, 2, 0, 0, 0, 2, 5, 6, 6]) if side == 12 else np.full(side, side // 2 - 1)
     kept = np.arange(side // 2 + 1) < lengths[:, None]
     n_modes = lengths.sum()
     # Off the middle, so that transforms are complex.
@@ -172,16 +175,18 @@ def problem(kinds, exact, *, uniform=False, seed=0, side=12):
     owner, part = np.empty((2, 2 * n), dtype=np.int64)
     slots = np.empty((2 * n, N_COLUMNS), dtype=np.int64)
     n_components, n_free = list_components(members, sources.kinds, -1, owner, part, slots)
-    columns = np.zeros((n_components, N_COLUMNS, 2, n_modes), dtype=np.float32)
+    waves = np.zeros((n_components, 2, n_modes), dtype=np.float32)
+    columns = np.zeros((n_components, N_COLUMNS, n_modes), dtype=np.float32)
     table = kernel_table()
-    rows = np.empty_like(table.exponential)
+    cells = np.empty((table.values.shape[1] - 1, 6), dtype=np.float32)
+    frequencies = frequencies_of(lengths)
     theta = sources.shapes[members]
     evaluate_group(
-        table, lengths, side, False, psf, members, sources.kinds, theta, owner, part, slots, n_components, True, rows,
-        columns, np.empty((0, N_COLUMNS, 2, side * side), dtype=np.float32),
+        table, lengths, frequencies, side, False, psf, members, sources.kinds, theta, owner, part, slots, n_components,
+        True, cells, waves, columns, np.empty((0, N_COLUMNS, 2, side * side), dtype=np.float32),
     )  # fmt: skip
     transforms = np.zeros((n_components, N_COLUMNS, 2, *kept.shape), dtype=complex)
-    transforms[..., kept] = (columns[:, :, 0] + 1j * columns[:, :, 1])[:, :, None] * windows
+    transforms[..., kept] = complex_columns(waves, columns)[:, :, None] * windows
     pixels = np.fft.irfft2(transforms, (side, side)).reshape(n_components, N_COLUMNS, 2, -1).astype(np.float32)
     return SimpleNamespace(**{name: value for name, value in locals().items() if name != "rng"})
 
@@ -211,8 +216,9 @@ def solved(p):
     """Fluxes by the kernel: gain, matrix, fluxes, factors."""
     c = p.n_components
     matrix, factors, fluxes = np.empty((2, c, c)), np.empty((2, c, c)), np.empty((c, 2))
-    work = np.empty(p.n_modes, dtype=np.float32)
-    gain = solve_fluxes(p.exact, p.columns, p.pixels, p.data, p.power, c, work, matrix, fluxes, factors)
+    gain = solve_fluxes(
+        p.exact, p.waves, p.columns, p.pixels, p.data, p.power, c, p.owner, matrix, fluxes, factors
+    )  # fmt: skip
     return gain, matrix, fluxes, factors
 
 
@@ -221,10 +227,9 @@ def normal(p, fluxes):
     _, _, _, factors = solved(p)
     hessian, gradient = np.empty((p.n_free, p.n_free)), np.empty(p.n_free)
     coupling = np.empty((2, p.n_components, p.n_free))
-    work = np.empty(p.n_modes, dtype=np.float32)
     normal_equations(
-        p.exact, p.columns, p.pixels, p.data, p.power, p.n_components, p.n_free, p.slots, factors, fluxes, work,
-        hessian, gradient, coupling,
+        p.exact, p.waves, p.columns, p.pixels, p.data, p.power, p.n_components, p.n_free, p.owner, p.slots, factors,
+        fluxes, hessian, gradient, coupling,
     )  # fmt: skip
     return hessian, gradient, coupling
 
@@ -233,8 +238,8 @@ def fitted_group(p, n_steps):
     """Fit by the kernel: loss, number of steps."""
     unused = np.empty((p.n + 1, 2))
     return fit_group(
-        p.table, p.lengths, p.side, p.exact, p.psf, p.data, p.power, p.members, p.sources, -1, LONGEST_STEP, n_steps,
-        1e-6, np.inf, False, unused, unused,
+        p.table, p.lengths, p.frequencies, p.side, p.exact, p.psf, p.data, p.power, p.members, p.sources, -1,
+        LONGEST_STEP, n_steps, 1e-6, np.inf, False, unused, unused,
     )  # fmt: skip
 
 
@@ -245,8 +250,8 @@ def variances(p):
     for c in range(p.n_components):
         p.sources.fluxes[p.members[p.owner[c]], p.part[c]] = fluxes[c]
     fit_group(
-        p.table, p.lengths, p.side, p.exact, p.psf, p.data, p.power, p.members, p.sources, -1, LONGEST_STEP, 0, 1e-6,
-        np.inf, True, flux_variance, position_variance,
+        p.table, p.lengths, p.frequencies, p.side, p.exact, p.psf, p.data, p.power, p.members, p.sources, -1,
+        LONGEST_STEP, 0, 1e-6, np.inf, True, flux_variance, position_variance,
     )  # fmt: skip
     p.sources.fluxes[:] = fitted
     return flux_variance, position_variance
@@ -262,7 +267,8 @@ def dense(p, fluxes):
         weights = p.power.astype(float)
         data = weights * p.data[:, 0]
     else:
-        flat = np.stack([p.columns.astype(float).reshape(p.n_components, N_COLUMNS, -1)] * 2)
+        columns = complex_columns(p.waves.astype(float), p.columns)
+        flat = np.stack([np.concatenate([columns.real, columns.imag], axis=-1)] * 2)
         weights = np.concatenate([p.power, p.power], axis=1).astype(float)
         data = p.data.astype(float).reshape(2, -1)
     derivatives = np.zeros((2, p.n_free, flat.shape[-1]))
@@ -311,7 +317,7 @@ def test_columns_are_seen_through_the_psf(kinds):
     p = problem(kinds, exact=True)
     for c, q in [*np.argwhere(p.slots[: p.n_components] >= 0), (0, 0)]:
         seen = np.full((2, p.side**2), np.nan, dtype=np.float32)
-        see_column(p.columns[c, q], p.lengths, p.psf, p.side, seen)
+        see_column(p.columns[c, q], p.waves[c], q in (1, 2), p.lengths, p.psf, p.side, seen)
         # A transform in single precision.
         np.testing.assert_allclose(seen, p.pixels[c, q], rtol=0, atol=1e-6 * abs(p.columns).max())
 
@@ -339,7 +345,19 @@ def test_fluxes_are_those_of_a_dense_linear_fit(kinds, exact):
 @both
 @every_group
 def test_normal_equations_are_those_with_the_fluxes_eliminated(kinds, exact):
-    p = problem(kinds, exact)
+    check_normal_equations(problem(kinds, exact))
+
+
+@every_group
+def test_many_modes_are_summed_block_by_block(kinds):
+    p = problem(kinds, exact=False, side=64)
+    assert p.n_modes > BLOCK
+    assert p.n_modes % BLOCK > 0
+    check_normal_equations(p)
+
+
+def check_normal_equations(p):
+    """Compare normal equations, and the fluxes that they take, with those of plain matrices."""
     _, matrix, fluxes, _ = solved(p)
     hessian, gradient, coupling = normal(p, fluxes)
     expected, expected_gradient, scale, size = 0.0, 0.0, 0.0, 0.0

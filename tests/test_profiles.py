@@ -7,13 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kermes.kernels.profiles import N_COLUMNS, evaluate_profile, interpolate_index
+from kermes.kernels.profiles import (
+    AS_EXPONENTIAL,
+    AS_POINT,
+    AS_TABLE,
+    N_COLUMNS,
+    evaluate_profile,
+    interpolate_index,
+)
 from kermes.profiles import (
     CELLS,
     LARGEST_EXPONENT,
     LARGEST_INDEX,
     LEAST_EXPONENT,
     LEAST_INDEX,
+    frequencies_of,
     intensity,
     profile_table,
 )
@@ -40,14 +48,14 @@ def full(side):
     return np.full(side, side // 2 + 1)
 
 
-def evaluated(shape, side, lengths=None, *, extended=True, n_columns=N_COLUMNS, fill=0.0):
+def evaluated(shape, side, lengths=None, *, form=AS_TABLE, n_columns=N_COLUMNS, fill=0.0):
     """Columns (N_COLUMNS, M), complex, of one profile at the modes of a stamp."""
     lengths = full(side) if lengths is None else lengths
     table = kernel_table()
-    cells = np.empty(table.exponential.shape, dtype=np.float32)
+    cells = np.empty((table.values.shape[1] - 1, 6), dtype=np.float32)
     interpolate_index(table.values, table.slopes, table.ln_index, shape.ln_n, cells)
     columns = np.full((N_COLUMNS, 2, lengths.sum()), fill, dtype=np.float32)
-    evaluate_profile(cells, lengths, side, np.array(shape[:5]), extended, columns[:n_columns])
+    evaluate_profile(form, cells, lengths, frequencies_of(lengths), np.array(shape[:5]), columns[:n_columns])
     return columns[:, 0].astype(float) + 1j * columns[:, 1]
 
 
@@ -159,7 +167,7 @@ def test_radii_beyond_the_table_give_finite_values(ln_r):
 @pytest.mark.nojit
 def test_cells_join_without_steps():
     table = kernel_table()
-    cells = np.empty(table.exponential.shape, dtype=np.float32)
+    cells = np.empty((table.values.shape[1] - 1, 6), dtype=np.float32)
     interpolate_index(table.values, table.slopes, table.ln_index, 0.77, cells)
     ends = cells[:-1, :4].sum(axis=1, dtype=float)
     np.testing.assert_allclose(ends, cells[1:, 0], rtol=0, atol=3e-7)
@@ -185,6 +193,17 @@ def test_derivatives_are_finite_differences_of_the_slow_twin(shape, column, name
     np.testing.assert_allclose(evaluated(shape, 8)[column], expected, rtol=0, atol=error)
 
 
+@pytest.mark.nojit
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_an_exponential_is_evaluated_in_closed_form(shape):
+    shape = shape._replace(ln_n=0.0)
+    columns = evaluated(shape, 12, form=AS_EXPONENTIAL, n_columns=6)
+    # Rounding in single precision alone, where the table has an error of its own.
+    np.testing.assert_allclose(columns[0], twin(shape, 12), rtol=0, atol=1e-6)
+    for column, name in enumerate(["y", "x", "ln_r", "e1", "e2"], start=1):
+        np.testing.assert_allclose(columns[column], differences(shape, 12, name), rtol=0, atol=1e-5)
+
+
 @settings(max_examples=40)
 @given(
     st.floats(-30, 60),
@@ -205,7 +224,7 @@ def test_a_point_is_a_phase():
     shape = Shape()
     k_y, k_x = wave_numbers(12, full(12))
     expected = np.exp(-1j * (k_y * shape.y + k_x * shape.x))
-    columns = evaluated(shape, 12, extended=False)
+    columns = evaluated(shape, 12, form=AS_POINT)
     np.testing.assert_allclose(columns[0], expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(columns[1], -1j * k_y * expected, rtol=0, atol=4e-6)
     np.testing.assert_allclose(columns[2], -1j * k_x * expected, rtol=0, atol=4e-6)
@@ -214,7 +233,7 @@ def test_a_point_is_a_phase():
 @pytest.mark.nojit
 def test_a_tiny_profile_is_a_point():
     tiny = Shape(ln_r=np.log(1e-4), ln_n=0.0)
-    np.testing.assert_allclose(evaluated(tiny, 12)[0], evaluated(tiny, 12, extended=False)[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(evaluated(tiny, 12)[0], evaluated(tiny, 12, form=AS_POINT)[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.nojit
@@ -249,10 +268,12 @@ def test_modes_stand_row_by_row_in_the_order_of_the_lengths(lengths):
 
 
 @pytest.mark.nojit
-@pytest.mark.parametrize(("n_columns", "extended"), [(1, True), (3, True), (N_COLUMNS, False)])
-def test_only_the_columns_that_are_asked_for_are_written(n_columns, extended):
-    written = n_columns if extended else 3
-    columns = evaluated(Shape(), 8, n_columns=n_columns, extended=extended, fill=7.0)
+@pytest.mark.parametrize(
+    ("n_columns", "form"), [(1, AS_TABLE), (3, AS_TABLE), (6, AS_EXPONENTIAL), (N_COLUMNS, AS_POINT)]
+)
+def test_only_the_columns_that_are_asked_for_are_written(n_columns, form):
+    written = n_columns if form != AS_POINT else 3
+    columns = evaluated(Shape(), 8, n_columns=n_columns, form=form, fill=7.0)
     assert (columns[written:] == 7.0 + 7.0j).all()
-    expected = evaluated(Shape(), 8, extended=extended)
+    expected = evaluated(Shape(), 8, n_columns=6, form=form)
     np.testing.assert_array_equal(columns[:written], expected[:written])

@@ -22,6 +22,7 @@ from kermes.kernels import residuals
 from kermes.kernels import stamps as stamp_kernels
 from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, N_KINDS, N_SHAPE, POINT, SERSIC, Modes, Sources
 from kermes.point_fitting import PointFit, PointSettings, fit_points
+from kermes.profiles import frequencies_of
 from kermes.scene import ProfileComponent, Scene, Source, kernel_table
 
 DoubleArray = NDArray[np.float64]
@@ -92,6 +93,7 @@ class ModeBank:
             offsets=np.zeros(1, dtype=np.int64),
             lengths=np.zeros(0, dtype=np.int64),
             starts=np.zeros(1, dtype=np.int64),
+            frequencies=np.zeros(0, dtype=np.float32),
             psf=np.zeros(0, dtype=np.float32),
         )
 
@@ -120,6 +122,7 @@ class ModeBank:
             offsets=np.append(old.offsets, old.offsets[-1] + n),
             lengths=np.concatenate([old.lengths, lengths]),
             starts=np.append(old.starts, old.starts[-1] + side),
+            frequencies=np.concatenate([old.frequencies, frequencies_of(lengths).ravel()]),
             psf=np.concatenate([old.psf, psf[:, :, :n].ravel()]),
         )
 

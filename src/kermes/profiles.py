@@ -52,6 +52,23 @@ class ProfileTable:
     """ln n of the rows."""
 
 
+def frequencies_of(lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Frequencies along y and x [radians per pixel] of the first modes of each row of a half plane.
+
+    Parameters
+    ----------
+    lengths : ndarray, shape (side,)
+        Number of modes of each row, zero frequency first, as numpy.fft orders them.
+
+    Returns
+    -------
+    frequencies : ndarray, shape (2, M)
+    """
+    along = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rows = np.repeat(scipy.fft.fftfreq(len(lengths)), lengths)
+    return np.stack([2 * np.pi * rows, 2 * np.pi / len(lengths) * along]).astype(np.float32)
+
+
 def intensity(radius: DoubleArray, index: float) -> DoubleArray:
     """Evaluate the circular Sersic profile of half-light radius one and flux one (Graham & Driver 2005, eq. 1-4)."""
     b = gammaincinv(2 * index, 0.5)

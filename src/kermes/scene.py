@@ -16,8 +16,8 @@ from kermes.config import FitConfig
 from kermes.errors import InputError
 from kermes.geometry import Box
 from kermes.kernels import profile_rendering
-from kermes.kernels.profiles import N_COLUMNS, Table, interpolate_index
-from kermes.profiles import LARGEST_INDEX, LEAST_INDEX, profile_table
+from kermes.kernels.profiles import N_COLUMNS, Table
+from kermes.profiles import LARGEST_INDEX, LEAST_INDEX, frequencies_of, profile_table
 
 FloatArray = NDArray[np.float32]
 DoubleArray = NDArray[np.float64]
@@ -385,6 +385,9 @@ class Modes(NamedTuple):
     lengths: NDArray[np.int64]
     """Number of modes of each row of the half plane of pixels of half the side, shape (2 side,)."""
 
+    frequencies: FloatArray
+    """Of the modes, along y and x, shape (2, M) [radians per pixel of half the side]."""
+
     numbers: NDArray[np.int64]
     """Modes, counted row by row, shape (E,)."""
 
@@ -407,7 +410,8 @@ def stamp_modes(side: int) -> Modes:
     rows = np.repeat(rows, lengths)
     weights = np.where(np.abs(rows) == half, np.float32(0.5), np.float32(1.0))
     numbers = np.arange(len(rows))
-    return Modes(lengths, numbers, rows % side * (half + 1) + numbers % (half + 1), np.stack([weights, weights]))
+    places = rows % side * (half + 1) + numbers % (half + 1)
+    return Modes(lengths, frequencies_of(lengths), numbers, places, np.stack([weights, weights]))
 
 
 @lru_cache(maxsize=64)
@@ -431,9 +435,9 @@ def frame_modes(side: int, sigma: float) -> Modes:
     )
     numbers = np.concatenate([direct, conjugate])
     signs = np.repeat(np.array([1, -1], dtype=np.float32), [len(direct), len(conjugate)])
-    return Modes(
-        kept.sum(axis=1), numbers, np.concatenate(places), np.stack([weights[numbers], signs * weights[numbers]])
-    )
+    lengths = kept.sum(axis=1)
+    weights = np.stack([weights[numbers], signs * weights[numbers]])
+    return Modes(lengths, frequencies_of(lengths), numbers, np.concatenate(places), weights)
 
 
 def _window(frequency: DoubleArray, sigma: float) -> DoubleArray:
@@ -446,9 +450,7 @@ def kernel_table() -> Table:
     """Give the table of profiles as kernels take it."""
     table = profile_table()
     ln_index = np.array([table.ln_index[0], table.ln_index[1] - table.ln_index[0]])
-    exponential = np.empty((table.values.shape[1] - 1, 6), dtype=np.float32)
-    interpolate_index(table.values, table.slopes, ln_index, 0.0, exponential)
-    return Table(table.values, table.slopes, ln_index, exponential)
+    return Table(table.values, table.slopes, ln_index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -4,7 +4,25 @@ import numpy as np
 from rocket_fft import r2c
 
 from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
-from kermes.kernels.profiles import N_COLUMNS, evaluate_profile, interpolate_index
+from kermes.kernels.normal_equations import (
+    FIRST_SHAPE,
+    add_products,
+    cholesky,
+    fill_variances,
+    normal_equations,
+    solve_fluxes,
+    substitute,
+)
+from kermes.kernels.profiles import (
+    AS_EXPONENTIAL,
+    AS_POINT,
+    AS_TABLE,
+    N_COLUMNS,
+    evaluate_factors,
+    interpolate_index,
+    multiply,
+    turn_modes,
+)
 from kermes.kernels.stamps import (
     DOUBLE,
     EXPONENTIAL,
@@ -16,6 +34,7 @@ from kermes.kernels.stamps import (
     add_planes,
     draw_source,
     see_modes,
+    set_of_frequencies,
     set_of_psfs,
 )
 
@@ -29,107 +48,6 @@ than this above that of the present kind. What a simpler one leaves may be taken
 
 MOST_PIXELS = 40000
 """Products are not formed from the pixels of more than so many stamps together, for the memory it takes."""
-
-RIDGE = 1e-5
-"""Keeps the fluxes of coincident sources finite."""
-
-
-@fast_kernel
-def products(a, b, out):
-    """Real part of conj(a) b at every mode; a, b (2, M)."""
-    for m in range(len(out)):
-        out[m] = a[0, m] * b[0, m] + a[1, m] * b[1, m]
-
-
-@fast_kernel
-def dot(a, b):
-    """Sum of products."""
-    total = np.float32(0.0)
-    for m in range(len(a)):
-        total += a[m] * b[m]
-    return total
-
-
-@fast_kernel
-def dot_three(a, rows, first):
-    """Sums of products of a with three rows from `first` on, the last one again where there are no more.
-
-    Together, because reading costs more than multiplying.
-    """
-    last = len(rows) - 1
-    x, y, z = rows[first], rows[min(first + 1, last)], rows[min(first + 2, last)]
-    by_x, by_y, by_z = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-    for m in range(len(a)):
-        by_x += a[m] * x[m]
-        by_y += a[m] * y[m]
-        by_z += a[m] * z[m]
-    return by_x, by_y, by_z
-
-
-@kernel
-def dot_rows(a, rows, n, out):
-    """Sums of products of a with the first n rows."""
-    for first in range(0, n, 3):
-        by_x, by_y, by_z = dot_three(a, rows, first)
-        out[first] = by_x
-        if first + 1 < n:
-            out[first + 1] = by_y
-        if first + 2 < n:
-            out[first + 2] = by_z
-
-
-@fast_kernel
-def multiply(a, b, out):
-    """Products of the elements."""
-    for m in range(len(out)):
-        out[m] = a[m] * b[m]
-
-
-@fast_kernel
-def add_products(a, b, factor, out):
-    """Add products of the elements, times a factor."""
-    for m in range(len(out)):
-        out[m] += factor * (a[m] * b[m])
-
-
-@fast_kernel
-def add_to(out, row, factor):
-    """Add a row, times a factor."""
-    for m in range(len(out)):
-        out[m] += factor * row[m]
-
-
-@kernel
-def cholesky(a, n):
-    """Factorise the leading (n, n) of a symmetric matrix in place (lower triangle); False if it is not positive."""
-    for i in range(n):
-        for j in range(i + 1):
-            total = a[i, j]
-            for k in range(j):
-                total -= a[i, k] * a[j, k]
-            if i == j:
-                if not total > 0.0:
-                    return False
-                a[i, i] = np.sqrt(total)
-            else:
-                a[i, j] = total / a[j, j]
-    return True
-
-
-@kernel
-def substitute(a, n, v, backward):
-    """Solve L v = v in place, and then L^T v = v if `backward`."""
-    for i in range(n):
-        total = v[i]
-        for k in range(i):
-            total -= a[i, k] * v[k]
-        v[i] = total / a[i, i]
-    if backward:
-        for i in range(n - 1, -1, -1):
-            total = v[i]
-            for k in range(i + 1, n):
-                total -= a[k, i] * v[k]
-            v[i] = total / a[i, i]
 
 
 @kernel
@@ -166,14 +84,19 @@ def shape_index(part, j):
 
 
 @kernel
-def see_column(column, lengths, psf, side, out):
-    """Turn a column (2, M) into images seen through the PSFs (B, 2, M); out (B, side * side)."""
+def see_column(factors, wave, turned, lengths, psf, side, out):
+    """Turn a column, factors (M,) of a wave (2, M), into images seen through the PSFs (B, 2, M).
+
+    turned: the column is -i times that. out (B, side * side).
+    """
     n_bands, _, n_modes = psf.shape
     model = np.empty((n_bands, 2, n_modes), np.float32)
     for b in range(n_bands):
-        for k in range(2):
-            for m in range(n_modes):
-                model[b, k, m] = column[k, m]
+        if turned:
+            turn_modes(factors, wave[0], wave[1], model[b, 0], model[b, 1])
+        else:
+            multiply(factors, wave[0], model[b, 0])
+            multiply(factors, wave[1], model[b, 1])
     planes = see_modes(lengths, psf, model, side).reshape(n_bands, side * side)
     for b in range(n_bands):
         for m in range(side * side):
@@ -184,6 +107,7 @@ def see_column(column, lengths, psf, side, out):
 def evaluate_group(
     table,
     lengths,
+    frequencies,
     side,
     exact,
     psf,
@@ -195,14 +119,15 @@ def evaluate_group(
     slots,
     n_components,
     everything,
-    rows,
+    cells,
+    waves,
     columns,
     pixels,
 ):
     """Evaluate the components of a group with their derivatives, and with `exact` the images of those of flux one.
 
-    theta (G, N_SHAPE); columns (C, N_COLUMNS, 2, M), pixels (C, N_COLUMNS, B, side * side). Unless `everything`, what
-    has no free parameter is left as it is.
+    theta (G, N_SHAPE); waves (C, 2, M), columns (C, N_COLUMNS, M), pixels (C, N_COLUMNS, B, side * side).
+    Unless `everything`, what has no free parameter is left as it is.
     """
     shape = np.empty(5)
     for c in range(n_components):
@@ -217,76 +142,15 @@ def evaluate_group(
             shape[2], shape[3], shape[4], ln_n = theta[i, 6], theta[i, 7], theta[i, 8], theta[i, 9]
         elif kind == SERSIC:
             ln_n = theta[i, 5]
-        cells, n_columns = table.exponential, N_COLUMNS - 1
+        form, n_columns = AS_POINT if kind == POINT else AS_EXPONENTIAL, N_COLUMNS - 1
         if part[c] == 1 or kind == SERSIC:
-            interpolate_index(table.values, table.slopes, table.ln_index, ln_n, rows)
-            cells, n_columns = rows, N_COLUMNS
+            interpolate_index(table.values, table.slopes, table.ln_index, ln_n, cells)
+            form, n_columns = AS_TABLE, N_COLUMNS
         if slots[c, 1] < 0:
             n_columns = 1
-        evaluate_profile(cells, lengths, side, shape, kind != POINT, columns[c, :n_columns])
+        evaluate_factors(form, cells, lengths, frequencies, shape, waves[c], columns[c, :n_columns])
         if exact:
-            see_column(columns[c, 0], lengths, psf, side, pixels[c, 0])
-
-
-@fast_kernel
-def weighted_dot(a, b, weights):
-    """Sum of products of two images with weights."""
-    total = np.float32(0.0)
-    for m in range(len(a)):
-        total += a[m] * b[m] * weights[m]
-    return total
-
-
-@kernel
-def solve_fluxes(exact, columns, pixels, data, power, n_components, work, matrix, fluxes, factors):
-    """Solve the fluxes of all components jointly in each band; returns the gain in loss.
-
-    data (B, 2, M), power (B, M): see `visit_group`; if `exact`, data[:, 0] and power are instead the images and weights
-    of the stamp, (B, side * side). matrix (B, C, C) takes the normal matrices, factors (B, C, C) their Cholesky
-    factors, fluxes (C, B) the answer.
-    """
-    n_bands = len(power)
-    vectors, by_band = np.empty((n_bands, n_components)), np.empty(n_bands)
-    flat = data.reshape(n_bands, data.shape[1] * data.shape[2])
-    for c in range(n_components):
-        for d in range(c + 1):
-            if exact:
-                for b in range(n_bands):
-                    matrix[b, c, d] = matrix[b, d, c] = weighted_dot(pixels[c, 0, b], pixels[d, 0, b], power[b])
-            else:
-                products(columns[c, 0], columns[d, 0], work)
-                dot_rows(work, power, n_bands, by_band)
-                for b in range(n_bands):
-                    matrix[b, c, d] = matrix[b, d, c] = by_band[b]
-        if exact:
-            for b in range(n_bands):
-                vectors[b, c] = weighted_dot(pixels[c, 0, b], data[b, 0], power[b])
-        else:
-            dot_rows(columns[c, 0].reshape(flat.shape[1]), flat, n_bands, by_band)
-            for b in range(n_bands):
-                vectors[b, c] = by_band[b]
-    gain = 0.0
-    for b in range(n_bands):
-        for c in range(n_components):
-            for d in range(n_components):
-                factors[b, c, d] = matrix[b, c, d]
-            factors[b, c, c] += RIDGE * matrix[b, c, c] + 1e-30
-            fluxes[c, b] = vectors[b, c]
-            if not matrix[b, c, c] > 0.0:
-                # Nothing is known of it here.
-                vectors[b, c] = fluxes[c, b] = 0.0
-                factors[b, c, c] = 1.0
-        if not cholesky(factors[b], n_components):
-            return -np.inf
-        substitute(factors[b], n_components, vectors[b], False)
-        for c in range(n_components):
-            gain += 0.5 * vectors[b, c] * vectors[b, c]
-        for c in range(n_components):
-            vectors[b, c] = fluxes[c, b]
-        substitute(factors[b], n_components, vectors[b], True)
-        for c in range(n_components):
-            fluxes[c, b] = vectors[b, c]
-    return gain
+            see_column(columns[c, 0], waves[c], False, lengths, psf, side, pixels[c, 0])
 
 
 @kernel
@@ -315,224 +179,10 @@ def add_priors(theta, members, owner, part, slots, n_components, mean, weight, h
 
 
 @kernel
-def fill_modes(columns, data, power, n_components, slots, fluxes, work, hessian, gradient, coupling):
-    """Products of the derivatives of a group at the modes of its stamp, see `normal_equations`."""
-    n_bands, n_modes = power.shape
-    weight = np.empty(n_modes, np.float32)
-    residual = np.empty((2, n_modes), np.float32)
-    weighted = np.empty((N_COLUMNS - 1, 2, n_modes), np.float32)
-    rows = weighted.reshape(N_COLUMNS - 1, 2 * n_modes)
-    sums = np.empty(max(n_bands, N_COLUMNS))
-    places = np.empty(N_COLUMNS, np.int64)
-    for c in range(n_components):
-        # What is left of the data, summed over the bands as this component sees them.
-        for m in range(n_modes):
-            residual[0, m] = residual[1, m] = 0.0
-        for b in range(n_bands):
-            f = np.float32(fluxes[c, b])
-            add_to(residual[0], data[b, 0], f)
-            add_to(residual[1], data[b, 1], f)
-        for d in range(n_components):
-            for m in range(n_modes):
-                weight[m] = 0.0
-            for b in range(n_bands):
-                add_to(weight, power[b], np.float32(fluxes[c, b] * fluxes[d, b]))
-            for k in range(2):
-                add_products(weight, columns[d, 0, k], np.float32(-1.0), residual[k])
-            n = 0
-            for q in range(1, N_COLUMNS):
-                if slots[d, q] < 0:
-                    continue
-                products(columns[c, 0], columns[d, q], work)
-                dot_rows(work, power, n_bands, sums)
-                for b in range(n_bands):
-                    coupling[b, c, slots[d, q]] += fluxes[d, b] * sums[b]
-                if c <= d:
-                    for k in range(2):
-                        multiply(columns[d, q, k], weight, weighted[n, k])
-                    places[n] = slots[d, q]
-                    n += 1
-            if n == 0 or c > d:
-                continue
-            for p in range(1, N_COLUMNS):
-                i = slots[c, p]
-                if i < 0:
-                    continue
-                dot_rows(columns[c, p].reshape(2 * n_modes), rows[:n], n, sums)
-                for q in range(n):
-                    j = places[q]
-                    if c != d or j <= i:
-                        hessian[i, j] += sums[q]
-                        if c != d or i != j:
-                            hessian[j, i] += sums[q]
-        for p in range(1, N_COLUMNS):
-            if slots[c, p] >= 0:
-                gradient[slots[c, p]] += dot(columns[c, p, 0], residual[0]) + dot(columns[c, p, 1], residual[1])
-
-
-@kernel
-def fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradient, coupling):
-    """The same from the pixels of the stamp with a weight each; data[:, 0], power (B, side * side)."""
-    n_bands, n_pixels = power.shape
-    residual = np.empty(n_pixels, np.float32)
-    weighted = np.empty((N_COLUMNS, n_pixels), np.float32)
-    sums, places = np.empty(N_COLUMNS), np.empty(N_COLUMNS, np.int64)
-    for b in range(n_bands):
-        for m in range(n_pixels):
-            residual[m] = data[b, 0, m]
-        for d in range(n_components):
-            add_to(residual, pixels[d, 0, b], np.float32(-fluxes[d, b]))
-        multiply(residual, power[b], residual)
-        for d in range(n_components):
-            n = 0
-            for q in range(1, N_COLUMNS):
-                if slots[d, q] >= 0:
-                    multiply(pixels[d, q, b], power[b], weighted[n])
-                    places[n] = slots[d, q]
-                    n += 1
-                    gradient[slots[d, q]] += fluxes[d, b] * dot(pixels[d, q, b], residual)
-            if n == 0:
-                continue
-            for c in range(n_components):
-                dot_rows(pixels[c, 0, b], weighted[:n], n, sums)
-                for q in range(n):
-                    coupling[b, c, places[q]] += fluxes[d, b] * sums[q]
-                if c > d:
-                    continue
-                for p in range(1, N_COLUMNS):
-                    i = slots[c, p]
-                    if i < 0:
-                        continue
-                    dot_rows(pixels[c, p, b], weighted[:n], n, sums)
-                    for q in range(n):
-                        j = places[q]
-                        if c != d or j <= i:
-                            value = sums[q] * fluxes[c, b] * fluxes[d, b]
-                            hessian[i, j] += value
-                            if c != d or i != j:
-                                hessian[j, i] += value
-
-
-@kernel
-def normal_equations(
-    exact,
-    columns,
-    pixels,
-    data,
-    power,
-    n_components,
-    n_free,
-    slots,
-    factors,
-    fluxes,
-    work,
-    hessian,
-    gradient,
-    coupling,
-):
-    """Normal matrix (F, F) and gradient (F,) of the free shape parameters with the fluxes eliminated.
-
-    coupling (B, C, F) takes the products of amplitudes and derivatives.
-    """
-    n_bands = len(power)
-    for p in range(n_free):
-        gradient[p] = 0.0
-        for q in range(n_free):
-            hessian[p, q] = 0.0
-        for b in range(n_bands):
-            for c in range(n_components):
-                coupling[b, c, p] = 0.0
-    if exact:
-        fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradient, coupling)
-    else:
-        fill_modes(columns, data, power, n_components, slots, fluxes, work, hessian, gradient, coupling)
-    vectors = np.empty((n_free, n_components))
-    for b in range(n_bands):
-        for p in range(n_free):
-            for c in range(n_components):
-                vectors[p, c] = coupling[b, c, p]
-            substitute(factors[b], n_components, vectors[p], False)
-        for p in range(n_free):
-            for q in range(n_free):
-                total = 0.0
-                for c in range(n_components):
-                    total += vectors[p, c] * vectors[q, c]
-                hessian[p, q] -= total
-
-
-@kernel
-def fill_variances(
-    members,
-    owner,
-    part,
-    slots,
-    n_components,
-    n_free,
-    matrix,
-    factors,
-    hessian,
-    coupling,
-    flux_variance,
-    position_variance,
-):
-    """Variances of the fluxes and positions of a group with everything else free, from the joint normal matrix.
-
-    flux_variance (S, B) is that of the whole source, position_variance (S, 2); rows of the members are filled, NaN
-    where the matrix is singular or a band has no data. hessian is replaced by its Cholesky factor.
-    """
-    n_bands = len(matrix)
-    regular = cholesky(hessian, n_free)
-    response, share = np.empty(n_components), np.empty(n_free)
-    for i in range(len(members)):
-        s = members[i]
-        for j in range(2):
-            position_variance[s, j] = np.nan
-        for b in range(n_bands):
-            flux_variance[s, b] = np.nan
-        if not regular:
-            continue
-        first = -1
-        for c in range(n_components):
-            if owner[c] == i and part[c] == 0:
-                first = c
-        for j in range(2):
-            for p in range(n_free):
-                share[p] = 0.0
-            share[slots[first, 1 + j]] = 1.0
-            substitute(hessian, n_free, share, False)
-            total = 0.0
-            for p in range(n_free):
-                total += share[p] * share[p]
-            position_variance[s, j] = total
-        for b in range(n_bands):
-            if not matrix[b, first, first] > 0.0:
-                continue
-            # The whole flux is e . f; its variance is e A^-1 e + (A^-1 e) C H^-1 C^T (A^-1 e).
-            for c in range(n_components):
-                response[c] = 1.0 if owner[c] == i else 0.0
-            substitute(factors[b], n_components, response, False)
-            total = 0.0
-            for c in range(n_components):
-                total += response[c] * response[c]
-            for c in range(n_components - 1, -1, -1):
-                value = response[c]
-                for d in range(c + 1, n_components):
-                    value -= factors[b, d, c] * response[d]
-                response[c] = value / factors[b, c, c]
-            for p in range(n_free):
-                share[p] = 0.0
-                for c in range(n_components):
-                    share[p] += response[c] * coupling[b, c, p]
-            substitute(hessian, n_free, share, False)
-            for p in range(n_free):
-                total += share[p] * share[p]
-            flux_variance[s, b] = total
-
-
-@kernel
 def fit_group(
     table,
     lengths,
+    frequencies,
     side,
     exact,
     psf,
@@ -564,14 +214,14 @@ def fit_group(
     owner, part = np.empty(2 * n, np.int64), np.empty(2 * n, np.int64)
     slots = np.empty((2 * n, N_COLUMNS), np.int64)
     n_components, n_free = list_components(members, kinds, only, owner, part, slots)
-    rows = np.empty(table.exponential.shape, np.float32)
+    cells = np.empty((table.values.shape[1] - 1, 6), np.float32)
     theta, trial = np.empty((n, N_SHAPE)), np.empty((n, N_SHAPE))
     damping, done = 1e-3, -1
     for i in range(n):
         for p in range(N_SHAPE):
             theta[i, p] = sources.shapes[members[i], p]
-    work = np.empty(n_modes, np.float32)
-    columns = np.empty((n_components, N_COLUMNS, 2, n_modes), np.float32)
+    waves = np.empty((n_components, 2, n_modes), np.float32)
+    columns = np.empty((n_components, N_COLUMNS, n_modes), np.float32)
     pixels = np.empty((n_components if exact else 0, N_COLUMNS, n_bands, side * side), np.float32)
     matrix = np.empty((n_bands, n_components, n_components))
     factors = np.empty((n_bands, n_components, n_components))
@@ -579,6 +229,7 @@ def fit_group(
     evaluate_group(
         table,
         lengths,
+        frequencies,
         side,
         exact,
         psf,
@@ -590,11 +241,12 @@ def fit_group(
         slots,
         n_components,
         done < 0,
-        rows,
+        cells,
+        waves,
         columns,
         pixels,
     )
-    loss = -solve_fluxes(exact, columns, pixels, data, power, n_components, work, matrix, fluxes, factors)
+    loss = -solve_fluxes(exact, waves, columns, pixels, data, power, n_components, owner, matrix, fluxes, factors)
     loss += prior_loss(theta, members, kinds, mean, weight)
     hessian, damped = np.empty((n_free, n_free)), np.empty((n_free, n_free))
     gradient, step = np.empty(n_free), np.empty(n_free)
@@ -610,19 +262,20 @@ def fit_group(
             for c in range(n_components):
                 for q in range(1, N_COLUMNS):
                     if slots[c, q] >= 0:
-                        see_column(columns[c, q], lengths, psf, side, pixels[c, q])
+                        see_column(columns[c, q], waves[c], q < FIRST_SHAPE, lengths, psf, side, pixels[c, q])
         normal_equations(
             exact,
+            waves,
             columns,
             pixels,
             data,
             power,
             n_components,
             n_free,
+            owner,
             slots,
             factors,
             fluxes,
-            work,
             hessian,
             gradient,
             coupling,
@@ -676,6 +329,7 @@ def fit_group(
             evaluate_group(
                 table,
                 lengths,
+                frequencies,
                 side,
                 exact,
                 psf,
@@ -687,12 +341,13 @@ def fit_group(
                 slots,
                 n_components,
                 done < 0,
-                rows,
+                cells,
+                waves,
                 columns,
                 pixels,
             )
             trial_loss = -solve_fluxes(
-                exact, columns, pixels, data, power, n_components, work, matrix, trial_fluxes, factors
+                exact, waves, columns, pixels, data, power, n_components, owner, matrix, trial_fluxes, factors
             )
             trial_loss += prior_loss(trial, members, kinds, mean, weight)
             if trial_loss <= loss:
@@ -940,6 +595,7 @@ def visit_group(
     side, y0, x0 = sides[stamp[0]], stamp[1], stamp[2]
     k = modes.sets[stamp[0], stamp[3]]
     lengths, psf = modes.lengths[modes.starts[k] : modes.starts[k + 1]], set_of_psfs(modes, k)
+    frequencies = set_of_frequencies(modes, k)
     choosing = False
     for s in members:
         moved = False
@@ -954,7 +610,7 @@ def visit_group(
             choosing = choosing or (candidates[s, j] and not errors)
     model = np.zeros(psf.shape, np.float32)
     for s in members:
-        add_model(table, lengths, side, sources, s, y0, x0, 1.0, model)
+        add_model(table, lengths, frequencies, sources, s, y0, x0, 1.0, model)
     shift_group(sources, members, y0, x0)
     exact = uneven and len(members) * side * side <= MOST_PIXELS
     n_values = side * side if exact else psf.shape[2]
@@ -996,6 +652,7 @@ def visit_group(
             trial, done = fit_group(
                 table,
                 lengths,
+                frequencies,
                 side,
                 exact,
                 psf,
@@ -1040,7 +697,7 @@ def visit_group(
                 model[b, 0, m] = -model[b, 0, m]
                 model[b, 1, m] = -model[b, 1, m]
         for s in members:
-            add_model(table, lengths, side, sources, s, y0, x0, 1.0, model)
+            add_model(table, lengths, frequencies, sources, s, y0, x0, 1.0, model)
         add_planes(residual, see_modes(lengths, psf, model, side), y0, x0, -1.0)
     return loss, steps, (uniform or exact) and not errors
 

@@ -6,11 +6,11 @@ from rocket_fft import c2r
 from kermes.kernels.convolution import multiply_into
 from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
 from kermes.kernels.flux import add_scaled
-from kermes.kernels.profiles import evaluate_profile, interpolate_index
+from kermes.kernels.profiles import AS_EXPONENTIAL, AS_POINT, AS_TABLE, evaluate_profile, interpolate_index
 
 
 @kernel
-def evaluate_component(table, lengths, shape, cells, columns):
+def evaluate_component(table, modes, shape, cells, columns):
     """Evaluate one component of flux one at the modes of pixels of half the side, which reach twice as far.
 
     shape (6,) is y, x, ln r, e1, e2, ln n in whole pixels, and ln r is -inf for a point source; cells is work space.
@@ -19,12 +19,11 @@ def evaluate_component(table, lengths, shape, cells, columns):
     finer = np.empty(5)
     finer[0], finer[1], finer[2] = 2 * shape[0], 2 * shape[1], shape[2] + np.log(2.0)
     finer[3], finer[4] = shape[3], shape[4]
-    extended = shape[2] > -np.inf
-    chosen = table.exponential
-    if extended and shape[5] != 0.0:
+    form = AS_EXPONENTIAL if shape[2] > -np.inf else AS_POINT
+    if form == AS_EXPONENTIAL and shape[5] != 0.0:
+        form = AS_TABLE
         interpolate_index(table.values, table.slopes, table.ln_index, shape[5], cells)
-        chosen = cells
-    evaluate_profile(chosen, lengths, len(lengths), finer, extended, columns)
+    evaluate_profile(form, cells, modes.lengths, modes.frequencies, finer, columns)
 
 
 @fast_kernel
@@ -98,8 +97,8 @@ def add_profiles(table, modes, psf_fft, boxes, shapes, spectra, sources, members
     side = boxes[members[0], 2]
     half = side // 2 + 1
     axes = np.arange(2)
-    cells = np.empty(table.exponential.shape, dtype=np.float32)
-    columns = np.empty((1, 2, modes.lengths.sum()), dtype=np.float32)
+    cells = np.empty((table.values.shape[1] - 1, 6), dtype=np.float32)
+    columns = np.empty((1, 2, modes.frequencies.shape[1]), dtype=np.float32)
     profile = np.empty(2 * side * half, dtype=np.float32)
     model = np.empty((n_bands, 2 * side * half), dtype=np.float32)
     transformed = np.empty((side, half), dtype=np.complex64)
@@ -110,7 +109,7 @@ def add_profiles(table, modes, psf_fft, boxes, shapes, spectra, sources, members
             for b in range(n_bands):
                 for j in range(2 * side * half):
                     model[b, j] = 0.0
-        evaluate_component(table, modes.lengths, shapes[k], cells, columns)
+        evaluate_component(table, modes, shapes[k], cells, columns)
         fold_modes(columns[0], modes.numbers, modes.places, modes.weights, profile)
         for b in range(n_bands):
             add_scaled(model[b], profile, spectra[k, b])
@@ -133,13 +132,13 @@ def profile_images(table, modes, shape, side, n_columns):
     Arguments as in add_profiles, the PSF in the weights. Returns (n_columns, side, side) float32.
     """
     half = side // 2 + 1
-    cells = np.empty(table.exponential.shape, dtype=np.float32)
-    columns = np.zeros((n_columns, 2, modes.lengths.sum()), dtype=np.float32)
+    cells = np.empty((table.values.shape[1] - 1, 6), dtype=np.float32)
+    columns = np.zeros((n_columns, 2, modes.frequencies.shape[1]), dtype=np.float32)
     transformed = np.empty((side, half), dtype=np.complex64)
     profile = np.empty(2 * side * half, dtype=np.float32)
     out = np.empty((n_columns, side, side), dtype=np.float32)
     axes = np.arange(2)
-    evaluate_component(table, modes.lengths, shape, cells, columns)
+    evaluate_component(table, modes, shape, cells, columns)
     for j in range(n_columns):
         fold_modes(columns[j], modes.numbers, modes.places, modes.weights, profile)
         make_complex(profile, transformed)

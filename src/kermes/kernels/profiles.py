@@ -16,6 +16,12 @@ CELL_BITS = 20
 FIRST_CELL = (127 - 34) << 3
 """Bits above those of the float32 at which the first cell of the table starts: 2^-34."""
 
+AS_POINT, AS_EXPONENTIAL, AS_TABLE = 0, 1, 2
+"""How a profile is evaluated: not at all, in closed form, from the cells of `interpolate_index`."""
+
+SQUARE_OF_EXPONENTIAL = 1.6783469900166605**-2
+"""Squared scale length of an exponential profile of half-light radius one."""
+
 
 class Table(NamedTuple):
     """Transforms of circular profiles, see `kermes.profiles.ProfileTable`."""
@@ -26,9 +32,6 @@ class Table(NamedTuple):
 
     ln_index: np.ndarray
     """First ln n, and the step from row to row."""
-
-    exponential: np.ndarray
-    """`interpolate_index` for n = 1, shape (cells, 6)."""
 
 
 @kernel
@@ -85,11 +88,28 @@ def look_up(cells, squares, bits, values, by_radius, by_index):
 
 
 @fast_kernel
-def scale_modes(factors, re, im, sign, out_re, out_im):
-    """Multiply modes with real factors; the second part with a sign too."""
+def look_up_exponential(squares, values, by_radius):
+    """Evaluate an exponential profile, (1 + h^2 k^2)^(-3/2) with its scale length h, and the derivative by ln r."""
+    scale = np.float32(SQUARE_OF_EXPONENTIAL)
+    for m in range(len(squares)):
+        inverse = np.float32(1.0) / (np.float32(1.0) + scale * squares[m])
+        values[m] = inverse * np.sqrt(inverse)
+        by_radius[m] = np.float32(-3.0) * scale * squares[m] * inverse * values[m]
+
+
+@fast_kernel
+def multiply(a, b, out):
+    """Products of the elements."""
+    for m in range(len(out)):
+        out[m] = a[m] * b[m]
+
+
+@fast_kernel
+def turn_modes(factors, re, im, out_re, out_im):
+    """Multiply modes with real factors and with -i."""
     for m in range(len(factors)):
-        out_re[m] = factors[m] * re[m]
-        out_im[m] = sign * factors[m] * im[m]
+        out_re[m] = factors[m] * im[m]
+        out_im[m] = -(factors[m] * re[m])
 
 
 @fast_kernel
@@ -101,77 +121,127 @@ def bend_modes(by_radius, squares, fy, fx, yy, yx, xx, out):
 
 
 @kernel
-def evaluate_profile(cells, lengths, side, shape, extended, columns):
-    """Evaluate one component of flux one at the modes of a stamp.
+def fill_phases(angle, out):
+    """Real and imaginary parts (2, N) of exp(-i j angle), each from the one before, in double precision."""
+    re, im = 1.0, 0.0
+    cosine, sine = np.cos(angle), -np.sin(angle)
+    for j in range(out.shape[1]):
+        out[0, j], out[1, j] = re, im
+        re, im = re * cosine - im * sine, re * sine + im * cosine
+
+
+@fast_kernel
+def turn_row(re, im, by_re, by_im, out_re, out_im):
+    """Product of complex numbers with one."""
+    for j in range(len(re)):
+        out_re[j] = by_re * re[j] - by_im * im[j]
+        out_im[j] = by_re * im[j] + by_im * re[j]
+
+
+@fast_kernel
+def fill_squares(fy, fx, yy, yx, xx, out):
+    """The quadratic form q^2, never quite zero."""
+    for m in range(len(out)):
+        out[m] = yy * fy[m] * fy[m] + (yx * fy[m] + xx * fx[m]) * fx[m] + np.float32(1e-30)
+
+
+@kernel
+def fill_wave(lengths, y, x, wave):
+    """Real and imaginary parts (2, M) of exp(-i f . x) at the modes of a stamp; y, x [pixels from the corner]."""
+    side = len(lengths)
+    unit = 2 * np.pi / side
+    rows, columns = np.empty((2, side // 2 + 1), np.float32), np.empty((2, side // 2 + 1), np.float32)
+    fill_phases(unit * y, rows)
+    fill_phases(unit * x, columns)
+    last = 0
+    for i in range(side):
+        first, last = last, last + lengths[i]
+        if first < last:
+            # Rows from the middle on have negative frequencies.
+            k, sign = (i, np.float32(1.0)) if 2 * i < side else (side - i, np.float32(-1.0))
+            re, im = columns[0, : lengths[i]], columns[1, : lengths[i]]
+            turn_row(re, im, rows[0, k], sign * rows[1, k], wave[0, first:last], wave[1, first:last])
+
+
+@kernel
+def evaluate_factors(form, cells, lengths, frequencies, shape, wave, factors):
+    """Evaluate one component of flux one at the modes of a stamp, as real factors of one wave.
 
     Parameters
     ----------
+    form : int
+        `AS_POINT`, which has no last four derivatives: they are left alone; `AS_EXPONENTIAL` or `AS_TABLE`.
     cells : (C, 6) float32
-        From `interpolate_index`.
+        From `interpolate_index`, for `AS_TABLE`.
     lengths : (side,) int
         Row i of the half plane has the modes 0 .. lengths[i] - 1.
+    frequencies : (2, M) float32
+        Of the modes, along y and x [radians per pixel].
     shape : (5,)
         y, x [pixels from the corner], ln r, e1, e2.
-    extended : bool
-        False: a point source, of which the last four derivatives are left alone.
-    columns : (N, 2, M) float32
-        Takes real and imaginary parts of the transform and its derivatives, the first N of N_COLUMNS: 1, 3, 6 or all.
+    wave : (2, M) float32
+        Takes real and imaginary parts of exp(-i f . x), which a shift to the centre x does.
+    factors : (N, M) float32
+        Takes the first N of N_COLUMNS: 1, 3, 6 or all. Times the wave they are the transform and its derivatives; those
+        by y and x also times -i.
+    """
+    n_columns, n_modes = factors.shape
+    fill_wave(lengths, shape[0], shape[1], wave)
+    values, fy, fx = factors[0], frequencies[0], frequencies[1]
+    if form == AS_POINT:
+        for m in range(n_modes):
+            values[m] = 1.0
+    else:
+        ln_r, e1, e2 = shape[2], shape[3], shape[4]
+        ellipticity = np.sqrt(e1 * e1 + e2 * e2)
+        if ellipticity > 1e-4:
+            cosh, ratio = np.cosh(ellipticity), np.sinh(ellipticity) / ellipticity
+            bend = (cosh - ratio) / (ellipticity * ellipticity)
+        else:
+            cosh, ratio, bend = 1.0, 1.0, 1.0 / 3.0
+        # q^2, and r^2 times its derivatives by e1 and e2, are quadratic forms yy fy^2 + yx fy fx + xx fx^2.
+        square = np.exp(2 * ln_r)
+        work = np.empty((3, n_modes), np.float32)
+        squares, by_radius, by_index = work[0], work[1], work[2]
+        yy, yx = np.float32(square * (cosh - ratio * e1)), np.float32(square * 2 * ratio * e2)
+        fill_squares(fy, fx, yy, yx, np.float32(square * (cosh + ratio * e1)), squares)
+        if form == AS_EXPONENTIAL:
+            look_up_exponential(squares, values, by_radius)
+        else:
+            look_up(cells, squares, squares.view(np.int32), values, by_radius, by_index)
+        if n_columns > 3:
+            for m in range(n_modes):
+                factors[3, m] = by_radius[m]
+            yy = np.float32(square * (ratio * e1 - bend * e1 * e1 - ratio))
+            yx = np.float32(square * 2 * bend * e1 * e2)
+            xx = np.float32(square * (ratio * e1 + bend * e1 * e1 + ratio))
+            bend_modes(by_radius, squares, fy, fx, yy, yx, xx, factors[4])
+            yy = np.float32(square * (ratio * e2 - bend * e1 * e2))
+            yx = np.float32(square * 2 * (bend * e2 * e2 + ratio))
+            xx = np.float32(square * (ratio * e2 + bend * e1 * e2))
+            bend_modes(by_radius, squares, fy, fx, yy, yx, xx, factors[5])
+        if n_columns > 6:
+            for m in range(n_modes):
+                factors[6, m] = by_index[m]
+    if n_columns > 1:
+        multiply(fy, values, factors[1])
+        multiply(fx, values, factors[2])
+
+
+@kernel
+def evaluate_profile(form, cells, lengths, frequencies, shape, columns):
+    """Evaluate one component of flux one at the modes of a stamp.
+
+    Arguments as in `evaluate_factors`; columns (N, 2, M) float32 takes real and imaginary parts of the transform and
+    its derivatives, the first N of N_COLUMNS.
     """
     n_columns = len(columns)
-    y, x, ln_r, e1, e2 = shape[0], shape[1], shape[2], shape[3], shape[4]
-    half = side // 2 + 1
-    unit = 2 * np.pi / side
-    ellipticity = np.sqrt(e1 * e1 + e2 * e2)
-    if ellipticity > 1e-4:
-        cosh, ratio = np.cosh(ellipticity), np.sinh(ellipticity) / ellipticity
-        bend = (cosh - ratio) / (ellipticity * ellipticity)
-    else:
-        cosh, ratio, bend = 1.0, 1.0, 1.0 / 3.0
-    # q^2, and r^2 times its derivatives by e1 and e2, are quadratic forms yy fy^2 + yx fy fx + xx fx^2.
-    square = np.exp(2 * ln_r)
-    q_yy, q_yx, q_xx = square * (cosh - ratio * e1), square * 2 * ratio * e2, square * (cosh + ratio * e1)
-    a_yy = square * (ratio * e1 - bend * e1 * e1 - ratio)
-    a_yx, a_xx = square * 2 * bend * e1 * e2, square * (ratio * e1 + bend * e1 * e1 + ratio)
-    b_yy, b_xx = square * (ratio * e2 - bend * e1 * e2), square * (ratio * e2 + bend * e1 * e2)
-    b_yx = square * 2 * (bend * e2 * e2 + ratio)
-    phase = np.empty((2, half), np.float32)
-    wave = np.empty(half, np.float32)
-    for j in range(half):
-        wave[j] = unit * j
-        phase[0, j], phase[1, j] = np.cos(unit * j * x), -np.sin(unit * j * x)
-    work = np.empty((9, columns.shape[2]), np.float32)
-    re, im, fy, fx, squares = work[0], work[1], work[2], work[3], work[4]
-    m = 0
-    for i in range(side):
-        frequency = unit * (i if 2 * i < side else i - side)
-        re_y, im_y = np.float32(np.cos(frequency * y)), np.float32(-np.sin(frequency * y))
-        c0, c1 = np.float32(q_yy * frequency * frequency), np.float32(q_yx * frequency)
-        c2 = np.float32(q_xx)
-        for j in range(lengths[i]):
-            re[m] = re_y * phase[0, j] - im_y * phase[1, j]
-            im[m] = re_y * phase[1, j] + im_y * phase[0, j]
-            fy[m] = frequency
-            fx[m] = wave[j]
-            squares[m] = c0 + wave[j] * (c1 + wave[j] * c2) + np.float32(1e-30)
-            m += 1
-    values, by_radius, by_index, factors = work[5], work[6], work[7], work[8]
-    plus, minus = np.float32(1.0), np.float32(-1.0)
-    if extended:
-        look_up(cells, squares, squares.view(np.int32), values, by_radius, by_index)
-    else:
-        for k in range(len(values)):
-            values[k] = plus
-    scale_modes(values, re, im, plus, columns[0, 0], columns[0, 1])
-    if n_columns > 1:
-        scale_modes(fy, columns[0, 1], columns[0, 0], minus, columns[1, 0], columns[1, 1])
-        scale_modes(fx, columns[0, 1], columns[0, 0], minus, columns[2, 0], columns[2, 1])
-    if n_columns > 3 and extended:
-        scale_modes(by_radius, re, im, plus, columns[3, 0], columns[3, 1])
-        yy, yx, xx = np.float32(a_yy), np.float32(a_yx), np.float32(a_xx)
-        bend_modes(by_radius, squares, fy, fx, yy, yx, xx, factors)
-        scale_modes(factors, re, im, plus, columns[4, 0], columns[4, 1])
-        yy, yx, xx = np.float32(b_yy), np.float32(b_yx), np.float32(b_xx)
-        bend_modes(by_radius, squares, fy, fx, yy, yx, xx, factors)
-        scale_modes(factors, re, im, plus, columns[5, 0], columns[5, 1])
-        if n_columns > 6:
-            scale_modes(by_index, re, im, plus, columns[6, 0], columns[6, 1])
+    wave = np.empty(columns.shape[1:], np.float32)
+    factors = np.empty((n_columns, columns.shape[2]), np.float32)
+    evaluate_factors(form, cells, lengths, frequencies, shape, wave, factors)
+    for j in range(n_columns if form != AS_POINT else min(n_columns, 3)):
+        if j == 1 or j == 2:
+            turn_modes(factors[j], wave[0], wave[1], columns[j, 0], columns[j, 1])
+        else:
+            multiply(factors[j], wave[0], columns[j, 0])
+            multiply(factors[j], wave[1], columns[j, 1])

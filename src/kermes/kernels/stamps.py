@@ -6,7 +6,7 @@ import numpy as np
 from rocket_fft import c2r, r2c
 
 from kermes.kernels.decorator import fast_kernel, kernel
-from kermes.kernels.profiles import evaluate_profile, interpolate_index
+from kermes.kernels.profiles import AS_EXPONENTIAL, AS_POINT, AS_TABLE, evaluate_profile, interpolate_index
 
 POINT, EXPONENTIAL, SERSIC, DOUBLE = 0, 1, 2, 3
 N_KINDS = 4
@@ -28,6 +28,9 @@ class Modes(NamedTuple):
 
     starts: np.ndarray
     """Set k has the rows starts[k]:starts[k + 1]."""
+
+    frequencies: np.ndarray
+    """Frequencies along y and x [radians per pixel], (2, modes) of one set after the other, flattened."""
 
     psf: np.ndarray
     """Transforms of the PSFs, (B, 2, modes) of one set after the other, flattened."""
@@ -66,13 +69,13 @@ def add_row(out, row, factor):
 
 
 @kernel
-def add_model(table, lengths, side, sources, s, y0, x0, factor, model):
+def add_model(table, lengths, frequencies, sources, s, y0, x0, factor, model):
     """Add one source, times `factor`, to a model before the PSF at the modes of a stamp with the corner y0, x0.
 
     model (B, 2, M).
     """
     n_bands, _, n_modes = model.shape
-    rows = np.empty(table.exponential.shape, np.float32)
+    cells = np.empty((table.values.shape[1] - 1, 6), np.float32)
     columns = np.empty((1, 2, n_modes), np.float32)
     shape = np.empty(5)
     kind = sources.kinds[s]
@@ -87,11 +90,11 @@ def add_model(table, lengths, side, sources, s, y0, x0, factor, model):
             ln_n = sources.shapes[s, 5]
         shape[0] -= y0
         shape[1] -= x0
-        cells = table.exponential
+        form = AS_POINT if kind == POINT else AS_EXPONENTIAL
         if part == 1 or kind == SERSIC:
-            interpolate_index(table.values, table.slopes, table.ln_index, ln_n, rows)
-            cells = rows
-        evaluate_profile(cells, lengths, side, shape, kind != POINT, columns)
+            form = AS_TABLE
+            interpolate_index(table.values, table.slopes, table.ln_index, ln_n, cells)
+        evaluate_profile(form, cells, lengths, frequencies, shape, columns)
         for b in range(n_bands):
             f = np.float32(factor * sources.fluxes[s, part, b])
             add_row(model[b, 0], columns[0, 0], f)
@@ -154,6 +157,13 @@ def set_of_psfs(modes, k):
 
 
 @kernel
+def set_of_frequencies(modes, k):
+    """Frequencies of the modes of one set, shape (2, modes)."""
+    first, last = modes.offsets[k], modes.offsets[k + 1]
+    return modes.frequencies[2 * first : 2 * last].reshape(2, last - first)
+
+
+@kernel
 def is_dark(sources, s):
     """Whether a source has no light in any band."""
     for part in range(2):
@@ -174,7 +184,7 @@ def draw_source(table, modes, sides, sources, s, factor, image):
     lengths = modes.lengths[modes.starts[k] : modes.starts[k + 1]]
     psf = set_of_psfs(modes, k)
     model = np.zeros(psf.shape, np.float32)
-    add_model(table, lengths, side, sources, s, stamp[1], stamp[2], factor, model)
+    add_model(table, lengths, set_of_frequencies(modes, k), sources, s, stamp[1], stamp[2], factor, model)
     add_planes(image, see_modes(lengths, psf, model, side), stamp[1], stamp[2], 1.0)
 
 

@@ -1,0 +1,586 @@
+"""Normal equations of a few neighbouring profile sources, from the Fourier modes or the pixels of a stamp.
+
+At the modes a component is a wave, which its centre gives, times real factors: its amplitude and its derivatives, those
+by the position times -i as well (`profiles.evaluate_factors`). The products of two components then need real factors
+and the cosine and sine of the phase between their waves only, and those of one component with itself not even these.
+Modes are taken in blocks that stay in the cache together.
+"""
+
+import numpy as np
+
+from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.profiles import N_COLUMNS, multiply
+
+RIDGE = 1e-5
+"""Keeps the fluxes of coincident sources finite."""
+
+BLOCK = 1024
+"""Modes that are worked on together."""
+
+FIRST_SHAPE = 3
+"""First column after the derivatives by the position."""
+
+
+# ---------------------------------------------------------------- sums over modes and pixels
+
+
+@fast_kernel
+def dot(a, b):
+    """Sum of products."""
+    total = np.float32(0.0)
+    for m in range(len(a)):
+        total += a[m] * b[m]
+    return total
+
+
+@fast_kernel
+def weighted_dot(a, b, weights):
+    """Sum of products of two images with weights."""
+    total = np.float32(0.0)
+    for m in range(len(a)):
+        total += a[m] * b[m] * weights[m]
+    return total
+
+
+@fast_kernel
+def dot_three(a, x, y, z):
+    """Sums of products of a with three rows: together, because reading costs more than multiplying."""
+    by_x, by_y, by_z = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for m in range(len(a)):
+        by_x += a[m] * x[m]
+        by_y += a[m] * y[m]
+        by_z += a[m] * z[m]
+    return by_x, by_y, by_z
+
+
+@fast_kernel
+def dot_nine(a, b, c, x, y, z):
+    """Sums of products of each of three rows with each of three others."""
+    ax, ay, az = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    bx, by, bz = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    cx, cy, cz = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for m in range(len(a)):
+        ax += a[m] * x[m]
+        ay += a[m] * y[m]
+        az += a[m] * z[m]
+        bx += b[m] * x[m]
+        by += b[m] * y[m]
+        bz += b[m] * z[m]
+        cx += c[m] * x[m]
+        cy += c[m] * y[m]
+        cz += c[m] * z[m]
+    return ax, ay, az, bx, by, bz, cx, cy, cz
+
+
+@kernel
+def dot_rows(a, rows, n, out):
+    """Sums of products of a with the first n rows."""
+    for k in range(0, n, 3):
+        # The last row again where there are no more.
+        x, y, z = rows[k, : len(a)], rows[min(k + 1, n - 1), : len(a)], rows[min(k + 2, n - 1), : len(a)]
+        out[k], out[min(k + 1, n - 1)], out[min(k + 2, n - 1)] = dot_three(a, x, y, z)
+
+
+@kernel
+def dot_table(a, first_a, n_a, start_a, b, n_b, start_b, n, out):
+    """Sums of products of n_a rows from first_a on, each with the first n_b rows of another array, over n columns.
+
+    The columns start at start_a and start_b. out (>= n_a, >= n_b).
+    """
+    for i in range(0, n_a, 3):
+        i_1, i_2 = min(i + 1, n_a - 1), min(i + 2, n_a - 1)
+        p = a[first_a + i, start_a : start_a + n]
+        q = a[first_a + i_1, start_a : start_a + n]
+        r = a[first_a + i_2, start_a : start_a + n]
+        for j in range(0, n_b, 3):
+            j_1, j_2 = min(j + 1, n_b - 1), min(j + 2, n_b - 1)
+            x = b[j, start_b : start_b + n]
+            y = b[j_1, start_b : start_b + n]
+            z = b[j_2, start_b : start_b + n]
+            px, py, pz, qx, qy, qz, rx, ry, rz = dot_nine(p, q, r, x, y, z)
+            out[i, j], out[i, j_1], out[i, j_2] = px, py, pz
+            out[i_1, j], out[i_1, j_1], out[i_1, j_2] = qx, qy, qz
+            out[i_2, j], out[i_2, j_1], out[i_2, j_2] = rx, ry, rz
+
+
+@fast_kernel
+def multiply_three(a, b, c, out):
+    """Products of the elements; out must be none of them, or the loop would not vectorise."""
+    for m in range(len(out)):
+        out[m] = a[m] * b[m] * c[m]
+
+
+@fast_kernel
+def add_products(a, b, factor, out):
+    """Add products of the elements, times a factor."""
+    for m in range(len(out)):
+        out[m] += factor * (a[m] * b[m])
+
+
+@fast_kernel
+def add_to(out, row, factor):
+    """Add a row, times a factor."""
+    for m in range(len(out)):
+        out[m] += factor * row[m]
+
+
+@fast_kernel
+def add_three(x, y, z, by_x, by_y, by_z, out):
+    """Add three rows, times a factor each."""
+    for m in range(len(out)):
+        out[m] += by_x * x[m] + by_y * y[m] + by_z * z[m]
+
+
+@fast_kernel
+def products(a_re, a_im, b_re, b_im, out):
+    """Real part of conj(a) b."""
+    for m in range(len(out)):
+        out[m] = a_re[m] * b_re[m] + a_im[m] * b_im[m]
+
+
+@fast_kernel
+def cross_products(a_re, a_im, b_re, b_im, out):
+    """Imaginary part of conj(a) b."""
+    for m in range(len(out)):
+        out[m] = a_re[m] * b_im[m] - a_im[m] * b_re[m]
+
+
+# ---------------------------------------------------------------- linear algebra
+
+
+@kernel
+def cholesky(a, n):
+    """Factorise the leading (n, n) of a symmetric matrix in place (lower triangle); False if it is not positive."""
+    for i in range(n):
+        for j in range(i + 1):
+            total = a[i, j]
+            for k in range(j):
+                total -= a[i, k] * a[j, k]
+            if i == j:
+                if not total > 0.0:
+                    return False
+                a[i, i] = np.sqrt(total)
+            else:
+                a[i, j] = total / a[j, j]
+    return True
+
+
+@kernel
+def substitute(a, n, v, backward):
+    """Solve L v = v in place, and then L^T v = v if `backward`."""
+    for i in range(n):
+        total = v[i]
+        for k in range(i):
+            total -= a[i, k] * v[k]
+        v[i] = total / a[i, i]
+    if backward:
+        for i in range(n - 1, -1, -1):
+            total = v[i]
+            for k in range(i + 1, n):
+                total -= a[k, i] * v[k]
+            v[i] = total / a[i, i]
+
+
+# ---------------------------------------------------------------- fluxes
+
+
+@kernel
+def collect_modes(waves, columns, data, power, n_components, owner, matrix, vectors):
+    """Normal matrices (B, C, C) and right sides (B, C) of the fluxes, from modes; see `solve_fluxes`."""
+    n_bands, n_modes = power.shape
+    amplitudes = np.empty((n_components, 2, BLOCK), np.float32)
+    work = np.empty(BLOCK, np.float32)
+    sums = np.empty(3)
+    for first in range(0, n_modes, BLOCK):
+        n = min(BLOCK, n_modes - first)
+        last = first + n
+        for c in range(n_components):
+            re, im = amplitudes[c, 0, :n], amplitudes[c, 1, :n]
+            multiply(columns[c, 0, first:last], waves[c, 0, first:last], re)
+            multiply(columns[c, 0, first:last], waves[c, 1, first:last], im)
+            for b in range(n_bands):
+                vectors[b, c] += dot(re, data[b, 0, first:last]) + dot(im, data[b, 1, first:last])
+            for d in range(c + 1):
+                if owner[c] == owner[d]:
+                    multiply(columns[c, 0, first:last], columns[d, 0, first:last], work[:n])
+                else:
+                    products(re, im, amplitudes[d, 0, :n], amplitudes[d, 1, :n], work[:n])
+                for b in range(0, n_bands, 3):
+                    b_1, b_2 = min(b + 1, n_bands - 1), min(b + 2, n_bands - 1)
+                    x, y, z = power[b, first:last], power[b_1, first:last], power[b_2, first:last]
+                    sums[0], sums[1], sums[2] = dot_three(work[:n], x, y, z)
+                    for k in range(min(3, n_bands - b)):
+                        matrix[b + k, c, d] += sums[k]
+
+
+@kernel
+def solve_fluxes(exact, waves, columns, pixels, data, power, n_components, owner, matrix, fluxes, factors):
+    """Solve the fluxes of all components jointly in each band; returns the gain in loss.
+
+    waves (C, 2, M) and columns (C, N_COLUMNS, M): see `profiles.evaluate_factors`; owner (C,): components of one source
+    have the same wave. data (B, 2, M), power (B, M): see `profile_fitting.fit_group`; if `exact`, data[:, 0] and power
+    are instead the images and weights of the stamp, (B, side * side), and pixels (C, N_COLUMNS, B, side * side) the
+    components. matrix (B, C, C) takes the normal matrices, factors (B, C, C) their Cholesky factors, fluxes (C, B) the
+    answer.
+    """
+    n_bands = len(power)
+    vectors = np.empty((n_bands, n_components))
+    for b in range(n_bands):
+        for c in range(n_components):
+            vectors[b, c] = 0.0
+            for d in range(n_components):
+                matrix[b, c, d] = 0.0
+    if exact:
+        for b in range(n_bands):
+            for c in range(n_components):
+                vectors[b, c] = weighted_dot(pixels[c, 0, b], data[b, 0], power[b])
+                for d in range(c + 1):
+                    matrix[b, c, d] = weighted_dot(pixels[c, 0, b], pixels[d, 0, b], power[b])
+    else:
+        collect_modes(waves, columns, data, power, n_components, owner, matrix, vectors)
+    gain = 0.0
+    for b in range(n_bands):
+        for c in range(n_components):
+            for d in range(c + 1):
+                matrix[b, d, c] = factors[b, c, d] = factors[b, d, c] = matrix[b, c, d]
+        for c in range(n_components):
+            factors[b, c, c] += RIDGE * matrix[b, c, c] + 1e-30
+            fluxes[c, b] = vectors[b, c]
+            if not matrix[b, c, c] > 0.0:
+                # Nothing is known of it here.
+                vectors[b, c] = fluxes[c, b] = 0.0
+                factors[b, c, c] = 1.0
+        if not cholesky(factors[b], n_components):
+            return -np.inf
+        substitute(factors[b], n_components, vectors[b], False)
+        for c in range(n_components):
+            gain += 0.5 * vectors[b, c] * vectors[b, c]
+        for c in range(n_components):
+            vectors[b, c] = fluxes[c, b]
+        substitute(factors[b], n_components, vectors[b], True)
+        for c in range(n_components):
+            fluxes[c, b] = vectors[b, c]
+    return gain
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@kernel
+def add_sums(sums, slots_c, first, n_c, slots_d, from_d, n_d, same, hessian):
+    """Add sums of products of derivatives of two components, (n_c, n_d), to the normal matrix.
+
+    Those of c are its columns from `first` on, those of d its columns from `from_d` on; same: c is d.
+    """
+    for p in range(n_c):
+        i = slots_c[first + p]
+        for q in range(n_d):
+            j = slots_d[from_d + q]
+            if not same or j <= i:
+                hessian[i, j] += sums[p, q]
+                if not same or i != j:
+                    hessian[j, i] += sums[p, q]
+
+
+@kernel
+def fill_coupling(
+    amplitude, columns, aligned, cosine, sine, sign, power, first, n, slots, end, fluxes, c, work, sums, coupling
+):
+    """Products of the amplitude of component c with the derivatives of another one, at a block of modes.
+
+    columns (N_COLUMNS, M) and slots (N_COLUMNS,) are those of the other, fluxes (B,) too, of which the first `end` are
+    there; cosine and sign * sine (n,) are of the phase from c to it.
+    """
+    n_bands = len(power)
+    start = FIRST_SHAPE if aligned else 1
+    n_rows = end - start
+    for q in range(n_rows):
+        column = columns[start + q, first : first + n]
+        if aligned:
+            multiply(column, amplitude, work[q, :n])
+        else:
+            multiply_three(column, amplitude, sine if start + q < FIRST_SHAPE else cosine, work[q, :n])
+    if n_rows > 0:
+        dot_table(work, 0, n_rows, 0, power, n_bands, first, n, sums)
+    for q in range(n_rows):
+        factor = sign if start + q < FIRST_SHAPE else 1.0
+        for b in range(n_bands):
+            coupling[b, c, slots[start + q]] += factor * fluxes[b] * sums[q, b]
+
+
+@kernel
+def fill_block(columns, aligned, cosine, sine, weight, first, n, slots, ends, c, d, work, sums, hessian):
+    """Products of the derivatives of two components at a block of modes, weight (n,)."""
+    last, start = first + n, FIRST_SHAPE if aligned else 1
+    n_d, n_shapes = ends[d] - start, ends[c] - FIRST_SHAPE
+    # The shape of c with all of d; then its position, which stands at a right angle to that.
+    if n_shapes > 0 and n_d > 0:
+        for q in range(n_d):
+            if aligned:
+                multiply(columns[d, start + q, first:last], weight, work[q, :n])
+            else:
+                turn = sine if start + q < FIRST_SHAPE else cosine
+                multiply_three(columns[d, start + q, first:last], weight, turn, work[q, :n])
+        dot_table(columns[c], FIRST_SHAPE, n_shapes, first, work, n_d, 0, n, sums)
+        add_sums(sums, slots[c], FIRST_SHAPE, n_shapes, slots[d], start, n_d, c == d, hessian)
+    n_d = FIRST_SHAPE - 1 if aligned else ends[d] - 1
+    for q in range(n_d):
+        if aligned:
+            multiply(columns[d, 1 + q, first:last], weight, work[q, :n])
+        else:
+            turn = cosine if 1 + q < FIRST_SHAPE else sine
+            multiply_three(columns[d, 1 + q, first:last], weight, turn, work[q, :n])
+    dot_table(columns[c], 1, FIRST_SHAPE - 1, first, work, n_d, 0, n, sums)
+    for p in range(FIRST_SHAPE - 1):
+        for q in range(FIRST_SHAPE - 1, n_d):
+            sums[p, q] = -sums[p, q]
+    add_sums(sums, slots[c], 1, FIRST_SHAPE - 1, slots[d], 1, n_d, c == d, hessian)
+
+
+@kernel
+def add_bands(rows, step, first_row, first, factors, out):
+    """Set out (n,) to the sum over the bands of every step-th row from first_row on, times a factor (B,) each."""
+    n_bands, last = len(factors), first + len(out)
+    for m in range(len(out)):
+        out[m] = 0.0
+    for b in range(0, n_bands, 3):
+        b_1, b_2 = min(b + 1, n_bands - 1), min(b + 2, n_bands - 1)
+        # No row counts twice.
+        by_y = factors[b_1] if b_1 > b else np.float32(0.0)
+        by_z = factors[b_2] if b_2 > b_1 else np.float32(0.0)
+        x = rows[first_row + step * b, first:last]
+        y = rows[first_row + step * b_1, first:last]
+        z = rows[first_row + step * b_2, first:last]
+        add_three(x, y, z, factors[b], by_y, by_z, out)
+
+
+@kernel
+def fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, hessian, gradient, coupling):
+    """Products of the derivatives of a group at the modes of its stamp, see `normal_equations`."""
+    n_bands, n_modes = power.shape
+    flat = data.reshape(2 * n_bands, n_modes)
+    ends = np.empty(n_components, np.int64)
+    spectra = np.empty((n_components, n_bands), np.float32)
+    for c in range(n_components):
+        ends[c] = 1
+        while ends[c] < N_COLUMNS and slots[c, ends[c]] >= 0:
+            ends[c] += 1
+        for b in range(n_bands):
+            spectra[c, b] = fluxes[c, b]
+    # Of each component its model and what is left of the data, in the sum of the bands as it sees them.
+    amplitudes = np.empty((n_components, 2, BLOCK), np.float32)
+    residuals = np.empty((n_components, 2, BLOCK), np.float32)
+    work, own = np.empty((N_COLUMNS, BLOCK), np.float32), np.empty((5, BLOCK), np.float32)
+    both = np.empty(n_bands, np.float32)
+    sums = np.empty((N_COLUMNS, max(N_COLUMNS, n_bands)))
+    for first in range(0, n_modes, BLOCK):
+        n = min(BLOCK, n_modes - first)
+        last = first + n
+        weight, cosine, sine, along, across = own[0, :n], own[1, :n], own[2, :n], own[3, :n], own[4, :n]
+        for c in range(n_components):
+            for k in range(2):
+                multiply(columns[c, 0, first:last], waves[c, k, first:last], amplitudes[c, k, :n])
+                if ends[c] > 1:
+                    add_bands(flat, 2, k, first, spectra[c], residuals[c, k, :n])
+        for c in range(n_components):
+            for d in range(c, n_components):
+                if ends[c] == 1 and ends[d] == 1:
+                    continue
+                for b in range(n_bands):
+                    both[b] = spectra[c, b] * spectra[d, b]
+                add_bands(power, 1, 0, first, both, weight)
+                aligned = owner[c] == owner[d]
+                if not aligned:
+                    a_re, a_im = waves[c, 0, first:last], waves[c, 1, first:last]
+                    b_re, b_im = waves[d, 0, first:last], waves[d, 1, first:last]
+                    products(a_re, a_im, b_re, b_im, cosine)
+                    cross_products(a_re, a_im, b_re, b_im, sine)
+                if ends[d] > 1:
+                    amplitude = columns[c, 0, first:last]
+                    fill_coupling(
+                        amplitude, columns[d], aligned, cosine, sine, 1.0, power, first, n, slots[d], ends[d],
+                        fluxes[d], c, work, sums, coupling,
+                    )  # fmt: skip
+                if ends[c] > 1 and c != d:
+                    amplitude = columns[d, 0, first:last]
+                    fill_coupling(
+                        amplitude, columns[c], aligned, cosine, sine, -1.0, power, first, n, slots[c], ends[c],
+                        fluxes[c], d, work, sums, coupling,
+                    )  # fmt: skip
+                if ends[c] > 1 and ends[d] > 1:
+                    fill_block(columns, aligned, cosine, sine, weight, first, n, slots, ends, c, d, work, sums, hessian)
+                for k in range(2):
+                    if ends[c] > 1:
+                        add_products(weight, amplitudes[d, k, :n], np.float32(-1.0), residuals[c, k, :n])
+                    if ends[d] > 1 and c != d:
+                        add_products(weight, amplitudes[c, k, :n], np.float32(-1.0), residuals[d, k, :n])
+        for c in range(n_components):
+            if ends[c] == 1:
+                continue
+            # The residual as the wave of the component sees it, and turned by -i.
+            re, im = waves[c, 0, first:last], waves[c, 1, first:last]
+            products(re, im, residuals[c, 0, :n], residuals[c, 1, :n], along)
+            cross_products(residuals[c, 0, :n], residuals[c, 1, :n], re, im, across)
+            for p in range(1, ends[c]):
+                turned = across if p < FIRST_SHAPE else along
+                gradient[slots[c, p]] += dot(columns[c, p, first:last], turned)
+
+
+@kernel
+def fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradient, coupling):
+    """The same from the pixels of the stamp with a weight each; data[:, 0], power (B, side * side)."""
+    n_bands, n_pixels = power.shape
+    residual = np.empty(n_pixels, np.float32)
+    weighted = np.empty((N_COLUMNS, n_pixels), np.float32)
+    sums, places = np.empty(N_COLUMNS), np.empty(N_COLUMNS, np.int64)
+    for b in range(n_bands):
+        for m in range(n_pixels):
+            residual[m] = data[b, 0, m]
+        for d in range(n_components):
+            add_to(residual, pixels[d, 0, b], np.float32(-fluxes[d, b]))
+        for d in range(n_components):
+            n = 0
+            for q in range(1, N_COLUMNS):
+                if slots[d, q] >= 0:
+                    multiply(pixels[d, q, b], power[b], weighted[n])
+                    places[n] = slots[d, q]
+                    gradient[slots[d, q]] += fluxes[d, b] * dot(weighted[n], residual)
+                    n += 1
+            if n == 0:
+                continue
+            for c in range(n_components):
+                dot_rows(pixels[c, 0, b], weighted, n, sums)
+                for q in range(n):
+                    coupling[b, c, places[q]] += fluxes[d, b] * sums[q]
+                if c > d:
+                    continue
+                for p in range(1, N_COLUMNS):
+                    i = slots[c, p]
+                    if i < 0:
+                        continue
+                    dot_rows(pixels[c, p, b], weighted, n, sums)
+                    for q in range(n):
+                        j = places[q]
+                        if c != d or j <= i:
+                            value = sums[q] * fluxes[c, b] * fluxes[d, b]
+                            hessian[i, j] += value
+                            if c != d or i != j:
+                                hessian[j, i] += value
+
+
+@kernel
+def normal_equations(
+    exact,
+    waves,
+    columns,
+    pixels,
+    data,
+    power,
+    n_components,
+    n_free,
+    owner,
+    slots,
+    factors,
+    fluxes,
+    hessian,
+    gradient,
+    coupling,
+):
+    """Normal matrix (F, F) and gradient (F,) of the free shape parameters with the fluxes eliminated.
+
+    Arguments as in `solve_fluxes`; slots (C, N_COLUMNS): see `profile_fitting.list_components`. coupling (B, C, F)
+    takes the products of amplitudes and derivatives.
+    """
+    n_bands = len(power)
+    for p in range(n_free):
+        gradient[p] = 0.0
+        for q in range(n_free):
+            hessian[p, q] = 0.0
+        for b in range(n_bands):
+            for c in range(n_components):
+                coupling[b, c, p] = 0.0
+    if exact:
+        fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradient, coupling)
+    else:
+        fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, hessian, gradient, coupling)
+    vectors = np.empty((n_free, n_components))
+    for b in range(n_bands):
+        for p in range(n_free):
+            for c in range(n_components):
+                vectors[p, c] = coupling[b, c, p]
+            substitute(factors[b], n_components, vectors[p], False)
+        for p in range(n_free):
+            for q in range(n_free):
+                total = 0.0
+                for c in range(n_components):
+                    total += vectors[p, c] * vectors[q, c]
+                hessian[p, q] -= total
+
+
+@kernel
+def fill_variances(
+    members,
+    owner,
+    part,
+    slots,
+    n_components,
+    n_free,
+    matrix,
+    factors,
+    hessian,
+    coupling,
+    flux_variance,
+    position_variance,
+):
+    """Variances of the fluxes and positions of a group with everything else free, from the joint normal matrix.
+
+    flux_variance (S, B) is that of the whole source, position_variance (S, 2); rows of the members are filled, NaN
+    where the matrix is singular or a band has no data. hessian is replaced by its Cholesky factor.
+    """
+    n_bands = len(matrix)
+    regular = cholesky(hessian, n_free)
+    response, share = np.empty(n_components), np.empty(n_free)
+    for i in range(len(members)):
+        s = members[i]
+        for j in range(2):
+            position_variance[s, j] = np.nan
+        for b in range(n_bands):
+            flux_variance[s, b] = np.nan
+        if not regular:
+            continue
+        first = -1
+        for c in range(n_components):
+            if owner[c] == i and part[c] == 0:
+                first = c
+        for j in range(2):
+            for p in range(n_free):
+                share[p] = 0.0
+            share[slots[first, 1 + j]] = 1.0
+            substitute(hessian, n_free, share, False)
+            total = 0.0
+            for p in range(n_free):
+                total += share[p] * share[p]
+            position_variance[s, j] = total
+        for b in range(n_bands):
+            if not matrix[b, first, first] > 0.0:
+                continue
+            # The whole flux is e . f; its variance is e A^-1 e + (A^-1 e) C H^-1 C^T (A^-1 e).
+            for c in range(n_components):
+                response[c] = 1.0 if owner[c] == i else 0.0
+            substitute(factors[b], n_components, response, False)
+            total = 0.0
+            for c in range(n_components):
+                total += response[c] * response[c]
+            for c in range(n_components - 1, -1, -1):
+                value = response[c]
+                for d in range(c + 1, n_components):
+                    value -= factors[b, d, c] * response[d]
+                response[c] = value / factors[b, c, c]
+            for p in range(n_free):
+                share[p] = 0.0
+                for c in range(n_components):
+                    share[p] += response[c] * coupling[b, c, p]
+            substitute(hessian, n_free, share, False)
+            for p in range(n_free):
+                total += share[p] * share[p]
+            flux_variance[s, b] = total
