@@ -1,7 +1,7 @@
 """Levenberg-Marquardt steps of a few neighbouring profile sources, in the Fourier modes of a stamp."""
 
 import numpy as np
-from rocket_fft import r2c
+from rocket_fft import c2c, r2c
 
 from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
 from kermes.kernels.normal_equations import (
@@ -549,9 +549,15 @@ def collect_data(residual, weights, mean_weights, lengths, psf, model, side, y0,
     if exact:
         return uniform
     if not errors:
-        axes = np.empty(2, np.int64)
-        axes[0], axes[1] = 1, 2
-        r2c(planes, transformed, axes, True, 1.0, 1)
+        longest = 0
+        for i in range(side):
+            longest = max(longest, lengths[i])
+        axis = np.empty(1, np.int64)
+        axis[0] = 2
+        r2c(planes, transformed, axis, True, 1.0, 1)
+        axis[0] = 1
+        # The modes that are fitted alone.
+        c2c(transformed[:, :, :longest], transformed[:, :, :longest], axis, True, 1.0, 1)
     scale = np.float32(2.0 / (side * side))
     for b in range(n_bands):
         gather_modes(transformed[b], lengths, psf[b], scale, np.float32(mean_weights[b]), data[b], power[b])

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from rocket_fft import c2r, r2c
+from rocket_fft import c2c, c2r, r2c
 
 from kermes.kernels.decorator import fast_kernel, kernel
 from kermes.kernels.profiles import AS_EXPONENTIAL, AS_POINT, AS_TABLE, evaluate_profile, interpolate_index
@@ -116,6 +116,9 @@ def see_modes(lengths, psf, model, side):
     n_bands = len(psf)
     transformed = np.empty((n_bands, side, side // 2 + 1), np.complex64)
     planes = np.empty((n_bands, side, side), np.float32)
+    longest = 0
+    for i in range(side):
+        longest = max(longest, lengths[i])
     for b in range(n_bands):
         start = 0
         for i in range(side):
@@ -128,10 +131,12 @@ def see_modes(lengths, psf, model, side):
                 transformed[b, i],
             )
             start = end
-    # All bands in one call, which costs as much as the transform of a small stamp.
-    axes = np.empty(2, np.int64)
-    axes[0], axes[1] = 1, 2
-    c2r(transformed, planes, axes, False, 1.0 / (side * side), 1)
+    # All bands in one call, which costs as much as the transform of a small stamp; columns without modes are zero.
+    axis = np.empty(1, np.int64)
+    axis[0] = 1
+    c2c(transformed[:, :, :longest], transformed[:, :, :longest], axis, False, 1.0, 1)
+    axis[0] = 2
+    c2r(transformed, planes, axis, False, 1.0 / (side * side), 1)
     return planes
 
 
