@@ -204,11 +204,17 @@ def test_marginal_covariances_are_blocks_of_the_inverse():
     psf, _, _, centers, flux = problem()
     matrix, pairs, tables, blocks = normal_matrix(psf, centers, flux)
     n = len(centers)
-    covariances = marginal_covariances(np.arange(n), *neighbour_lists(pairs, n), pairs, tables, flux, *blocks, n - 1)
+    starts, neighbours, rows = neighbour_lists(pairs, n)
+    covariances, cross = marginal_covariances(
+        np.arange(n), starts, neighbours, rows, pairs, tables, flux, *blocks, n - 1
+    )
     inverse = np.linalg.inv(matrix)
     for s in range(n):
         expected = inverse[4 * s : 4 * s + 4, 4 * s : 4 * s + 4]
         np.testing.assert_allclose(covariances[s], expected, rtol=0, atol=1e-8 * abs(expected).max())
+        for k, other in enumerate(neighbours[starts[s] : starts[s + 1]]):
+            expected = [inverse[4 * s + b, 4 * other + b] for b in range(2)]
+            np.testing.assert_allclose(cross[s, k], expected, rtol=0, atol=1e-8 * abs(inverse).max())
 
 
 @pytest.mark.nojit

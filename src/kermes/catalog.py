@@ -183,6 +183,7 @@ class ColumnDefinition:
 _PER_BAND = (
     ColumnDefinition("flux", np.float64, "Total flux of the model", "flux"),
     ColumnDefinition("flux_err", np.float64, "Standard deviation of the flux, neighbours included", "flux"),
+    ColumnDefinition("flux_correlation", np.float32, "Correlation of the flux with that of a neighbour, the largest"),
     ColumnDefinition("bulge_flux", np.float64, "Total flux of the bulge; NaN where the model has none", "flux"),
     ColumnDefinition("redistributed_flux", np.float64, "Sum of the share of the observed pixels", "flux"),
     ColumnDefinition("redistributed_flux_err", np.float64, "Standard deviation of redistributed_flux", "flux"),
@@ -203,11 +204,17 @@ _MODEL = (
     ColumnDefinition("center_y_err", np.float64, "Standard deviation of center_y", "pix"),
     ColumnDefinition("center_x_err", np.float64, "Standard deviation of center_x", "pix"),
     ColumnDefinition("radius", np.float64, "Half-light radius, mean of both half-axes; the disc's of a double", "pix"),
+    ColumnDefinition("radius_err", np.float64, "Standard deviation of radius", "pix"),
     ColumnDefinition("axis_ratio", np.float64, "Minor over major axis"),
+    ColumnDefinition("axis_ratio_err", np.float64, "Standard deviation of axis_ratio"),
     ColumnDefinition("angle", np.float64, "Direction of the major axis, from +x towards +y", "deg"),
+    ColumnDefinition("angle_err", np.float64, "Standard deviation of angle", "deg"),
     ColumnDefinition("sersic_index", np.float64, "Sersic index; the disc's of a double"),
+    ColumnDefinition("sersic_index_err", np.float64, "Standard deviation of sersic_index; NaN where it is held"),
     ColumnDefinition("bulge_radius", np.float64, "Half-light radius of the bulge of a double", "pix"),
     ColumnDefinition("bulge_index", np.float64, "Sersic index of the bulge of a double"),
+    ColumnDefinition("correlated_id", np.int64, "object_id of the neighbour of the largest flux_correlation; 0: none"),
+    ColumnDefinition("condition", np.float64, "Condition number of the correlations of the fluxes fitted together"),
     ColumnDefinition("evidence", np.float64, "Fall of half the penalised chi2 from the best simpler model to this one"),
 )
 

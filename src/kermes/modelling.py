@@ -21,7 +21,7 @@ from kermes.geometry import Box
 from kermes.initialization import fit_kernels, initialize
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import metrics as kernels_metrics
-from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, POINT, SERSIC
+from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, POINT, SERSIC, Variances
 from kermes.measurement import Fluxes, measure_fluxes, point_fluxes
 from kermes.metrics import BlendMetrics, blend_metrics, model_metrics
 from kermes.planning import BlendTask, TilePlan, footprint_pixels, rungs, usable_pixels
@@ -317,7 +317,7 @@ def _with_profiles(
     members = np.arange(n_sources)
     models = _select(everything, members)
     kinds, shapes = sources.kinds[:n_sources], sources.shapes[:n_sources]
-    extended, double = kinds != POINT, kinds == DOUBLE
+    double = kinds == DOUBLE
     bulge = double[:, None] & np.isfinite(fit.flux_err[:n_sources])
     n_components = np.array([len(source.components) for source in scene.sources[:n_sources]])
     fitted = replace(scene, sources=scene.sources[:n_fitted])
@@ -353,10 +353,8 @@ def _with_profiles(
             "center_x": shapes[:, 1] + dx,
             "center_y_err": fit.center_err[:n_sources, 0],
             "center_x_err": fit.center_err[:n_sources, 1],
-            "radius": np.where(extended, np.exp(shapes[:, 2]), np.nan),
-            "axis_ratio": np.where(extended, np.exp(-np.hypot(shapes[:, 3], shapes[:, 4])), np.nan),
-            "angle": np.where(extended, np.degrees(0.5 * np.arctan2(shapes[:, 4], shapes[:, 3])), np.nan),
-            "sersic_index": np.where(kinds == SERSIC, np.exp(shapes[:, 5]), np.where(extended, 1.0, np.nan)),
+            **_shape_columns(kinds, shapes, fit.variances.shape[:n_sources]),
+            **_correlation_columns(fit.variances, task, bands),
             "bulge_radius": np.where(double, np.exp(shapes[:, 6]), np.nan),
             "bulge_index": np.where(double, np.exp(shapes[:, 9]), np.nan),
             "evidence": fit.evidence[:n_sources],
@@ -366,6 +364,45 @@ def _with_profiles(
         },
         blend_columns={"n_components": n_components.sum(), f"n_{rung}": n_sources},
     )
+
+
+def _shape_columns(kinds: LabelArray, shapes: DoubleArray, variances: DoubleArray) -> dict[str, ArrayLike]:
+    """Size, shape and index of the profiles of sources (S, N_SHAPE) with their errors; NaN for points."""
+    extended, free = kinds != POINT, kinds == SERSIC
+    e1, e2 = shapes[:, 3], shapes[:, 4]
+    of_radius, of_e1, of_e2, of_index, both = variances[:, 2:].T
+    ellipticity = np.hypot(e1, e2)
+    # Along the shear, which sets the axis ratio, and across, which sets the angle: not known of round profiles.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        along = np.sqrt(e1**2 * of_e1 + 2 * e1 * e2 * both + e2**2 * of_e2) / ellipticity
+        across = np.sqrt(e2**2 * of_e1 - 2 * e1 * e2 * both + e1**2 * of_e2) / ellipticity
+        angle_err = np.degrees(0.5 * across / ellipticity)
+    radius, axis_ratio, index = np.exp(shapes[:, 2]), np.exp(-ellipticity), np.exp(shapes[:, 5])
+    columns = {
+        "radius": radius,
+        "radius_err": radius * np.sqrt(of_radius),
+        "axis_ratio": axis_ratio,
+        "axis_ratio_err": axis_ratio * along,
+        "angle": np.degrees(0.5 * np.arctan2(e2, e1)),
+        "angle_err": angle_err,
+        "sersic_index": np.where(free, index, 1.0),
+        "sersic_index_err": np.where(free, index * np.sqrt(of_index), np.nan),
+    }
+    return {name: np.where(extended, values, np.nan) for name, values in columns.items()}
+
+
+def _correlation_columns(variances: Variances, task: BlendTask, bands: Sequence[str]) -> dict[str, ArrayLike]:
+    """How strongly the fluxes of the members of a blend hang together with those of neighbours."""
+    n_sources, rows = len(task.members), task.rows
+    correlation, neighbor = variances.correlation[:n_sources], variances.neighbor[:n_sources]
+    strongest = np.argmax(np.abs(np.nan_to_num(correlation)), axis=1)
+    worst = neighbor[np.arange(n_sources), strongest]
+    listed = (worst >= 0) & (worst < len(rows))
+    return {
+        **_by_band("flux_correlation", correlation, bands),
+        "correlated_id": np.where(listed, rows[np.where(listed, worst, 0)] + 1, 0),
+        "condition": variances.condition[:n_sources],
+    }
 
 
 def _with_templates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import scipy.fft
@@ -130,6 +131,12 @@ class PointFit:
 
     center_err: DoubleArray
     """Errors of the centers (S, 2) [pixels], likewise; the prior is part of what is known."""
+
+    correlation: DoubleArray
+    """Correlation (S, B) of the flux with that of the neighbour where it is largest; 0 alone, NaN without a pixel."""
+
+    neighbor: IntArray
+    """Row of that neighbour (S, B); -1: none, or one that was added."""
 
     chi2: DoubleArray
     """Mean of the squared residuals [sigma] in the core of each source (S,), weighted by the square of the PSF."""
@@ -599,8 +606,20 @@ def _candidates(
     return pixels[chosen]
 
 
-def _covariances(points: _Points, psf: _Psf, settings: PointSettings, chosen: IntArray) -> DoubleArray:
-    """Covariances (len(chosen), B + 2, B + 2) of the chosen sources, neighbours free."""
+class _Covariances(NamedTuple):
+    """Covariances of chosen sources, neighbours free."""
+
+    own: DoubleArray
+    """Of their fluxes and positions, shape (N, B + 2, B + 2)."""
+
+    cross: DoubleArray
+    """Of their fluxes with those of neighbours, shape (N, K, B)."""
+
+    neighbors: IntArray
+    """These neighbours, shape (N, K); -1: none."""
+
+
+def _covariances(points: _Points, psf: _Psf, settings: PointSettings, chosen: IntArray) -> _Covariances:
     pairs = _find_pairs(points, psf)
     tables = _tables(points, pairs, psf)
     square = ((points.centers[pairs[:, 0]] - points.centers[pairs[:, 1]]) ** 2).sum(axis=1)
@@ -609,10 +628,11 @@ def _covariances(points: _Points, psf: _Psf, settings: PointSettings, chosen: In
     starts = np.searchsorted(first[order], np.arange(len(points.base) + 1))
     of_flux, of_center = _blocks(points, psf)
     rows = np.tile(np.arange(len(pairs)), 2)[order]
-    covariances = marginal_covariances(
+    neighbors = second[order]
+    own, cross = marginal_covariances(
         chosen,
         starts,
-        second[order],
+        neighbors,
         rows,
         pairs,
         tables,
@@ -621,13 +641,36 @@ def _covariances(points: _Points, psf: _Psf, settings: PointSettings, chosen: In
         of_center,
         settings.neighbours,
     )
-    return np.asarray(covariances)
+    place = starts[chosen][:, None] + np.arange(settings.neighbours)
+    there = place < starts[chosen + 1][:, None]
+    nearest = np.append(neighbors, -1)[np.where(there, place, -1)]
+    return _Covariances(own=own, cross=cross, neighbors=nearest)
+
+
+def _correlations(covariances: _Covariances, n_bands: int) -> tuple[DoubleArray, IntArray]:
+    """Correlation (S, B) of the flux of every source with that of the neighbour where it is largest, and which (S, B).
+
+    0 and -1 for a source alone. The covariances are those of all sources.
+    """
+    if covariances.neighbors.shape[1] == 0:
+        nothing = np.zeros((len(covariances.own), n_bands))
+        return nothing, np.full(nothing.shape, -1)
+    variance = np.diagonal(covariances.own, axis1=1, axis2=2)[:, :n_bands]
+    product = variance[:, None] * variance[covariances.neighbors]
+    known = (covariances.neighbors >= 0)[:, :, None] & (product > 0)
+    scale = np.sqrt(np.where(known, product, 1.0))
+    # The two variances are those with other neighbours free.
+    correlation = np.where(known, np.clip(covariances.cross / scale, -1.0, 1.0), 0.0)
+    worst = np.abs(correlation).argmax(axis=1)[:, None]
+    largest = np.take_along_axis(correlation, worst, axis=1)[:, 0]
+    neighbors = np.take_along_axis(covariances.neighbors[:, :, None] + np.zeros_like(known), worst, axis=1)[:, 0]
+    return largest, np.where(largest != 0, neighbors, -1)
 
 
 def _cost_of_removal(points: _Points, psf: _Psf, settings: PointSettings, chosen: IntArray) -> DoubleArray:
     """How much chi2 rises without each of the chosen sources, everything else following."""
     n_bands = points.flux.shape[1]
-    covariance = _covariances(points, psf, settings, chosen)[:, :n_bands, :n_bands]
+    covariance = _covariances(points, psf, settings, chosen).own[:, :n_bands, :n_bands]
     flux = points.flux[chosen]
     return np.asarray((flux * np.linalg.solve(covariance, flux[:, :, None])[:, :, 0]).sum(axis=1))
 
@@ -879,7 +922,7 @@ def fit_points(
     sums = core_sums(state.residuals, data.weights, psf.splines, points.base, near, points.centers)
     core, squares = sums[:, :, 3].sum(axis=1), sums[:, :, 2].sum(axis=1)
     chi2 = np.divide(core, squares, out=np.full(len(core), np.nan), where=squares > 0)
-    errors = np.sqrt(np.diagonal(covariances, axis1=1, axis2=2) * np.fmax(chi2, 1.0)[:, None])
+    errors = np.sqrt(np.diagonal(covariances.own, axis1=1, axis2=2) * np.fmax(chi2, 1.0)[:, None])
     seen = points.amplitude > 0
     errors[:, :n_bands][~seen] = np.nan
     broadening, broadening_err = _width_evidence(sums, points, psf)
@@ -887,6 +930,9 @@ def fit_points(
     rows = np.empty(n_sources, dtype=np.int64)
     rows[order] = np.flatnonzero(points.listed)
     added = np.flatnonzero(~points.listed)
+    correlation, neighbor = _correlations(covariances, n_bands)
+    numbers = np.full(len(points.base) + 1, -1)
+    numbers[rows] = np.arange(n_sources)
     significance = np.sqrt(np.maximum(_cost_of_removal(points, psf, settings, added), 0.0))
     ranking = np.argsort(-significance, kind="stable")
     return PointFit(
@@ -894,6 +940,8 @@ def fit_points(
         flux=np.where(seen, points.flux, 0.0)[rows],
         flux_err=errors[rows, :n_bands],
         center_err=errors[rows, n_bands:],
+        correlation=np.where(seen, correlation, np.nan)[rows],
+        neighbor=numbers[neighbor[rows]],
         chi2=chi2[rows],
         broadening=broadening[rows],
         broadening_err=broadening_err[rows],

@@ -20,7 +20,7 @@ from kermes.geometry import Box
 from kermes.kernels import profile_fitting as kernels
 from kermes.kernels import residuals
 from kermes.kernels import stamps as stamp_kernels
-from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, N_KINDS, N_SHAPE, POINT, SERSIC, Modes, Sources
+from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, N_KINDS, N_SHAPE, POINT, SERSIC, Modes, Sources, Variances
 from kermes.point_fitting import PointFit, PointSettings, fit_points
 from kermes.profiles import frequencies_of
 from kermes.scene import ProfileComponent, Scene, Source, kernel_table
@@ -137,11 +137,8 @@ class ProfileFit:
     n_listed: int
     """Number of sources that were asked for."""
 
-    flux_err: DoubleArray
-    """Error of the total fluxes with everything else free, shape (S, B); NaN where nothing is known."""
-
-    center_err: DoubleArray
-    """Error of the centres, shape (S, 2) [pixels]."""
+    variances: Variances
+    """What is known of their fluxes and shapes."""
 
     significance: DoubleArray
     """Signal-to-noise at which sources that nobody listed were found, shape (S - n_listed,)."""
@@ -157,6 +154,16 @@ class ProfileFit:
 
     converged: bool
     """Whether the last sweep changed the loss by less than was asked for."""
+
+    @property
+    def flux_err(self) -> DoubleArray:
+        """Error of the total fluxes with everything else free, shape (S, B); NaN where nothing is known."""
+        return np.sqrt(self.variances.flux)
+
+    @property
+    def center_err(self) -> DoubleArray:
+        """Error of the centres, shape (S, 2) [pixels]."""
+        return np.sqrt(self.variances.shape[:, :2])
 
 
 def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sources:
@@ -193,6 +200,16 @@ def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sou
         high=high,
         stamps=np.full((n, 4), -1, dtype=np.int64),
         evidence=np.full((n, N_KINDS), np.nan),
+    )
+
+
+def _unknown_variances(n_sources: int, n_bands: int) -> Variances:
+    return Variances(
+        flux=np.full((n_sources, n_bands), np.nan),
+        shape=np.full((n_sources, 7), np.nan),
+        correlation=np.full((n_sources, n_bands), np.nan),
+        neighbor=np.full((n_sources, n_bands), -1, dtype=np.int64),
+        condition=np.full(n_sources, np.nan),
     )
 
 
@@ -287,8 +304,7 @@ class _Engine:
         self.psf_sigmas = np.array([1 / (2 * np.sqrt(np.pi) * norm) if norm > 0 else 0.0 for norm in self.psf_norm])
         self.penalties = np.array([0.0, config.extended_penalty, config.sersic_penalty, config.double_penalty])
         n_bands = len(images)
-        self.flux_variance = np.full((len(peaks), n_bands), np.nan)
-        self.position_variance = np.full((len(peaks), 2), np.nan)
+        self.variances = _unknown_variances(len(peaks), n_bands)
         self.steps = 0
         self.snr = np.zeros(len(peaks))
         self.regroup(None)
@@ -341,8 +357,9 @@ class _Engine:
         chi2 = np.empty(len(radii))
         residuals.core_chi2(self.residual, self.weights, self.sources, radii, chi2)
         scale = np.maximum(chi2, 1.0)[:, None]
-        self.flux_variance *= scale
-        self.position_variance = self.position_variance * scale + CENTER_FLOOR**2
+        for variance in (self.variances.flux, self.variances.shape):
+            variance *= scale
+        self.variances.shape[:, :2] += CENTER_FLOOR**2
 
     def draw(self, rows: IndexArray, factor: float) -> None:
         """Add some sources, times a factor, to the residual, each on the stamp that it has."""
@@ -386,10 +403,9 @@ class _Engine:
         new.kinds[:] = POINT
         self.sources = Sources(*(np.concatenate(pair) for pair in zip(self.sources, new, strict=True)))
         n_before = len(self.snr)
-        for name in ("snr", "flux_variance", "position_variance"):
-            old = getattr(self, name)
-            setattr(self, name, np.concatenate([old, np.full((n, *old.shape[1:]), np.nan)]))
-        self.snr[n_before:] = values
+        unknown = _unknown_variances(n, len(self.residual))
+        self.variances = Variances(*(np.concatenate(pair) for pair in zip(self.variances, unknown, strict=True)))
+        self.snr = np.concatenate([self.snr, values])
         self.significance = np.concatenate([self.significance, values])
         self.regroup(np.maximum(self.snr, 5.0))
         touched = np.arange(len(self.snr)) >= n_before
@@ -461,8 +477,7 @@ class _Engine:
             self.config.tolerance,
             candidates,
             self.penalties,
-            self.flux_variance,
-            self.position_variance,
+            self.variances,
             errors,
             closed,
         )
@@ -560,8 +575,7 @@ def _finish(engine: _Engine, converged: bool) -> ProfileFit:
     return ProfileFit(
         sources=engine.sources,
         n_listed=engine.n_listed,
-        flux_err=np.sqrt(engine.flux_variance),
-        center_err=np.sqrt(engine.position_variance),
+        variances=engine.variances,
         significance=engine.significance,
         evidence=_evidence(engine.sources),
         residual=engine.residual,
@@ -609,8 +623,10 @@ def _fit_crowded(
             light = np.zeros_like(usable)
             stamp_kernels.draw_sources(light, engine.table, bank.modes, SIDES, stars, np.flatnonzero(masked), 1.0)
     listed, n = np.flatnonzero(~hidden), len(peaks)
-    engine.flux_variance[listed] = np.square(points.flux_err)
-    engine.position_variance[listed] = np.square(points.center_err)
+    engine.variances.flux[listed] = np.square(points.flux_err)
+    engine.variances.shape[listed, :2] = np.square(points.center_err)
+    engine.variances.correlation[listed] = points.correlation
+    engine.variances.neighbor[listed] = np.append(listed, -1)[points.neighbor]
     wide = np.zeros(len(engine.snr), dtype=bool)
     wide[listed] = (points.broadening > 5 * points.broadening_err) & (points.broadening > LEAST_BROADENING)
     wide &= engine.snr > config.sersic_snr

@@ -219,8 +219,15 @@ def _at_edge(result: Result, new: _Renamed) -> NDArray[np.bool_]:
 
 
 def _joined(before: Table, keep: NDArray[np.bool_], after: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Put the rows that stay and new rows together, column by column."""
-    return {name: np.concatenate([np.asarray(before[name])[keep], after[name]]) for name in before.colnames}
+    """Put the rows that stay and new rows together, column by column; those of old files that lack one know nothing."""
+    joined = {}
+    for name, values in after.items():
+        if name in before.colnames:
+            old = np.asarray(before[name])
+        else:
+            old = np.full(len(before), np.nan if values.dtype.kind == "f" else values.dtype.type())
+        joined[name] = np.concatenate([old[keep], values])
+    return joined
 
 
 def _columns(table: Table, changes: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
@@ -236,10 +243,13 @@ def _merged(
     parent_id = int(old_blends["parent_id"][np.asarray(old_blends["blend_id"]) == blend_id][0])
     peak_index = dict(zip(old_objects["object_id"].tolist(), old_objects["peak_index"].tolist(), strict=True))
     blend_of = np.array([new.blend_ids[number] for number in fitted.objects["blend_id"].tolist()], dtype=np.int64)
+    names_of = dict(zip(fitted.objects["object_id"].tolist(), new.object_ids.tolist(), strict=True))
+    correlated = [names_of.get(number, 0) for number in fitted.objects["correlated_id"].tolist()]
     rows = _columns(
         fitted.objects,
         {
             "object_id": new.object_ids,
+            "correlated_id": np.array(correlated, dtype=np.int64),
             "blend_id": blend_of,
             "parent_id": np.full(len(fitted), parent_id),
             "peak_index": np.array([peak_index.get(number, -1) for number in new.object_ids.tolist()], dtype=np.int64),

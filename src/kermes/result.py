@@ -1065,6 +1065,8 @@ class Result:
             for column in tables[name].itercols():
                 if column.name in ("object_id", "parent_id", "blend_id", "candidate_id"):
                     tables[name][column.name] = column + first
+                elif column.name == "correlated_id":
+                    tables[name][column.name] = np.where(column > 0, column + first, 0)
         footprints = self.footprints
         return replace(
             self,

@@ -20,6 +20,9 @@ BLOCK = 1024
 FIRST_SHAPE = 3
 """First column after the derivatives by the position."""
 
+E1 = 3
+"""Place of e1 among the shape parameters of a source; e2 follows."""
+
 
 # ---------------------------------------------------------------- sums over modes and pixels
 
@@ -518,69 +521,131 @@ def normal_equations(
 
 
 @kernel
-def fill_variances(
-    members,
-    owner,
-    part,
-    slots,
-    n_components,
-    n_free,
-    matrix,
-    factors,
-    hessian,
-    coupling,
-    flux_variance,
-    position_variance,
-):
-    """Variances of the fluxes and positions of a group with everything else free, from the joint normal matrix.
+def condition_number(a, n):
+    """Largest over smallest eigenvalue of the leading (n, n) of a symmetric matrix, by Jacobi rotations, in place.
 
-    flux_variance (S, B) is that of the whole source, position_variance (S, 2); rows of the members are filled, NaN
-    where the matrix is singular or a band has no data. hessian is replaced by its Cholesky factor.
+    Infinite if it is not positive. (Golub & Van Loan 2013, section 8.5.)
     """
-    n_bands = len(matrix)
-    regular = cholesky(hessian, n_free)
-    response, share = np.empty(n_components), np.empty(n_free)
-    for i in range(len(members)):
+    for _ in range(20):
+        off = 0.0
+        for p in range(n):
+            for q in range(p):
+                off += a[p, q] * a[p, q]
+        if off < 1e-20 * n:
+            break
+        for p in range(n):
+            for q in range(p):
+                if a[p, q] == 0.0:
+                    continue
+                ratio = 0.5 * (a[q, q] - a[p, p]) / a[p, q]
+                t = (1.0 if ratio >= 0.0 else -1.0) / (abs(ratio) + np.sqrt(1.0 + ratio * ratio))
+                cosine = 1.0 / np.sqrt(1.0 + t * t)
+                sine = t * cosine
+                for k in range(n):
+                    x, y = a[k, p], a[k, q]
+                    a[k, p], a[k, q] = cosine * x - sine * y, sine * x + cosine * y
+                for k in range(n):
+                    x, y = a[p, k], a[q, k]
+                    a[p, k], a[q, k] = cosine * x - sine * y, sine * x + cosine * y
+    least, largest = np.inf, 0.0
+    for p in range(n):
+        least, largest = min(least, a[p, p]), max(largest, a[p, p])
+    return largest / least if least > 0.0 else np.inf
+
+
+@kernel
+def fill_correlations(vectors, members, b, variances):
+    """Correlations of the fluxes of a group in one band: products of vectors (n, F), NaN for a source without data.
+
+    Of each member the one that is strongest is kept, with the place of that neighbour, and of all bands the largest
+    condition number of the matrix of correlations.
+    """
+    n, length = vectors.shape
+    matrix = np.empty((n, n))
+    for i in range(n):
         s = members[i]
-        for j in range(2):
-            position_variance[s, j] = np.nan
+        variances.correlation[s, b] = 0.0
+        variances.neighbor[s, b] = -1
+        for j in range(n):
+            total = 0.0
+            for k in range(length):
+                total += vectors[i, k] * vectors[j, k]
+            scale = np.sqrt(variances.flux[s, b] * variances.flux[members[j], b])
+            # What is not known is nobody's neighbour.
+            known = scale > 0.0
+            matrix[i, j] = total / scale if known else 0.0
+            if i == j:
+                matrix[i, i] = 1.0
+            elif known and abs(matrix[i, j]) > abs(variances.correlation[s, b]):
+                variances.correlation[s, b] = matrix[i, j]
+                variances.neighbor[s, b] = members[j]
+        if not variances.flux[s, b] > 0.0:
+            variances.correlation[s, b] = np.nan
+    condition = condition_number(matrix, n)
+    for s in members:
+        variances.condition[s] = max(condition, variances.condition[s])
+
+
+@kernel
+def fill_variances(members, owner, part, slots, n_components, n_free, matrix, factors, hessian, coupling, variances):
+    """Variances of a group with everything else free, from the joint normal matrix.
+
+    Rows of the members are filled; see `stamps.Variances`. hessian is replaced by its Cholesky factor.
+    """
+    n, n_bands = len(members), len(matrix)
+    regular = cholesky(hessian, n_free)
+    # One vector for each quantity, whose products are their covariances.
+    vectors = np.zeros((n, n_components + n_free))
+    axes, places = np.empty((2, n_free)), np.empty(N_COLUMNS - 1, np.int64)
+    first = np.zeros(n, np.int64)
+    for c in range(n_components - 1, -1, -1):
+        first[owner[c]] = c
+    for i in range(n):
+        s = members[i]
+        variances.condition[s] = 1.0 if regular else np.nan
+        for j in range(variances.shape.shape[1]):
+            variances.shape[s, j] = np.nan
         for b in range(n_bands):
-            flux_variance[s, b] = np.nan
+            variances.flux[s, b] = variances.correlation[s, b] = np.nan
+            variances.neighbor[s, b] = -1
+        for j in range(N_COLUMNS - 1):
+            places[j] = slots[first[i], 1 + j]
+            if not regular or places[j] < 0:
+                continue
+            # The derivatives by e1 and e2 are kept for their covariance.
+            axis = axes[0] if j == E1 else axes[1]
+            for p in range(n_free):
+                axis[p] = 0.0
+            axis[places[j]] = 1.0
+            substitute(hessian, n_free, axis, False)
+            total = covariance = 0.0
+            for p in range(n_free):
+                total += axis[p] * axis[p]
+                covariance += axes[0, p] * axis[p]
+            variances.shape[s, j] = total
+            if j == E1 + 1:
+                variances.shape[s, N_COLUMNS - 1] = covariance
+    for b in range(n_bands):
         if not regular:
             continue
-        first = -1
-        for c in range(n_components):
-            if owner[c] == i and part[c] == 0:
-                first = c
-        for j in range(2):
-            for p in range(n_free):
-                share[p] = 0.0
-            share[slots[first, 1 + j]] = 1.0
-            substitute(hessian, n_free, share, False)
-            total = 0.0
-            for p in range(n_free):
-                total += share[p] * share[p]
-            position_variance[s, j] = total
-        for b in range(n_bands):
-            if not matrix[b, first, first] > 0.0:
+        for i in range(n):
+            s, vector = members[i], vectors[i]
+            response, share = vector[:n_components], vector[n_components:]
+            if not matrix[b, first[i], first[i]] > 0.0:
                 continue
             # The whole flux is e . f; its variance is e A^-1 e + (A^-1 e) C H^-1 C^T (A^-1 e).
             for c in range(n_components):
                 response[c] = 1.0 if owner[c] == i else 0.0
+            solved = response.copy()
+            substitute(factors[b], n_components, solved, True)
             substitute(factors[b], n_components, response, False)
-            total = 0.0
-            for c in range(n_components):
-                total += response[c] * response[c]
-            for c in range(n_components - 1, -1, -1):
-                value = response[c]
-                for d in range(c + 1, n_components):
-                    value -= factors[b, d, c] * response[d]
-                response[c] = value / factors[b, c, c]
             for p in range(n_free):
                 share[p] = 0.0
                 for c in range(n_components):
-                    share[p] += response[c] * coupling[b, c, p]
+                    share[p] += solved[c] * coupling[b, c, p]
             substitute(hessian, n_free, share, False)
-            for p in range(n_free):
-                total += share[p] * share[p]
-            flux_variance[s, b] = total
+            total = 0.0
+            for k in range(len(vector)):
+                total += vector[k] * vector[k]
+            variances.flux[s, b] = total
+        fill_correlations(vectors, members, b, variances)

@@ -571,7 +571,9 @@ def solve_normal(gradient, pairs, tables, flux, of_flux, of_center, members, sta
 
 @kernel
 def marginal_covariances(chosen, starts, neighbours, pair_of, pairs, tables, flux, of_flux, of_center, most):
-    """Covariances (len(chosen), B + 2, B + 2) of sources, with their nearest `most` neighbours free and the rest fixed.
+    """Covariances (N, B + 2, B + 2) of N chosen sources, with their nearest `most` neighbours free and the rest fixed.
+
+    And those of their fluxes with the fluxes of these neighbours, (N, most, B).
 
     starts (S + 1,), neighbours, pair_of: the neighbours of each source, nearest first, and the rows of `pairs` that
     join them. The source comes last in a dense Cholesky factor, whose last block then is that of its marginal
@@ -584,6 +586,8 @@ def marginal_covariances(chosen, starts, neighbours, pair_of, pairs, tables, flu
     members = np.empty(most + 1, dtype=np.int64)
     inverse = np.empty((size, size))
     out = np.zeros((len(chosen), size, size))
+    cross = np.zeros((len(chosen), most, n_bands))
+    column = np.empty((most + 1) * size)
     for c in range(len(chosen)):
         s = chosen[c]
         n_members = min(starts[s + 1] - starts[s], most)
@@ -621,7 +625,16 @@ def marginal_covariances(chosen, starts, neighbours, pair_of, pairs, tables, flu
             for j in range(size):
                 for k in range(size):
                     out[c, i, j] += inverse[k, i] * inverse[k, j]
-    return out
+        for b in range(n_bands):
+            # One column of the inverse of the whole matrix, from the last row upwards.
+            for i in range(n - 1, -1, -1):
+                total = inverse[i - start, b] if i >= start else 0.0
+                for k in range(i + 1, n):
+                    total -= matrix[k, i] * column[k]
+                column[i] = total / matrix[i, i]
+            for k in range(n_members - 1):
+                cross[c, k, b] = column[k * size + b]
+    return out, cross
 
 
 @kernel

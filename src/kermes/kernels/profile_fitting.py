@@ -196,8 +196,7 @@ def fit_group(
     tolerance,
     limit,
     errors,
-    flux_variance,
-    position_variance,
+    variances,
 ):
     """Fit the sources of a group to the data of a stamp.
 
@@ -293,8 +292,7 @@ def fit_group(
                 factors,
                 hessian,
                 coupling,
-                flux_variance,
-                position_variance,
+                variances,
             )
             return loss, done
         accepted, hopeless = False, False
@@ -583,8 +581,7 @@ def visit_group(
     tolerance,
     candidates,
     penalties,
-    flux_variance,
-    position_variance,
+    variances,
     errors,
 ):
     """Fit one group to what the others leave, and leave its new residual.
@@ -672,8 +669,7 @@ def visit_group(
                 tolerance,
                 limit,
                 errors,
-                flux_variance,
-                position_variance,
+                variances,
             )
             if trial > limit:
                 break
@@ -727,8 +723,7 @@ def sweep(
     tolerance,
     candidates,
     penalties,
-    flux_variance,
-    position_variance,
+    variances,
     errors,
     closed,
 ):
@@ -760,8 +755,7 @@ def sweep(
             tolerance,
             candidates,
             penalties,
-            flux_variance,
-            position_variance,
+            variances,
             errors,
         )
         closed[g] = uniform and n < n_steps[g]

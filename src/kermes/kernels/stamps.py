@@ -61,6 +61,25 @@ class Sources(NamedTuple):
     """Fall of the penalised loss from each kind of model to the chosen one, shape (S, N_KINDS); NaN where not tried."""
 
 
+class Variances(NamedTuple):
+    """What is known of the fluxes and shapes of all sources, neighbours and everything else free; NaN: nothing."""
+
+    flux: np.ndarray
+    """Variance of the total flux in each band, shape (S, B)."""
+
+    shape: np.ndarray
+    """Variances of y, x, ln r, e1, e2, ln n (of a double's disc), and the covariance of e1 and e2, shape (S, 7)."""
+
+    correlation: np.ndarray
+    """Correlation of the flux with that of the neighbour with which it is strongest, shape (S, B); 0: alone."""
+
+    neighbor: np.ndarray
+    """Number of that neighbour, shape (S, B); -1: none."""
+
+    condition: np.ndarray
+    """Condition number of the correlations of the fluxes of the sources fitted together, the largest of the bands."""
+
+
 @fast_kernel
 def add_row(out, row, factor):
     """Add a row, times a factor, to the first pixels of another that is as long or longer."""
