@@ -141,8 +141,9 @@ def test_gradient_of_the_centre_of_a_point_is_that_of_differences(axis):
     + [("index", 1e-2)],
     ids=["y", "x", "radius", "e1", "e2", "index"],
 )
-def test_gradient_of_the_shape_of_a_profile_is_that_of_differences(name, h):
-    component, h = profile(), np.array(h)
+@pytest.mark.parametrize("index", [1.0, 2.5], ids=["exponential", "Sersic"])
+def test_gradient_of_the_shape_of_a_profile_is_that_of_differences(name, h, index):
+    component, h = replace(profile(), index=index), np.array(h)
     gradient = random_gradient(component)
     value = component.parameters[name]
     after, before = (component.updated({name: value + sign * h}).evaluate().astype(float) for sign in (1, -1))

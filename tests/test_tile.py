@@ -11,7 +11,7 @@ import kermes
 from kermes import modelling, tile
 from kermes.catalog import Flag, Model, Outcome
 from kermes.config import BudgetConfig, Config, FitConfig, FreeFormConfig, PartitionConfig, ProfileConfig
-from kermes.errors import BlendError, ConfigError, InputError, ShapeError
+from kermes.errors import BlendError, ConfigError, DataWarning, InputError, ShapeError
 from kermes.geometry import Box
 from kermes.kernels.stamps import EXPONENTIAL, POINT
 from kermes.planning import plan_tile
@@ -19,6 +19,7 @@ from kermes.psf import model_psf
 from kermes.rendering import SourceModels
 from kermes.scene import ProfileComponent
 from kermes.simulation import simulate_patch
+from kermes.tile import PREFERRED_CHI2
 from results import light_of_candidates
 from tiles import (
     MODELS,
@@ -141,9 +142,12 @@ def test_order_of_the_peaks_does_not_matter(group):
     order = np.random.default_rng(3).permutation(len(group))
     again = kermes.deblend(group.coadd, group_scene().peaks[order], config=group.config)
     np.testing.assert_array_equal(again.objects["peak_index"], np.arange(len(group)))
-    numbers = {"object_id", "peak_index", "parent_id", "blend_id"}
+    numbers = {"object_id", "peak_index", "parent_id", "blend_id", "correlated_id"}
     for name in set(group.objects.colnames) - numbers:
         np.testing.assert_array_equal(again.objects[name], group.objects[name][order], err_msg=name)
+    place = np.append(-1, order)  # of each object_id of the new result among the old ones
+    correlated = np.where(again.objects["correlated_id"] > 0, place[again.objects["correlated_id"]] + 1, 0)
+    np.testing.assert_array_equal(correlated, group.objects["correlated_id"][order])
     np.testing.assert_array_equal(again.model_image(positive=True), group.model_image(positive=True))
 
 
@@ -780,6 +784,32 @@ def test_a_faint_source_on_a_bright_one_is_dominated_by_it():
     coadd = gaussians((40, 40, 5, 60_000), (40, 47, 0, 1500), (15, 15, 0, 1500))
     objects = kermes.deblend(coadd, [(40, 40), (40, 47), (15, 15)]).objects
     np.testing.assert_array_equal(objects[Flag.NEIGHBOR_DOMINATED], [False, True, False])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_child_that_its_neighbour_explains_may_be_a_part_of_it(seed):
+    # A galaxy with a second peak on it, and a pair of the same distance.
+    coadd = gaussians((25, 25, 3, 2500), (60, 60, 3, 2500), (60, 65, 0, 1500), (15, 65, 0, 300), seed=seed)
+    objects = kermes.deblend(coadd, [(25, 25), (25, 30), (60, 60), (60, 65), (15, 65)]).objects
+    np.testing.assert_array_equal(objects[Flag.SHREDDED], [False, True, False, False, False])
+    assert objects["r_flux_correlation"][1] < -0.1
+    np.testing.assert_array_equal(objects["correlated_id"], [2, 1, 4, 3, 0])
+
+
+def test_the_share_of_the_pixels_is_preferred_where_the_model_lacks_light():
+    coadd = gaussians((20, 20, 0, 3000), (20, 60, 0, 3000), (60, 20, 0, 3000))
+    rows, columns = np.indices(coadd.shape)
+    halo = 8 * (np.abs(np.hypot(rows - 20, columns - 60) - 6) < 1)
+    images = (coadd.images + halo).astype(np.float32)
+    images[:, 60, 20] = np.nan
+    # Nothing found in the ring, and no free form: the model of the second lacks it. The core of the third is masked.
+    config = Config(free_form=FreeFormConfig(strength=0), profiles=ProfileConfig(residual_rounds=0, sersic_snr=1e9))
+    objects = kermes.deblend(replace(coadd, images=images), [(20, 20), (20, 60), (60, 20)], config=config).objects
+    assert objects["chi2"][1] > PREFERRED_CHI2 > objects["chi2"][0]
+    assert list(objects["preferred_flux"]) == ["flux", "redistributed_flux", "flux"]
+    with pytest.warns(DataWarning, match="no pixel of any band is valid"):
+        nothing = replace(coadd, images=np.full_like(images, np.nan))
+    assert list(kermes.deblend(nothing, [(20, 20)]).objects["preferred_flux"]) == [""]
 
 
 def test_a_source_with_an_unlisted_companion_may_be_two():

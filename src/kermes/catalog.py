@@ -100,6 +100,16 @@ class Model(StrEnum):
     """A symmetric template."""
 
 
+class PreferredFlux(StrEnum):
+    """Which flux of an object is likely to be the better one, by the name of its columns after that of the band."""
+
+    MODEL = "flux"
+    """The total flux of the model."""
+
+    REDISTRIBUTED = "redistributed_flux"
+    """The sum of its share of the pixels."""
+
+
 class Flag(StrEnum):
     """Names of the boolean columns of `objects`."""
 
@@ -114,6 +124,7 @@ class Flag(StrEnum):
     DIVIDED_PARENT = "flag_divided_parent"
     NEIGHBOR_DOMINATED = "flag_neighbor_dominated"
     UNRESOLVED_BLEND = "flag_unresolved_blend"
+    SHREDDED = "flag_shredded"
     POOR_MODEL = "flag_poor_model"
     SATURATED = "flag_saturated"
     SUSPECT = "flag_suspect"
@@ -137,6 +148,7 @@ FLAG_DESCRIPTIONS: Mapping[Flag, str] = {
     Flag.DIVIDED_PARENT: "its parent was too large for one blend and was divided",
     Flag.NEIGHBOR_DOMINATED: "its pixels have more light of neighbours than its own, in the band where it is clearest",
     Flag.UNRESOLVED_BLEND: "a source that nobody listed was found in the residuals within two widths of the PSF",
+    Flag.SHREDDED: "its light may be that of neighbours: they outshine it, and it stands out by less than 5 sigma",
     Flag.POOR_MODEL: "what the models leave of its pixels has a chi2 above 1.5",
     Flag.SATURATED: "a pixel near its peak is saturated, as the mask says",
     Flag.SUSPECT: "a pixel near its peak is suspect, as the mask says",
@@ -280,6 +292,7 @@ def object_columns(bands: Sequence[str], model: str = "kermes") -> tuple[ColumnD
         *_MODEL,
         ColumnDefinition("n_components", np.int64, "Number of components of the model"),
         ColumnDefinition("chi2", np.float64, "Mean of residual^2 / variance over the valid pixels of the object"),
+        ColumnDefinition("preferred_flux", np.str_, f"The better one, {' or '.join(PreferredFlux)}; empty: none"),
         ColumnDefinition("iterations", np.int64, "Iterations of the fit of the blend"),
         ColumnDefinition("converged", np.bool_, "Whether the fit of the blend converged"),
         ColumnDefinition("outcome", np.str_, f"What it was modelled as: {', '.join(Outcome)}"),
@@ -448,10 +461,10 @@ def measurement_columns(bands: Sequence[str], apertures: Sequence[float]) -> tup
 
 
 def empty_columns(definitions: Sequence[ColumnDefinition], n_rows: int) -> dict[str, NDArray[Any]]:
-    """Make columns that are yet to be filled: NaN, 0, False or empty text (of at most 16 letters)."""
+    """Make columns that are yet to be filled: NaN, 0, False or empty text (of at most 18 letters)."""
     columns = {}
     for item in definitions:
-        dtype = np.dtype("U16" if item.dtype is np.str_ else item.dtype)
+        dtype = np.dtype("U18" if item.dtype is np.str_ else item.dtype)
         columns[item.name] = np.full(n_rows, np.nan, dtype) if dtype.kind == "f" else np.zeros(n_rows, dtype)
     return columns
 

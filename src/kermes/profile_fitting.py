@@ -158,12 +158,12 @@ class ProfileFit:
     @property
     def flux_err(self) -> DoubleArray:
         """Error of the total fluxes with everything else free, shape (S, B); NaN where nothing is known."""
-        return np.sqrt(self.variances.flux)
+        return np.asarray(np.sqrt(self.variances.flux))
 
     @property
     def center_err(self) -> DoubleArray:
         """Error of the centres, shape (S, 2) [pixels]."""
-        return np.sqrt(self.variances.shape[:, :2])
+        return np.asarray(np.sqrt(self.variances.shape[:, :2]))
 
 
 def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sources:

@@ -10,7 +10,7 @@ import numpy as np
 from astropy.table import Table
 from numpy.typing import ArrayLike, NDArray
 
-from kermes.catalog import Flag, make_blends, make_candidates, make_objects, make_parents
+from kermes.catalog import Flag, PreferredFlux, make_blends, make_candidates, make_objects, make_parents
 from kermes.coadd import Coadd, normalize_peaks
 from kermes.config import Config, to_toml
 from kermes.errors import InputError
@@ -311,6 +311,8 @@ def _shared_anew(result: Result, changed: Box) -> Result:
     """Fill the columns that rest on the light of all blends, for those that reach into a box."""
     coadd = result.need_coadd("refit")
     objects = {name: np.array(result.objects[name]) for name in result.objects.colnames}
+    # As wide as its longest text, which may not be among those of the result.
+    objects["preferred_flux"] = objects["preferred_flux"].astype(f"U{max(map(len, PreferredFlux))}")
     outers = {number: result.outer_box_of_blend(number) for number in result.blends_near(changed).tolist()}
     outers = {number: outer for number, outer in outers.items() if not (outer & changed).is_empty}
     total = result.total

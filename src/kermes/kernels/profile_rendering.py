@@ -6,7 +6,14 @@ from rocket_fft import c2r
 from kermes.kernels.convolution import multiply_into
 from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
 from kermes.kernels.flux import add_scaled
-from kermes.kernels.profiles import AS_EXPONENTIAL, AS_POINT, AS_TABLE, evaluate_profile, interpolate_index
+from kermes.kernels.profiles import (
+    AS_EXPONENTIAL,
+    AS_POINT,
+    AS_TABLE,
+    N_COLUMNS,
+    evaluate_profile,
+    interpolate_index,
+)
 
 
 @kernel
@@ -20,7 +27,7 @@ def evaluate_component(table, modes, shape, cells, columns):
     finer[0], finer[1], finer[2] = 2 * shape[0], 2 * shape[1], shape[2] + np.log(2.0)
     finer[3], finer[4] = shape[3], shape[4]
     form = AS_EXPONENTIAL if shape[2] > -np.inf else AS_POINT
-    if form == AS_EXPONENTIAL and shape[5] != 0.0:
+    if form == AS_EXPONENTIAL and (shape[5] != 0.0 or len(columns) == N_COLUMNS):
         form = AS_TABLE
         interpolate_index(table.values, table.slopes, table.ln_index, shape[5], cells)
     evaluate_profile(form, cells, modes.lengths, modes.frequencies, finer, columns)

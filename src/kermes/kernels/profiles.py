@@ -94,7 +94,8 @@ def look_up_exponential(squares, values, by_radius):
     for m in range(len(squares)):
         inverse = np.float32(1.0) / (np.float32(1.0) + scale * squares[m])
         values[m] = inverse * np.sqrt(inverse)
-        by_radius[m] = np.float32(-3.0) * scale * squares[m] * inverse * values[m]
+        # h^2 k^2 over one more than that is one less the inverse, which no radius makes overflow.
+        by_radius[m] = np.float32(3.0) * (inverse - np.float32(1.0)) * values[m]
 
 
 @fast_kernel
@@ -170,7 +171,8 @@ def evaluate_factors(form, cells, lengths, frequencies, shape, wave, factors):
     Parameters
     ----------
     form : int
-        `AS_POINT`, which has no last four derivatives: they are left alone; `AS_EXPONENTIAL` or `AS_TABLE`.
+        `AS_POINT`, which has no last four derivatives: they are left alone; `AS_EXPONENTIAL`, which has no last one; or
+        `AS_TABLE`.
     cells : (C, 6) float32
         From `interpolate_index`, for `AS_TABLE`.
     lengths : (side,) int
@@ -220,7 +222,7 @@ def evaluate_factors(form, cells, lengths, frequencies, shape, wave, factors):
             yx = np.float32(square * 2 * (bend * e2 * e2 + ratio))
             xx = np.float32(square * (ratio * e2 + bend * e1 * e2))
             bend_modes(by_radius, squares, fy, fx, yy, yx, xx, factors[5])
-        if n_columns > 6:
+        if n_columns > 6 and form == AS_TABLE:
             for m in range(n_modes):
                 factors[6, m] = by_index[m]
     if n_columns > 1:
@@ -239,7 +241,7 @@ def evaluate_profile(form, cells, lengths, frequencies, shape, columns):
     wave = np.empty(columns.shape[1:], np.float32)
     factors = np.empty((n_columns, columns.shape[2]), np.float32)
     evaluate_factors(form, cells, lengths, frequencies, shape, wave, factors)
-    for j in range(n_columns if form != AS_POINT else min(n_columns, 3)):
+    for j in range(min(n_columns, 3 if form == AS_POINT else 6 if form == AS_EXPONENTIAL else N_COLUMNS)):
         if j == 1 or j == 2:
             turn_modes(factors[j], wave[0], wave[1], columns[j, 0], columns[j, 1])
         else:
