@@ -21,11 +21,11 @@ from kermes.geometry import Box
 from kermes.initialization import fit_kernels, initialize
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import metrics as kernels_metrics
-from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, POINT, SERSIC, Variances
+from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, POINT, SERSIC
 from kermes.measurement import Fluxes, measure_fluxes, point_fluxes
 from kermes.metrics import BlendMetrics, blend_metrics, model_metrics
 from kermes.planning import BlendTask, TilePlan, footprint_pixels, rungs, usable_pixels
-from kermes.profile_fitting import KINDS, ProfileFit, fit_profiles, scene_of_fit
+from kermes.profile_fitting import KINDS, Correlations, ProfileFit, fit_profiles, scene_of_fit
 from kermes.psf import model_psf
 from kermes.rendering import (
     Convolution,
@@ -354,7 +354,7 @@ def _with_profiles(
             "center_y_err": fit.center_err[:n_sources, 0],
             "center_x_err": fit.center_err[:n_sources, 1],
             **_shape_columns(kinds, shapes, fit.variances.shape[:n_sources]),
-            **_correlation_columns(fit.variances, task, bands),
+            **_correlation_columns(fit.correlations, task, bands),
             "bulge_radius": np.where(double, np.exp(shapes[:, 6]), np.nan),
             "bulge_index": np.where(double, np.exp(shapes[:, 9]), np.nan),
             "evidence": fit.evidence[:n_sources],
@@ -391,17 +391,17 @@ def _shape_columns(kinds: LabelArray, shapes: DoubleArray, variances: DoubleArra
     return {name: np.where(extended, values, np.nan) for name, values in columns.items()}
 
 
-def _correlation_columns(variances: Variances, task: BlendTask, bands: Sequence[str]) -> dict[str, ArrayLike]:
+def _correlation_columns(correlations: Correlations, task: BlendTask, bands: Sequence[str]) -> dict[str, ArrayLike]:
     """How strongly the fluxes of the members of a blend hang together with those of neighbours."""
     n_sources, rows = len(task.members), task.rows
-    correlation, neighbor = variances.correlation[:n_sources], variances.neighbor[:n_sources]
+    correlation, neighbor = correlations.strongest[:n_sources], correlations.neighbor[:n_sources]
     strongest = np.argmax(np.abs(np.nan_to_num(correlation)), axis=1)
     worst = neighbor[np.arange(n_sources), strongest]
     listed = (worst >= 0) & (worst < len(rows))
     return {
         **_by_band("flux_correlation", correlation, bands),
         "correlated_id": np.where(listed, rows[np.where(listed, worst, 0)] + 1, 0),
-        "condition": variances.condition[:n_sources],
+        "condition": correlations.condition[:n_sources],
     }
 
 

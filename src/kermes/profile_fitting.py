@@ -140,6 +140,9 @@ class ProfileFit:
     variances: Variances
     """What is known of their fluxes and shapes."""
 
+    correlations: Correlations
+    """How their fluxes hang together."""
+
     significance: DoubleArray
     """Signal-to-noise at which sources that nobody listed were found, shape (S - n_listed,)."""
 
@@ -203,14 +206,60 @@ def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sou
     )
 
 
-def _unknown_variances(n_sources: int, n_bands: int) -> Variances:
+def _unknown_variances(n_sources: int, n_bands: int, largest_group: int) -> Variances:
     return Variances(
         flux=np.full((n_sources, n_bands), np.nan),
         shape=np.full((n_sources, 7), np.nan),
-        correlation=np.full((n_sources, n_bands), np.nan),
-        neighbor=np.full((n_sources, n_bands), -1, dtype=np.int64),
-        condition=np.full(n_sources, np.nan),
+        cross=np.zeros((n_sources, largest_group, n_bands)),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Correlations:
+    """How the fluxes of sources hang together, everything else free."""
+
+    strongest: DoubleArray
+    """Correlation of the flux with that of the neighbour where it is largest, shape (S, B); 0: alone, NaN: unknown."""
+
+    neighbor: IndexArray
+    """Number of that neighbour, shape (S, B); -1: none."""
+
+    condition: DoubleArray
+    """Condition number of the correlations of the fluxes that were fitted together, in the worst band, shape (S,)."""
+
+
+def correlate(variances: Variances, members: IndexArray, offsets: IndexArray) -> Correlations:
+    """Find how the fluxes of the sources of each group hang together.
+
+    Parameters
+    ----------
+    variances : Variances
+    members, offsets : ndarray, shape (S,), (G + 1,)
+        Groups; see `group_sources`.
+    """
+    strongest = np.where(np.isnan(variances.flux), np.nan, 0.0)
+    neighbor = np.full(strongest.shape, -1, dtype=np.int64)
+    condition = np.where(np.isnan(strongest).all(axis=1), np.nan, 1.0)
+    sizes = np.diff(offsets)
+    for size in np.unique(sizes[sizes > 1]).tolist():
+        # All groups of one size at once: (G, size, size, B).
+        groups = members[offsets[:-1][sizes == size][:, None] + np.arange(size)]
+        covariance = variances.cross[groups][:, :, :size]
+        own = np.sqrt(np.einsum("giib->gib", covariance))
+        scale = own[:, :, None] * own[:, None]
+        correlation = np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
+        itself = np.eye(size, dtype=bool)[None, :, :, None]
+        matrices = np.moveaxis(np.where(itself, 1.0, correlation), 3, 1)
+        values = np.linalg.eigvalsh(matrices)
+        with np.errstate(divide="ignore"):
+            worst = np.where(values[..., 0] > 0, values[..., -1] / values[..., 0], np.inf).max(axis=1)
+        condition[groups] = np.where(np.isnan(condition[groups]), np.nan, worst[:, None])
+        others = np.where(itself, 0.0, correlation)
+        place = np.abs(others).argmax(axis=2)
+        largest = np.take_along_axis(others, place[:, :, None], axis=2)[:, :, 0]
+        strongest[groups] = np.where(np.isnan(strongest[groups]), np.nan, largest)
+        neighbor[groups] = np.where(largest != 0, groups[np.arange(len(groups))[:, None, None], place], -1)
+    return Correlations(strongest=strongest, neighbor=neighbor, condition=condition)
 
 
 def group_sources(
@@ -304,7 +353,7 @@ class _Engine:
         self.psf_sigmas = np.array([1 / (2 * np.sqrt(np.pi) * norm) if norm > 0 else 0.0 for norm in self.psf_norm])
         self.penalties = np.array([0.0, config.extended_penalty, config.sersic_penalty, config.double_penalty])
         n_bands = len(images)
-        self.variances = _unknown_variances(len(peaks), n_bands)
+        self.variances = _unknown_variances(len(peaks), n_bands, config.largest_group)
         self.steps = 0
         self.snr = np.zeros(len(peaks))
         self.regroup(None)
@@ -403,7 +452,7 @@ class _Engine:
         new.kinds[:] = POINT
         self.sources = Sources(*(np.concatenate(pair) for pair in zip(self.sources, new, strict=True)))
         n_before = len(self.snr)
-        unknown = _unknown_variances(n, len(self.residual))
+        unknown = _unknown_variances(n, len(self.residual), config.largest_group)
         self.variances = Variances(*(np.concatenate(pair) for pair in zip(self.variances, unknown, strict=True)))
         self.snr = np.concatenate([self.snr, values])
         self.significance = np.concatenate([self.significance, values])
@@ -567,15 +616,17 @@ def _fit_in_groups(
         if converged:
             break
     engine.sweep(0, errors=True)
+    correlations = correlate(engine.variances, engine.members, engine.offsets)
     engine.admit_misfit()
-    return _finish(engine, converged)
+    return _finish(engine, correlations, converged)
 
 
-def _finish(engine: _Engine, converged: bool) -> ProfileFit:
+def _finish(engine: _Engine, correlations: Correlations, converged: bool) -> ProfileFit:
     return ProfileFit(
         sources=engine.sources,
         n_listed=engine.n_listed,
         variances=engine.variances,
+        correlations=correlations,
         significance=engine.significance,
         evidence=_evidence(engine.sources),
         residual=engine.residual,
@@ -625,8 +676,6 @@ def _fit_crowded(
     listed, n = np.flatnonzero(~hidden), len(peaks)
     engine.variances.flux[listed] = np.square(points.flux_err)
     engine.variances.shape[listed, :2] = np.square(points.center_err)
-    engine.variances.correlation[listed] = points.correlation
-    engine.variances.neighbor[listed] = np.append(listed, -1)[points.neighbor]
     wide = np.zeros(len(engine.snr), dtype=bool)
     wide[listed] = (points.broadening > 5 * points.broadening_err) & (points.broadening > LEAST_BROADENING)
     wide &= engine.snr > config.sersic_snr
@@ -637,7 +686,12 @@ def _fit_crowded(
     if hidden.any():
         engine.sweep(0, masked, errors=True)
     engine.steps += points.iterations * n
-    return _finish(engine, points.converged)
+    strongest, neighbor = np.full((2, *engine.variances.flux.shape), np.nan)
+    strongest[listed], neighbor[:] = points.correlation, -1
+    neighbor[listed] = np.append(listed, -1)[points.neighbor]
+    unknown = np.full(len(strongest), np.nan)
+    correlations = Correlations(strongest=strongest, neighbor=neighbor.astype(np.int64), condition=unknown)
+    return _finish(engine, correlations, points.converged)
 
 
 def _is_hidden(weights: FloatArray, psfs: DoubleArray, peaks: DoubleArray) -> NDArray[np.bool_]:

@@ -85,22 +85,20 @@ def dot_rows(a, rows, n, out):
 
 
 @kernel
-def dot_table(a, first_a, n_a, start_a, b, n_b, start_b, n, out):
-    """Sums of products of n_a rows from first_a on, each with the first n_b rows of another array, over n columns.
+def dot_table(a, first_row, n_rows, first, b, n_others, n, out):
+    """Sums of products of n_rows rows of a from first_row on, n columns from first on, each with the first rows of b.
 
-    The columns start at start_a and start_b. out (>= n_a, >= n_b).
+    Of b n_others rows and n columns. out (>= n_rows, >= n_others).
     """
-    for i in range(0, n_a, 3):
-        i_1, i_2 = min(i + 1, n_a - 1), min(i + 2, n_a - 1)
-        p = a[first_a + i, start_a : start_a + n]
-        q = a[first_a + i_1, start_a : start_a + n]
-        r = a[first_a + i_2, start_a : start_a + n]
-        for j in range(0, n_b, 3):
-            j_1, j_2 = min(j + 1, n_b - 1), min(j + 2, n_b - 1)
-            x = b[j, start_b : start_b + n]
-            y = b[j_1, start_b : start_b + n]
-            z = b[j_2, start_b : start_b + n]
-            px, py, pz, qx, qy, qz, rx, ry, rz = dot_nine(p, q, r, x, y, z)
+    for i in range(0, n_rows, 3):
+        # The last row again where there are no more.
+        i_1, i_2 = min(i + 1, n_rows - 1), min(i + 2, n_rows - 1)
+        p = a[first_row + i, first : first + n]
+        q = a[first_row + i_1, first : first + n]
+        r = a[first_row + i_2, first : first + n]
+        for j in range(0, n_others, 3):
+            j_1, j_2 = min(j + 1, n_others - 1), min(j + 2, n_others - 1)
+            px, py, pz, qx, qy, qz, rx, ry, rz = dot_nine(p, q, r, b[j, :n], b[j_1, :n], b[j_2, :n])
             out[i, j], out[i, j_1], out[i, j_2] = px, py, pz
             out[i_1, j], out[i_1, j_1], out[i_1, j_2] = qx, qy, qz
             out[i_2, j], out[i_2, j_1], out[i_2, j_2] = rx, ry, rz
@@ -270,80 +268,10 @@ def solve_fluxes(exact, waves, columns, pixels, data, power, n_components, owner
 
 
 @kernel
-def add_sums(sums, slots_c, first, n_c, slots_d, from_d, n_d, same, hessian):
-    """Add sums of products of derivatives of two components, (n_c, n_d), to the normal matrix.
-
-    Those of c are its columns from `first` on, those of d its columns from `from_d` on; same: c is d.
-    """
-    for p in range(n_c):
-        i = slots_c[first + p]
-        for q in range(n_d):
-            j = slots_d[from_d + q]
-            if not same or j <= i:
-                hessian[i, j] += sums[p, q]
-                if not same or i != j:
-                    hessian[j, i] += sums[p, q]
-
-
-@kernel
-def fill_coupling(
-    amplitude, columns, aligned, cosine, sine, sign, power, first, n, slots, end, fluxes, c, work, sums, coupling
-):
-    """Products of the amplitude of component c with the derivatives of another one, at a block of modes.
-
-    columns (N_COLUMNS, M) and slots (N_COLUMNS,) are those of the other, fluxes (B,) too, of which the first `end` are
-    there; cosine and sign * sine (n,) are of the phase from c to it.
-    """
-    n_bands = len(power)
-    start = FIRST_SHAPE if aligned else 1
-    n_rows = end - start
-    for q in range(n_rows):
-        column = columns[start + q, first : first + n]
-        if aligned:
-            multiply(column, amplitude, work[q, :n])
-        else:
-            multiply_three(column, amplitude, sine if start + q < FIRST_SHAPE else cosine, work[q, :n])
-    if n_rows > 0:
-        dot_table(work, 0, n_rows, 0, power, n_bands, first, n, sums)
-    for q in range(n_rows):
-        factor = sign if start + q < FIRST_SHAPE else 1.0
-        for b in range(n_bands):
-            coupling[b, c, slots[start + q]] += factor * fluxes[b] * sums[q, b]
-
-
-@kernel
-def fill_block(columns, aligned, cosine, sine, weight, first, n, slots, ends, c, d, work, sums, hessian):
-    """Products of the derivatives of two components at a block of modes, weight (n,)."""
-    last, start = first + n, FIRST_SHAPE if aligned else 1
-    n_d, n_shapes = ends[d] - start, ends[c] - FIRST_SHAPE
-    # The shape of c with all of d; then its position, which stands at a right angle to that.
-    if n_shapes > 0 and n_d > 0:
-        for q in range(n_d):
-            if aligned:
-                multiply(columns[d, start + q, first:last], weight, work[q, :n])
-            else:
-                turn = sine if start + q < FIRST_SHAPE else cosine
-                multiply_three(columns[d, start + q, first:last], weight, turn, work[q, :n])
-        dot_table(columns[c], FIRST_SHAPE, n_shapes, first, work, n_d, 0, n, sums)
-        add_sums(sums, slots[c], FIRST_SHAPE, n_shapes, slots[d], start, n_d, c == d, hessian)
-    n_d = FIRST_SHAPE - 1 if aligned else ends[d] - 1
-    for q in range(n_d):
-        if aligned:
-            multiply(columns[d, 1 + q, first:last], weight, work[q, :n])
-        else:
-            turn = cosine if 1 + q < FIRST_SHAPE else sine
-            multiply_three(columns[d, 1 + q, first:last], weight, turn, work[q, :n])
-    dot_table(columns[c], 1, FIRST_SHAPE - 1, first, work, n_d, 0, n, sums)
-    for p in range(FIRST_SHAPE - 1):
-        for q in range(FIRST_SHAPE - 1, n_d):
-            sums[p, q] = -sums[p, q]
-    add_sums(sums, slots[c], 1, FIRST_SHAPE - 1, slots[d], 1, n_d, c == d, hessian)
-
-
-@kernel
-def add_bands(rows, step, first_row, first, factors, out):
-    """Set out (n,) to the sum over the bands of every step-th row from first_row on, times a factor (B,) each."""
+def add_bands(rows, part, first, factors, out):
+    """Set out (n,) to the sum over the bands of rows (B K, M), part `part` of K each, times a factor (B,) each."""
     n_bands, last = len(factors), first + len(out)
+    step = len(rows) // n_bands
     for m in range(len(out)):
         out[m] = 0.0
     for b in range(0, n_bands, 3):
@@ -351,10 +279,63 @@ def add_bands(rows, step, first_row, first, factors, out):
         # No row counts twice.
         by_y = factors[b_1] if b_1 > b else np.float32(0.0)
         by_z = factors[b_2] if b_2 > b_1 else np.float32(0.0)
-        x = rows[first_row + step * b, first:last]
-        y = rows[first_row + step * b_1, first:last]
-        z = rows[first_row + step * b_2, first:last]
+        x = rows[part + step * b, first:last]
+        y = rows[part + step * b_1, first:last]
+        z = rows[part + step * b_2, first:last]
         add_three(x, y, z, factors[b], by_y, by_z, out)
+
+
+@kernel
+def fill_pair(
+    c, d, aligned, columns, power, weight, cosine, sine, first, ends, slots, fluxes, work, sums, hessian, coupling
+):
+    """Products of two components and their derivatives at a block of modes from `first` on, weight (n,).
+
+    cosine and sine (n,) are of the phase from the wave of c to that of d; aligned: it is zero. Derivatives by the
+    position stand at a right angle to the wave, all others and the amplitude along it.
+    """
+    n = len(weight)
+    last = first + n
+    # The amplitude of c with the derivatives of d, and the other way round; derivatives of the shape of c, and by its
+    # position, with those of d.
+    for turn in range(4):
+        one, other = (d, c) if turn == 1 else (c, d)
+        across = turn == 3
+        if turn < 2:
+            left, first_row, n_left, factor = power, 0, len(power), columns[one, 0, first:last]
+        else:
+            left, first_row, n_left, factor = columns[c], FIRST_SHAPE, ends[c] - FIRST_SHAPE, weight
+        if across:
+            first_row, n_left = 1, min(ends[c], FIRST_SHAPE) - 1
+        start, end = 1, ends[other]
+        if aligned and across:
+            end = min(end, FIRST_SHAPE)
+        elif aligned:
+            start = FIRST_SHAPE
+        n_right = end - start
+        if (turn == 1 and c == d) or n_left <= 0 or n_right <= 0:
+            continue
+        for q in range(n_right):
+            column, of_position = columns[other, start + q, first:last], start + q < FIRST_SHAPE
+            if aligned:
+                multiply(column, factor, work[q, :n])
+            else:
+                multiply_three(column, factor, cosine if of_position == across else sine, work[q, :n])
+        dot_table(left, first_row, n_left, first, work, n_right, n, sums)
+        for q in range(n_right):
+            j = slots[other, start + q]
+            # From d to c the phase has the other sign.
+            minus = (turn == 1 and start + q < FIRST_SHAPE) or (across and start + q >= FIRST_SHAPE)
+            for p in range(n_left):
+                value = -sums[p, q] if minus else sums[p, q]
+                if turn < 2:
+                    coupling[p, one, j] += fluxes[other, p] * value
+                    continue
+                i = slots[c, first_row + p]
+                if c != d or j <= i:
+                    hessian[i, j] += value
+                    if c != d or i != j:
+                        hessian[j, i] += value
 
 
 @kernel
@@ -375,7 +356,7 @@ def fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, 
     residuals = np.empty((n_components, 2, BLOCK), np.float32)
     work, own = np.empty((N_COLUMNS, BLOCK), np.float32), np.empty((5, BLOCK), np.float32)
     both = np.empty(n_bands, np.float32)
-    sums = np.empty((N_COLUMNS, max(N_COLUMNS, n_bands)))
+    sums = np.empty((max(N_COLUMNS, n_bands), N_COLUMNS))
     for first in range(0, n_modes, BLOCK):
         n = min(BLOCK, n_modes - first)
         last = first + n
@@ -384,34 +365,25 @@ def fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, 
             for k in range(2):
                 multiply(columns[c, 0, first:last], waves[c, k, first:last], amplitudes[c, k, :n])
                 if ends[c] > 1:
-                    add_bands(flat, 2, k, first, spectra[c], residuals[c, k, :n])
+                    add_bands(flat, k, first, spectra[c], residuals[c, k, :n])
         for c in range(n_components):
             for d in range(c, n_components):
                 if ends[c] == 1 and ends[d] == 1:
                     continue
                 for b in range(n_bands):
                     both[b] = spectra[c, b] * spectra[d, b]
-                add_bands(power, 1, 0, first, both, weight)
+                for k in range(1):
+                    add_bands(power, k, first, both, weight)
                 aligned = owner[c] == owner[d]
                 if not aligned:
                     a_re, a_im = waves[c, 0, first:last], waves[c, 1, first:last]
                     b_re, b_im = waves[d, 0, first:last], waves[d, 1, first:last]
                     products(a_re, a_im, b_re, b_im, cosine)
                     cross_products(a_re, a_im, b_re, b_im, sine)
-                if ends[d] > 1:
-                    amplitude = columns[c, 0, first:last]
-                    fill_coupling(
-                        amplitude, columns[d], aligned, cosine, sine, 1.0, power, first, n, slots[d], ends[d],
-                        fluxes[d], c, work, sums, coupling,
-                    )  # fmt: skip
-                if ends[c] > 1 and c != d:
-                    amplitude = columns[d, 0, first:last]
-                    fill_coupling(
-                        amplitude, columns[c], aligned, cosine, sine, -1.0, power, first, n, slots[c], ends[c],
-                        fluxes[c], d, work, sums, coupling,
-                    )  # fmt: skip
-                if ends[c] > 1 and ends[d] > 1:
-                    fill_block(columns, aligned, cosine, sine, weight, first, n, slots, ends, c, d, work, sums, hessian)
+                fill_pair(
+                    c, d, aligned, columns, power, weight, cosine, sine, first, ends, slots, fluxes, work, sums,
+                    hessian, coupling,
+                )  # fmt: skip
                 for k in range(2):
                     if ends[c] > 1:
                         add_products(weight, amplitudes[d, k, :n], np.float32(-1.0), residuals[c, k, :n])
@@ -521,72 +493,6 @@ def normal_equations(
 
 
 @kernel
-def condition_number(a, n):
-    """Largest over smallest eigenvalue of the leading (n, n) of a symmetric matrix, by Jacobi rotations, in place.
-
-    Infinite if it is not positive. (Golub & Van Loan 2013, section 8.5.)
-    """
-    for _ in range(20):
-        off = 0.0
-        for p in range(n):
-            for q in range(p):
-                off += a[p, q] * a[p, q]
-        if off < 1e-20 * n:
-            break
-        for p in range(n):
-            for q in range(p):
-                if a[p, q] == 0.0:
-                    continue
-                ratio = 0.5 * (a[q, q] - a[p, p]) / a[p, q]
-                t = (1.0 if ratio >= 0.0 else -1.0) / (abs(ratio) + np.sqrt(1.0 + ratio * ratio))
-                cosine = 1.0 / np.sqrt(1.0 + t * t)
-                sine = t * cosine
-                for k in range(n):
-                    x, y = a[k, p], a[k, q]
-                    a[k, p], a[k, q] = cosine * x - sine * y, sine * x + cosine * y
-                for k in range(n):
-                    x, y = a[p, k], a[q, k]
-                    a[p, k], a[q, k] = cosine * x - sine * y, sine * x + cosine * y
-    least, largest = np.inf, 0.0
-    for p in range(n):
-        least, largest = min(least, a[p, p]), max(largest, a[p, p])
-    return largest / least if least > 0.0 else np.inf
-
-
-@kernel
-def fill_correlations(vectors, members, b, variances):
-    """Correlations of the fluxes of a group in one band: products of vectors (n, F), NaN for a source without data.
-
-    Of each member the one that is strongest is kept, with the place of that neighbour, and of all bands the largest
-    condition number of the matrix of correlations.
-    """
-    n, length = vectors.shape
-    matrix = np.empty((n, n))
-    for i in range(n):
-        s = members[i]
-        variances.correlation[s, b] = 0.0
-        variances.neighbor[s, b] = -1
-        for j in range(n):
-            total = 0.0
-            for k in range(length):
-                total += vectors[i, k] * vectors[j, k]
-            scale = np.sqrt(variances.flux[s, b] * variances.flux[members[j], b])
-            # What is not known is nobody's neighbour.
-            known = scale > 0.0
-            matrix[i, j] = total / scale if known else 0.0
-            if i == j:
-                matrix[i, i] = 1.0
-            elif known and abs(matrix[i, j]) > abs(variances.correlation[s, b]):
-                variances.correlation[s, b] = matrix[i, j]
-                variances.neighbor[s, b] = members[j]
-        if not variances.flux[s, b] > 0.0:
-            variances.correlation[s, b] = np.nan
-    condition = condition_number(matrix, n)
-    for s in members:
-        variances.condition[s] = max(condition, variances.condition[s])
-
-
-@kernel
 def fill_variances(members, owner, part, slots, n_components, n_free, matrix, factors, hessian, coupling, variances):
     """Variances of a group with everything else free, from the joint normal matrix.
 
@@ -594,20 +500,18 @@ def fill_variances(members, owner, part, slots, n_components, n_free, matrix, fa
     """
     n, n_bands = len(members), len(matrix)
     regular = cholesky(hessian, n_free)
-    # One vector for each quantity, whose products are their covariances.
-    vectors = np.zeros((n, n_components + n_free))
     axes, places = np.empty((2, n_free)), np.empty(N_COLUMNS - 1, np.int64)
     first = np.zeros(n, np.int64)
     for c in range(n_components - 1, -1, -1):
         first[owner[c]] = c
     for i in range(n):
         s = members[i]
-        variances.condition[s] = 1.0 if regular else np.nan
         for j in range(variances.shape.shape[1]):
             variances.shape[s, j] = np.nan
         for b in range(n_bands):
-            variances.flux[s, b] = variances.correlation[s, b] = np.nan
-            variances.neighbor[s, b] = -1
+            variances.flux[s, b] = np.nan
+            for j in range(variances.cross.shape[1]):
+                variances.cross[s, j, b] = 0.0
         for j in range(N_COLUMNS - 1):
             places[j] = slots[first[i], 1 + j]
             if not regular or places[j] < 0:
@@ -628,6 +532,8 @@ def fill_variances(members, owner, part, slots, n_components, n_free, matrix, fa
     for b in range(n_bands):
         if not regular:
             continue
+        # One vector for each flux, whose products are their covariances.
+        vectors = np.zeros((n, n_components + n_free))
         for i in range(n):
             s, vector = members[i], vectors[i]
             response, share = vector[:n_components], vector[n_components:]
@@ -644,8 +550,10 @@ def fill_variances(members, owner, part, slots, n_components, n_free, matrix, fa
                 for c in range(n_components):
                     share[p] += solved[c] * coupling[b, c, p]
             substitute(hessian, n_free, share, False)
-            total = 0.0
-            for k in range(len(vector)):
-                total += vector[k] * vector[k]
-            variances.flux[s, b] = total
-        fill_correlations(vectors, members, b, variances)
+            for j in range(i + 1):
+                # Those of members without data are zero.
+                total = 0.0
+                for k in range(len(vector)):
+                    total += vector[k] * vectors[j, k]
+                variances.cross[s, j, b] = variances.cross[members[j], i, b] = total
+            variances.flux[s, b] = variances.cross[s, i, b]

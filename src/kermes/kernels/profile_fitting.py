@@ -150,7 +150,10 @@ def evaluate_group(
             n_columns = 1
         evaluate_factors(form, cells, lengths, frequencies, shape, waves[c], columns[c, :n_columns])
         if exact:
-            see_column(columns[c, 0], waves[c], False, lengths, psf, side, pixels[c, 0])
+            # A loop, so that q is no literal, for which see_column would be compiled once more.
+            for q in range(1):
+                turned = 0 < q < FIRST_SHAPE
+                see_column(columns[c, q], waves[c], turned, lengths, psf, side, pixels[c, q])
 
 
 @kernel
@@ -261,7 +264,8 @@ def fit_group(
             for c in range(n_components):
                 for q in range(1, N_COLUMNS):
                     if slots[c, q] >= 0:
-                        see_column(columns[c, q], waves[c], q < FIRST_SHAPE, lengths, psf, side, pixels[c, q])
+                        turned = 0 < q < FIRST_SHAPE
+                        see_column(columns[c, q], waves[c], turned, lengths, psf, side, pixels[c, q])
         normal_equations(
             exact,
             waves,

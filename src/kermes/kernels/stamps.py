@@ -70,14 +70,8 @@ class Variances(NamedTuple):
     shape: np.ndarray
     """Variances of y, x, ln r, e1, e2, ln n (of a double's disc), and the covariance of e1 and e2, shape (S, 7)."""
 
-    correlation: np.ndarray
-    """Correlation of the flux with that of the neighbour with which it is strongest, shape (S, B); 0: alone."""
-
-    neighbor: np.ndarray
-    """Number of that neighbour, shape (S, B); -1: none."""
-
-    condition: np.ndarray
-    """Condition number of the correlations of the fluxes of the sources fitted together, the largest of the bands."""
+    cross: np.ndarray
+    """Covariances of its flux with that of each member of its group, shape (S, G, B); zero where nothing is known."""
 
 
 @fast_kernel
