@@ -299,7 +299,7 @@ def continued(psfs: NDArray[np.float64], factor: int = 3) -> NDArray[np.float64]
     """
     n_bands, height, width = psfs.shape
     reach = factor * (max(height, width) // 2)
-    ring, ln_radius, outside, ln_outside = _outer_rings(height, width, reach)
+    ring, ln_radius, outside, ln_outside, number = _outer_rings(height, width, reach)
     rows, columns = (slice(reach - side // 2, reach + side // 2 + 1) for side in (height, width))
     out = np.zeros((n_bands, 2 * reach + 1, 2 * reach + 1))
     out[:, rows, columns] = psfs
@@ -312,14 +312,18 @@ def continued(psfs: NDArray[np.float64], factor: int = 3) -> NDArray[np.float64]
         spread = ln_radius - ln_radius.mean()
         slope = float(spread @ ln_means / (spread @ spread))
         if -7 < slope < -2.2:
-            plane[outside] = np.exp(ln_means.mean() + slope * (ln_outside - ln_radius.mean()))
+            wings = np.exp(ln_means.mean() + slope * (ln_outside - ln_radius.mean()))
+            plane.reshape(-1)[outside] = wings[number]
             plane /= plane.sum()
     return out
 
 
 @lru_cache(maxsize=8)
 def _outer_rings(height: int, width: int, reach: int) -> tuple[NDArray[Any], ...]:
-    """Rings 1 to 6 of the outer part of a stamp (0: the rest), their ln radius; pixels beyond it, and theirs."""
+    """Rings 1 to 6 of the outer part of a stamp (0: the rest), their ln radius; pixels beyond it, and what theirs are.
+
+    Many pixels have one radius: the last two are all ln radii, once each, and the number of that of each pixel.
+    """
     half = min(height, width) // 2
     y, x = np.arange(height) - height // 2, np.arange(width) - width // 2
     radius = np.hypot(y[:, None], x)
@@ -329,7 +333,8 @@ def _outer_rings(height: int, width: int, reach: int) -> tuple[NDArray[Any], ...
     ln_radius = np.array([np.log(inside).mean() if len(inside) else 0.0 for inside in own])
     offset = np.arange(-reach, reach + 1)
     outside = (np.abs(offset)[:, None] > height // 2) | (np.abs(offset) > width // 2)
-    return ring, ln_radius, outside, np.log(np.hypot(offset[:, None], offset)[outside])
+    squares, number = np.unique((offset[:, None] ** 2 + offset**2)[outside], return_inverse=True)
+    return ring, ln_radius, np.flatnonzero(outside), 0.5 * np.log(squares), number
 
 
 # ---------------------------------------------------------------- PSFs that vary over the sky
