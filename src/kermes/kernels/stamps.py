@@ -115,35 +115,29 @@ def add_model(table, lengths, frequencies, sources, s, y0, x0, factor, model):
 
 
 @fast_kernel
-def see_row(re, im, psf_re, psf_im, out):
-    """Multiply a row of modes with the transform of a PSF; out complex, 0 beyond."""
-    for j in range(len(re)):
-        out[j] = complex(re[j] * psf_re[j] - im[j] * psf_im[j], re[j] * psf_im[j] + im[j] * psf_re[j])
-    for j in range(len(re), len(out)):
-        out[j] = 0.0
+def see_band(re, im, psf_re, psf_im, places, out):
+    """Multiply modes (M,) with the transform of a PSF and put them at their places (M,) of a flat half plane."""
+    for m in range(len(places)):
+        out[places[m]] = complex(re[m] * psf_re[m] - im[m] * psf_im[m], re[m] * psf_im[m] + im[m] * psf_re[m])
 
 
 @kernel
 def see_modes(lengths, psf, model, side):
     """Images (B, side, side) of a model at the modes of a stamp, seen through the PSFs; model, psf (B, 2, M)."""
-    n_bands = len(psf)
-    transformed = np.empty((n_bands, side, side // 2 + 1), np.complex64)
+    n_bands, _, n_modes = psf.shape
+    half = side // 2 + 1
+    transformed = np.zeros((n_bands, side, half), np.complex64)
     planes = np.empty((n_bands, side, side), np.float32)
-    longest = 0
+    places = np.empty(n_modes, np.int64)
+    longest = m = 0
     for i in range(side):
         longest = max(longest, lengths[i])
+        for j in range(lengths[i]):
+            places[m] = i * half + j
+            m += 1
+    flat = transformed.reshape(n_bands, side * half)
     for b in range(n_bands):
-        start = 0
-        for i in range(side):
-            end = start + lengths[i]
-            see_row(
-                model[b, 0, start:end],
-                model[b, 1, start:end],
-                psf[b, 0, start:end],
-                psf[b, 1, start:end],
-                transformed[b, i],
-            )
-            start = end
+        see_band(model[b, 0], model[b, 1], psf[b, 0], psf[b, 1], places, flat[b])
     # All bands in one call, which costs as much as the transform of a small stamp; columns without modes are zero.
     axis = np.empty(1, np.int64)
     axis[0] = 1
