@@ -372,6 +372,7 @@ def fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, 
                     continue
                 for b in range(n_bands):
                     both[b] = spectra[c, b] * spectra[d, b]
+                # A loop, so that k is no literal, for which add_bands would be compiled once more.
                 for k in range(1):
                     add_bands(power, k, first, both, weight)
                 aligned = owner[c] == owner[d]
