@@ -1,6 +1,7 @@
 """One blend is fitted anew, and nothing else changes."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,3 +200,19 @@ def test_a_part_of_a_result_is_not_refitted(result):
     blend_id = int(result.blends["blend_id"][0])
     with pytest.raises(InputError, match="refit needs the models of all objects, and this result holds some of them"):
         kermes.refit(result.select(blend_ids=blend_id), blend_id)
+
+
+def test_a_result_of_an_earlier_version_is_fitted_anew():
+    # It lacks columns that came later: of objects that stay nothing is known there.
+    old = kermes.open(Path(__file__).parent / "data" / "result_schema_2")
+    images = old.model_image() + np.random.default_rng(0).normal(size=(2, *old.shape))
+    coadd = kermes.Coadd(images=images, variance=1.0, psfs=next(iter(old.psfs.values())), bands=old.bands)
+    refitted = kermes.refit(old.with_coadd(coadd), 1).objects
+    assert set(old.objects.colnames) < set(refitted.colnames)
+    stay, anew = refitted["blend_id"] != 1, refitted["blend_id"] == 1
+    assert stay.any()
+    assert anew.any()
+    assert np.isnan(refitted["condition"][stay]).all()
+    assert np.isfinite(refitted["condition"][anew]).all()
+    assert set(refitted["correlated_id"]) <= {0, *refitted["object_id"]}
+    assert (refitted["preferred_flux"][anew] != "").all()
