@@ -206,7 +206,8 @@ def test_a_result_of_an_earlier_version_is_fitted_anew():
     # It lacks columns that came later: of objects that stay nothing is known there.
     old = kermes.open(Path(__file__).parent / "data" / "result_schema_2")
     images = old.model_image() + np.random.default_rng(0).normal(size=(2, *old.shape))
-    coadd = kermes.Coadd(images=images, variance=1.0, psfs=next(iter(old.psfs.values())), bands=old.bands)
+    psfs = next(iter(old.psfs.values()))
+    coadd = kermes.Coadd(images=images, variance=1.0, psfs=psfs, bands=old.bands, origin=old.origin)
     refitted = kermes.refit(old.with_coadd(coadd), 1).objects
     assert set(old.objects.colnames) < set(refitted.colnames)
     stay, anew = refitted["blend_id"] != 1, refitted["blend_id"] == 1
