@@ -17,7 +17,11 @@ kernel = njit(**_OPTIONS)
 """Compile a kernel."""
 
 fast_kernel = njit(**_OPTIONS, fastmath={"reassoc", "contract", "nsz"})
-"""The same for plain sums and products, which may be reordered so that they vectorise; NaN stays NaN."""
+"""The same for plain sums and products, which may be reordered so that they vectorise; NaN stays NaN.
+
+For sums over an array. What is worked out element by element vectorises without it, and must not have it: a copy of the
+kernel in another one may be rounded otherwise, and which copy runs depends on whether the cache had it.
+"""
 
 inlined_kernel = njit(**_OPTIONS, inline="always")
 """A part of a kernel with a name of its own: it is compiled where it is called, as if it stood there.

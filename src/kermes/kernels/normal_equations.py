@@ -104,42 +104,42 @@ def dot_table(a, first_row, n_rows, first, b, n_others, n, out):
             out[i_2, j], out[i_2, j_1], out[i_2, j_2] = rx, ry, rz
 
 
-@fast_kernel
+@kernel
 def multiply_three(a, b, c, out):
     """Products of the elements; out must be none of them, or the loop would not vectorise."""
     for m in range(len(out)):
         out[m] = a[m] * b[m] * c[m]
 
 
-@fast_kernel
+@kernel
 def add_products(a, b, factor, out):
     """Add products of the elements, times a factor."""
     for m in range(len(out)):
         out[m] += factor * (a[m] * b[m])
 
 
-@fast_kernel
+@kernel
 def add_to(out, row, factor):
     """Add a row, times a factor."""
     for m in range(len(out)):
         out[m] += factor * row[m]
 
 
-@fast_kernel
+@kernel
 def add_three(x, y, z, by_x, by_y, by_z, out):
     """Add three rows, times a factor each."""
     for m in range(len(out)):
         out[m] += by_x * x[m] + by_y * y[m] + by_z * z[m]
 
 
-@fast_kernel
+@kernel
 def products(a_re, a_im, b_re, b_im, out):
     """Real part of conj(a) b."""
     for m in range(len(out)):
         out[m] = a_re[m] * b_re[m] + a_im[m] * b_im[m]
 
 
-@fast_kernel
+@kernel
 def cross_products(a_re, a_im, b_re, b_im, out):
     """Imaginary part of conj(a) b."""
     for m in range(len(out)):

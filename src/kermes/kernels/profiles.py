@@ -87,7 +87,7 @@ def look_up(cells, squares, bits, values, by_radius, by_index):
         by_index[m] = cells[cell, 4] + t * cells[cell, 5]
 
 
-@fast_kernel
+@kernel
 def look_up_exponential(squares, values, by_radius):
     """Evaluate an exponential profile, (1 + h^2 k^2)^(-3/2) with its scale length h, and the derivative by ln r."""
     scale = np.float32(SQUARE_OF_EXPONENTIAL)
@@ -98,14 +98,14 @@ def look_up_exponential(squares, values, by_radius):
         by_radius[m] = np.float32(3.0) * (inverse - np.float32(1.0)) * values[m]
 
 
-@fast_kernel
+@kernel
 def multiply(a, b, out):
     """Products of the elements."""
     for m in range(len(out)):
         out[m] = a[m] * b[m]
 
 
-@fast_kernel
+@kernel
 def turn_modes(factors, re, im, out_re, out_im):
     """Multiply modes with real factors and with -i."""
     for m in range(len(factors)):
@@ -113,7 +113,7 @@ def turn_modes(factors, re, im, out_re, out_im):
         out_im[m] = -(factors[m] * re[m])
 
 
-@fast_kernel
+@kernel
 def bend_modes(by_radius, squares, fy, fx, yy, yx, xx, out):
     """Derivative of a profile by what changes q^2 by yy fy^2 + yx fy fx + xx fx^2."""
     for m in range(len(out)):
@@ -131,7 +131,7 @@ def fill_phases(angle, out):
         re, im = re * cosine - im * sine, re * sine + im * cosine
 
 
-@fast_kernel
+@kernel
 def turn_row(re, im, by_re, by_im, out_re, out_im):
     """Product of complex numbers with one."""
     for j in range(len(re)):
@@ -139,7 +139,7 @@ def turn_row(re, im, by_re, by_im, out_re, out_im):
         out_im[j] = by_re * im[j] + by_im * re[j]
 
 
-@fast_kernel
+@kernel
 def fill_squares(fy, fx, yy, yx, xx, out):
     """The quadratic form q^2, never quite zero."""
     for m in range(len(out)):

@@ -114,7 +114,7 @@ def add_model(table, lengths, frequencies, sources, s, y0, x0, factor, model):
             add_row(model[b, 1], columns[0, 1], f)
 
 
-@fast_kernel
+@kernel
 def see_band(re, im, psf_re, psf_im, places, out):
     """Multiply modes (M,) with the transform of a PSF and put them at their places (M,) of a flat half plane."""
     for m in range(len(places)):
