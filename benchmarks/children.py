@@ -2,7 +2,7 @@
 
 Galaxies with a second peak on them that nothing is at, and pairs of a galaxy and a fainter neighbour, at the same
 distances, in six bands of white noise. Of the first, one object of the two should have `flag_shredded`; of the second,
-none. No figure of this is a bar.
+none.
 """
 
 from __future__ import annotations

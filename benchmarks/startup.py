@@ -2,7 +2,7 @@
 
 * Cold: an empty compile cache and a fresh process; import, first deblend of an HSC blend, second deblend; and the
   functions that take longest to compile.
-* Warm: the same again, with the cache that the cold start filled.
+* Warm: the same again, with the cache that the cold start filled; the answer must be the same to the last bit.
 * `kermes deblend` of the same blend as a command, start to end, imports included: once with an empty cache, then with
   that cache; with a picture, as by default, and without. `kermes --help` as a command.
 * The slowest imports, as python -X importtime sees them.
@@ -139,6 +139,8 @@ def main() -> None:
                 f"{answer['second']:.3f}; {answer['rows']} rows for {answer['peaks']} peaks, "
                 f"reduced chi2 {answer['chi2']:.3f}"
             )
+        if figures["cold"]["chi2"] != figures["warm"]["chi2"]:
+            sys.exit("the answer depends on whether the compile cache was empty")
         compiled = sorted(figures["cold"]["compiled"].items(), key=lambda item: -item[1])
         print(f"compiled, {sum(seconds for _, seconds in compiled):.1f} s, the slowest without what they call [s]:")
         print(

@@ -319,7 +319,7 @@ def test_columns_are_seen_through_the_psf(kinds):
     p = problem(kinds, exact=True)
     for c, q in [*np.argwhere(p.slots[: p.n_components] >= 0), (0, 0)]:
         seen = np.full((2, p.side**2), np.nan, dtype=np.float32)
-        see_column(p.columns[c, q], p.waves[c], q in (1, 2), p.lengths, p.psf, p.side, seen)
+        see_column(p.columns[c, q], p.waves[c], q, p.lengths, p.psf, p.side, seen)
         # A transform in single precision.
         np.testing.assert_allclose(seen, p.pixels[c, q], rtol=0, atol=1e-6 * abs(p.columns).max())
 

@@ -20,7 +20,8 @@ from kermes.geometry import Box
 from kermes.kernels import profile_fitting as kernels
 from kermes.kernels import residuals
 from kermes.kernels import stamps as stamp_kernels
-from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, N_KINDS, N_SHAPE, POINT, SERSIC, Modes, Sources, Variances
+from kermes.kernels.normal_equations import Variances
+from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, N_KINDS, N_SHAPE, POINT, SERSIC, Modes, Sources
 from kermes.point_fitting import PointFit, PointSettings, fit_points
 from kermes.profiles import frequencies_of
 from kermes.scene import ProfileComponent, Scene, Source, kernel_table

@@ -291,14 +291,13 @@ def fill_shared_columns(
     )
     snr = np.divide(fluxes, errors, out=np.full_like(fluxes, -np.inf), where=errors > 0)
     clearest = snr.argmax(axis=0)
-    dominated = overlap.overlap_fraction[np.arange(len(members)), clearest] > 1
-    objects[Flag.NEIGHBOR_DOMINATED][members] = dominated
-    total_snr = np.sqrt(np.square(snr, where=np.isfinite(snr), out=np.zeros_like(snr)).sum(axis=0))
+    of_neighbors = overlap.overlap_fraction[np.arange(len(members)), clearest]
+    objects[Flag.NEIGHBOR_DOMINATED][members] = of_neighbors > 1
+    total_snr = np.sqrt(np.square(np.where(np.isfinite(snr), snr, 0.0)).sum(axis=0))
     correlation = np.abs([objects[f"{band}_flux_correlation"][members] for band in coadd.bands])
     # One that was left without any light has no pixels in which to compare it.
-    robbed = ~(fluxes > 0).any(axis=0) | (overlap.overlap_fraction[np.arange(len(members)), clearest] == 0)
-    outshone = dominated | (robbed & (np.nan_to_num(correlation).max(axis=0) > LEAST_CORRELATION))
-    objects[Flag.SHREDDED][members] = outshone & (total_snr < LEAST_OWN_SNR)
+    robbed = (of_neighbors == 0) & (np.nan_to_num(correlation).max(axis=0) > LEAST_CORRELATION)
+    objects[Flag.SHREDDED][members] = ((of_neighbors > 1) | robbed) & (total_snr < LEAST_OWN_SNR)
     objects["preferred_flux"][members] = _preferred_flux(objects, members, fluxes)
 
 

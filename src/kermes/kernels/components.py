@@ -9,7 +9,7 @@ import numpy as np
 from kermes.kernels.decorator import fast_kernel, kernel
 
 
-@fast_kernel
+@kernel
 def add_component(plane, y0, x0, height, width, morphology, flux):
     """Add flux times one morphology (flat) to a plane that holds its box. Cost O(height width)."""
     for y in range(height):

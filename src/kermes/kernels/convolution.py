@@ -3,7 +3,7 @@
 import numpy as np
 from rocket_fft import c2r, r2c
 
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import kernel
 
 
 @kernel
@@ -32,7 +32,7 @@ def transform_kernels(stamps, height, width):
     return out
 
 
-@fast_kernel
+@kernel
 def multiply_into(out, transformed, kernel_fft):
     """out = transformed * kernel_fft, element by element."""
     for y in range(out.shape[0]):
@@ -40,7 +40,7 @@ def multiply_into(out, transformed, kernel_fft):
             out[y, x] = transformed[y, x] * kernel_fft[y, x]
 
 
-@fast_kernel
+@kernel
 def multiply_conjugate_into(out, transformed, kernel_fft):
     """out = transformed * conj(kernel_fft), element by element."""
     for y in range(out.shape[0]):
@@ -63,7 +63,7 @@ def convolve_plane(plane, transformed, kernel_fft, adjoint, axes):
     c2r(transformed, plane, axes, False, 1.0, 1)
 
 
-@fast_kernel
+@kernel
 def pad_plane(plane, image):
     """Copy an image into the first pixels of a plane; zero in the padding."""
     h, w = image.shape
@@ -72,7 +72,7 @@ def pad_plane(plane, image):
             plane[y, x] = image[y, x] if y < h and x < w else np.float32(0.0)
 
 
-@fast_kernel
+@kernel
 def copy_plane(out, plane):
     """Copy the first pixels of a plane, as many as `out` has."""
     for y in range(out.shape[0]):

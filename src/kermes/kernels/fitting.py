@@ -39,7 +39,7 @@ def weighted_residual(plane, image, weights):
     return 0.5 * loss
 
 
-@fast_kernel
+@kernel
 def amsgrad(state, gradient, start, stop, step):
     """One AMSGrad step, in place, without bias correction (Reddi, Kale and Kumar 2018, algorithm 2).
 
@@ -133,7 +133,7 @@ def resized(morphologies, boxes, offsets, centers, pad, shape):
     return new_boxes, new_offsets
 
 
-@fast_kernel
+@kernel
 def kernel_power(power, kernel_fft, scale):
     """Transform of the kernel's autocorrelation: power = scale * |kernel_fft|^2."""
     for y in range(kernel_fft.shape[0]):
@@ -142,7 +142,7 @@ def kernel_power(power, kernel_fft, scale):
             power[y, x] = scale * (value.real * value.real + value.imag * value.imag)
 
 
-@fast_kernel
+@kernel
 def extrapolate_gradient(transformed, reference, gradient, power):
     """transformed = gradient + power * (transformed - reference), in place, element by element."""
     for y in range(transformed.shape[0]):

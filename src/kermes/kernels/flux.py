@@ -31,7 +31,7 @@ def source_boxes(boxes, sources, n_sources):
     return joined, offsets
 
 
-@fast_kernel
+@kernel
 def add_scaled(out, values, scale):
     """out += scale * values."""
     for i in range(len(out)):
@@ -61,7 +61,7 @@ def combine_components(pixels, boxes, offsets, sources, spectra, joined, joined_
     return out
 
 
-@fast_kernel
+@kernel
 def add_positive(row, model):
     """Add the positive part of a model to a row."""
     for x in range(len(row)):

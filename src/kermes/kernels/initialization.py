@@ -4,10 +4,10 @@ import numpy as np
 from rocket_fft import c2r, r2c
 
 from kermes.kernels.convolution import copy_plane, pad_plane
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import kernel
 
 
-@fast_kernel
+@kernel
 def accumulate_band(transformed, kernel_fft, weight, information, numerator):
     """information += weight |K|^2 and numerator += weight conj(K) F, element by element."""
     for y in range(transformed.shape[0]):

@@ -6,6 +6,8 @@ and the cosine and sine of the phase between their waves only, and those of one 
 Modes are taken in blocks that stay in the cache together.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from kermes.kernels.decorator import fast_kernel, kernel
@@ -22,6 +24,19 @@ FIRST_SHAPE = 3
 
 E1 = 3
 """Place of e1 among the shape parameters of a source; e2 follows."""
+
+
+class Variances(NamedTuple):
+    """What is known of the fluxes and shapes of all sources, neighbours and everything else free; NaN: nothing."""
+
+    flux: np.ndarray
+    """Variance of the total flux in each band, shape (S, B)."""
+
+    shape: np.ndarray
+    """Variances of y, x, ln r, e1, e2, ln n (of a double's disc), and the covariance of e1 and e2, shape (S, 7)."""
+
+    cross: np.ndarray
+    """Covariances of its flux with that of each member of its group, shape (S, G, B); zero where nothing is known."""
 
 
 # ---------------------------------------------------------------- sums over modes and pixels
@@ -494,10 +509,10 @@ def normal_equations(
 
 
 @kernel
-def fill_variances(members, owner, part, slots, n_components, n_free, matrix, factors, hessian, coupling, variances):
+def fill_variances(members, owner, slots, n_components, n_free, matrix, factors, hessian, coupling, variances):
     """Variances of a group with everything else free, from the joint normal matrix.
 
-    Rows of the members are filled; see `stamps.Variances`. hessian is replaced by its Cholesky factor.
+    Rows of the members are filled; see `Variances`. hessian is replaced by its Cholesky factor.
     """
     n, n_bands = len(members), len(matrix)
     regular = cholesky(hessian, n_free)

@@ -42,7 +42,7 @@ def spline_taps(fraction, density, taps):
         taps[2, j] *= density * density
 
 
-@fast_kernel
+@kernel
 def interpolate_rows(rows, coefficients, top, left, n_rows, n_columns, taps):
     """Interpolate along x: rows[i, x] = sum_j taps[j] c[top + i, left + 2 x + j], with c[:, 2 k + l] in [:, l, k]."""
     t0, t1, t2 = np.float32(taps[0]), np.float32(taps[1]), np.float32(taps[2])
@@ -73,7 +73,7 @@ def window(bounds, center, base, reach, n_knots, n_pixels):
     return offset - whole
 
 
-@fast_kernel
+@kernel
 def add_point_rows(plane, rows, taps, flux, y0, y1, x0, n_columns):
     """Interpolate along y and add: plane[y, x] += flux sum_j taps[j] rows[2 (y - y0) + j, x - x0]."""
     t0, t1, t2 = np.float32(flux * taps[0]), np.float32(flux * taps[1]), np.float32(flux * taps[2])
@@ -109,7 +109,7 @@ def add_points(planes, coefficients, base, reach, centers, flux, chosen):
             add_point_rows(planes[b], rows, taps_y[0], flux[s, b], in_y[0], in_y[1], in_x[0], width)
 
 
-@fast_kernel
+@kernel
 def subtract_from(planes, images, weights):
     """Turn models (B, H, W) into weights * (images - model), in place. Returns 0.5 sum(weights (images - model)^2)."""
     loss = 0.0

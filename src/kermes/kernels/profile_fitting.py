@@ -3,9 +3,8 @@
 import numpy as np
 from rocket_fft import c2c, r2c
 
-from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
+from kermes.kernels.decorator import inlined_kernel, kernel
 from kermes.kernels.normal_equations import (
-    FIRST_SHAPE,
     add_products,
     cholesky,
     fill_variances,
@@ -19,9 +18,8 @@ from kermes.kernels.profiles import (
     AS_TABLE,
     N_COLUMNS,
     evaluate_factors,
+    fill_column,
     interpolate_index,
-    multiply,
-    turn_modes,
 )
 from kermes.kernels.stamps import (
     DOUBLE,
@@ -84,19 +82,15 @@ def shape_index(part, j):
 
 
 @kernel
-def see_column(factors, wave, turned, lengths, psf, side, out):
-    """Turn a column, factors (M,) of a wave (2, M), into images seen through the PSFs (B, 2, M).
+def see_column(factors, wave, j, lengths, psf, side, out):
+    """Turn column j of a component, factors (M,) of a wave (2, M), into images seen through the PSFs (B, 2, M).
 
-    turned: the column is -i times that. out (B, side * side).
+    out (B, side * side).
     """
     n_bands, _, n_modes = psf.shape
     model = np.empty((n_bands, 2, n_modes), np.float32)
     for b in range(n_bands):
-        if turned:
-            turn_modes(factors, wave[0], wave[1], model[b, 0], model[b, 1])
-        else:
-            multiply(factors, wave[0], model[b, 0])
-            multiply(factors, wave[1], model[b, 1])
+        fill_column(factors, wave, j, model[b])
     planes = see_modes(lengths, psf, model, side).reshape(n_bands, side * side)
     for b in range(n_bands):
         for m in range(side * side):
@@ -152,8 +146,7 @@ def evaluate_group(
         if exact:
             # A loop, so that q is no literal, for which see_column would be compiled once more.
             for q in range(1):
-                turned = 0 < q < FIRST_SHAPE
-                see_column(columns[c, q], waves[c], turned, lengths, psf, side, pixels[c, q])
+                see_column(columns[c, q], waves[c], q, lengths, psf, side, pixels[c, q])
 
 
 @kernel
@@ -264,8 +257,7 @@ def fit_group(
             for c in range(n_components):
                 for q in range(1, N_COLUMNS):
                     if slots[c, q] >= 0:
-                        turned = 0 < q < FIRST_SHAPE
-                        see_column(columns[c, q], waves[c], turned, lengths, psf, side, pixels[c, q])
+                        see_column(columns[c, q], waves[c], q, lengths, psf, side, pixels[c, q])
         normal_equations(
             exact,
             waves,
@@ -288,7 +280,6 @@ def fit_group(
             fill_variances(
                 members,
                 owner,
-                part,
                 slots,
                 n_components,
                 n_free,
@@ -473,7 +464,7 @@ def mean_weight(weights, sources, members, out):
     return uneven
 
 
-@fast_kernel
+@kernel
 def weigh_row(values, weights, mean, out):
     """Multiply values and weights; returns in how many pixels the weight is not the mean, up to a twentieth."""
     n = 0
@@ -483,14 +474,14 @@ def weigh_row(values, weights, mean, out):
     return n
 
 
-@fast_kernel
+@kernel
 def power_row(psf_re, psf_im, factor, out):
     """Power of a row of modes, times a factor."""
     for j in range(len(out)):
         out[j] = factor * (psf_re[j] * psf_re[j] + psf_im[j] * psf_im[j])
 
 
-@fast_kernel
+@kernel
 def adjoint_row(row, psf_re, psf_im, factor, re, im):
     """Multiply a row of complex modes with the conjugate transform of a PSF, and a factor."""
     for j in range(len(re)):

@@ -33,7 +33,7 @@ def evaluate_component(table, modes, shape, cells, columns):
     evaluate_profile(form, cells, modes.lengths, modes.frequencies, finer, columns)
 
 
-@fast_kernel
+@kernel
 def fold_modes(column, numbers, places, weights, plane):
     """Add up modes (2, M) in a flat half plane (2 n,) of alternating real and imaginary parts.
 
@@ -46,7 +46,7 @@ def fold_modes(column, numbers, places, weights, plane):
         plane[2 * places[i] + 1] += weights[1, i] * column[1, numbers[i]]
 
 
-@fast_kernel
+@kernel
 def make_complex(plane, out):
     """Turn a flat half plane of alternating real and imaginary parts into a complex one."""
     height, width = out.shape

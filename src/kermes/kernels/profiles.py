@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import kernel
 
 N_COLUMNS = 7
 """Amplitude, then derivatives by y, x, ln r, e1, e2 and ln n."""
@@ -74,7 +74,7 @@ def interpolate_index(values, slopes, ln_index, ln_n, cells):
 # told apart, without which they would not vectorise.
 
 
-@fast_kernel
+@kernel
 def look_up(cells, squares, bits, values, by_radius, by_index):
     """Interpolate a profile and its derivatives by ln r and by ln n at q^2; bits are those of the squares."""
     last = len(cells) - 1
@@ -231,6 +231,16 @@ def evaluate_factors(form, cells, lengths, frequencies, shape, wave, factors):
 
 
 @kernel
+def fill_column(factors, wave, j, out):
+    """Real and imaginary parts (2, M) of column j of a component, from its factors (M,) and wave (2, M)."""
+    if j == 1 or j == 2:
+        turn_modes(factors, wave[0], wave[1], out[0], out[1])
+    else:
+        multiply(factors, wave[0], out[0])
+        multiply(factors, wave[1], out[1])
+
+
+@kernel
 def evaluate_profile(form, cells, lengths, frequencies, shape, columns):
     """Evaluate one component of flux one at the modes of a stamp.
 
@@ -242,8 +252,4 @@ def evaluate_profile(form, cells, lengths, frequencies, shape, columns):
     factors = np.empty((n_columns, columns.shape[2]), np.float32)
     evaluate_factors(form, cells, lengths, frequencies, shape, wave, factors)
     for j in range(min(n_columns, 3 if form == AS_POINT else 6 if form == AS_EXPONENTIAL else N_COLUMNS)):
-        if j == 1 or j == 2:
-            turn_modes(factors[j], wave[0], wave[1], columns[j, 0], columns[j, 1])
-        else:
-            multiply(factors[j], wave[0], columns[j, 0])
-            multiply(factors[j], wave[1], columns[j, 1])
+        fill_column(factors[j], wave, j, columns[j])

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from rocket_fft import c2c, c2r, r2c
 
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import kernel
 from kermes.kernels.profiles import AS_EXPONENTIAL, AS_POINT, AS_TABLE, evaluate_profile, interpolate_index
 
 POINT, EXPONENTIAL, SERSIC, DOUBLE = 0, 1, 2, 3
@@ -61,20 +61,7 @@ class Sources(NamedTuple):
     """Fall of the penalised loss from each kind of model to the chosen one, shape (S, N_KINDS); NaN where not tried."""
 
 
-class Variances(NamedTuple):
-    """What is known of the fluxes and shapes of all sources, neighbours and everything else free; NaN: nothing."""
-
-    flux: np.ndarray
-    """Variance of the total flux in each band, shape (S, B)."""
-
-    shape: np.ndarray
-    """Variances of y, x, ln r, e1, e2, ln n (of a double's disc), and the covariance of e1 and e2, shape (S, 7)."""
-
-    cross: np.ndarray
-    """Covariances of its flux with that of each member of its group, shape (S, G, B); zero where nothing is known."""
-
-
-@fast_kernel
+@kernel
 def add_row(out, row, factor):
     """Add a row, times a factor, to the first pixels of another that is as long or longer."""
     for x in range(len(row)):
