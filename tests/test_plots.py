@@ -131,6 +131,22 @@ def test_bands_are_ordered_by_wavelength_where_it_is_known(bands, order):
     np.testing.assert_array_equal(wavelength_order(bands), order)
 
 
+def test_colours_follow_the_formula():
+    rng = np.random.default_rng(4)
+    # From far below the sky to far above white, in all ratios of colours.
+    images = rng.normal(size=(3, 40, 50)) * 10 ** rng.uniform(-3, 4, (40, 50))
+    scale = plots.ColourScale(noise=np.array([1.0, 2.0, 0.5]), gains=np.array([1.3, 0.9, 0.8]), white=100.0)
+    grey = plots.ColourScale(noise=np.ones(1), gains=np.ones(3), white=100.0)
+    channels = np.float32(images)[::-1] / scale.noise[::-1, None, None] * scale.gains[:, None, None] + 1
+    brightness = np.maximum(channels.mean(axis=0), 3e-6)
+    colours = np.maximum(channels * np.arcsinh(brightness / 3) / np.arcsinh(101 / 3) / brightness, 0)
+    colours *= 255 / np.maximum(colours.max(axis=0), 1)
+    found = lupton_rgb(images, ["g", "r", "i"], scale=scale)
+    assert lupton_rgb(np.full((1, 1, 1), 1e30), ["r"], scale=grey).tolist() == [[[255, 255, 255]]]
+    # Half a step for the rounding to eight bits, and what 32 bits leave of a sum of channels that cancel.
+    assert np.abs(np.moveaxis(found, 2, 0) - colours).max() < 0.51
+
+
 @pytest.mark.parametrize("n_bands", range(1, 8))
 def test_any_number_of_bands_makes_a_picture(n_bands):
     bands = [f"band{b}" for b in range(n_bands)]

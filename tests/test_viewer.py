@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -60,7 +61,8 @@ def client(result):
 
 
 def pixels(content):
-    return np.asarray(Image.open(io.BytesIO(content)))
+    image = Image.open(io.BytesIO(content))
+    return np.asarray(image.convert("RGBA") if image.mode == "P" else image)
 
 
 def whole(pictures, layer, level, look=None):
@@ -238,6 +240,16 @@ def members(result, number):
     return objects["object_id"][objects["blend_id"] == result[number].blend_id].tolist()
 
 
+def test_models_wait_while_tiles_are_asked_for(result):
+    fresh = Pictures(result)
+    before = time.monotonic()
+    fresh.tile(Layer.IMAGE, fresh.deepest, 0, 0)
+    fresh.draw_missing(threading.Event())
+    assert fresh.drawn == 1
+    # They begin a quarter of a second after the question; what they take themselves comes on top.
+    assert time.monotonic() - before > 0.25
+
+
 def test_outlines_are_the_edges_of_footprints(result):
     outlines = Outlines(result)
     assert outlines.deepest == 13
@@ -259,6 +271,24 @@ def test_outlines_are_the_edges_of_footprints(result):
     np.testing.assert_array_equal(found[::-1, :, 0][edge], labels[edge])
 
 
+def test_residual_tile_is_the_colour_map_of_all_bands():
+    rng = np.random.default_rng(5)
+    planes = rng.normal(scale=4, size=(3, 20, 30)).astype(np.float32)
+    planes[0, :5], planes[:, 7, 9] = np.nan, np.nan
+    known = np.isfinite(planes)
+    n = known.sum(axis=0)
+    total = np.where(known, planes, 0).sum(axis=0) / np.sqrt(np.maximum(n, 1))
+    colours = rng.integers(0, 256, (256, 3)).astype(np.uint8)
+    place = 255 * (total / 5 + 1) / 2
+    expected = colours[np.clip(np.rint(place), 0, 255).astype(int)]
+    expected[n == 0] = 99
+    found = np.empty_like(expected)
+    kernels.paint_residual(planes, 5.0, colours, np.uint8(99), found)
+    # Next to the middle between two colours, rounding may take either.
+    clear = np.abs(place % 1 - 0.5) > 1e-3
+    np.testing.assert_array_equal(found[clear], expected[clear])
+
+
 def test_outlines_are_thin_when_one_looks_closely(result):
     outlines = Outlines(result)
     place = result.footprints[int(result.footprints.numbers[0])].pixels()[0]
@@ -270,6 +300,8 @@ def test_outlines_are_thin_when_one_looks_closely(result):
     assert (coarse[..., 3] > 0).mean() > 0
     with pytest.raises(InputError, match="a tile must lie in the picture"):
         outlines.tile(outlines.deepest + 1, 0, 0, colours)
+    with pytest.raises(InputError, match="at most 255 different ones, got 256"):
+        outlines.tile(outlines.deepest, column, row, np.arange(768).reshape(256, 3).astype(np.uint8))
 
 
 def test_pages_hold_the_same_pixels(result):

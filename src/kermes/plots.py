@@ -192,7 +192,7 @@ def lupton_rgb(
     scale = colour_scale(array, bands, valid=good) if scale is None else scale
     channels = _channels(array, bands, scale.noise, good)
     rgb = np.empty((*array.shape[1:], 3), dtype=np.uint8)
-    kernels.stretch(channels, scale.gains, _BLACK, _SOFTENING, scale.white, UNKNOWN_GREY, rgb)
+    kernels.stretch(channels, scale.gains, _BLACK, _SOFTENING, scale.white, np.uint8(UNKNOWN_GREY), rgb)
     return rgb
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import fast_kernel
+from kermes.kernels.decorator import fast_kernel, kernel
 
 IMAGE, MODEL, RESIDUAL = 0, 1, 2
 
@@ -99,7 +99,7 @@ def mix_channels(images, valid, noise, weights, out):
                         out[c, y, x] = total / np.float32(n) if n > 0 else np.nan
 
 
-@fast_kernel
+@kernel
 def stretch(channels, gains, black, softening, white, unknown, out):
     """Fill out (H, W, 3) with colours (Lupton et al. 2004, eq. 1 and 2) of channels (3, H, W).
 
@@ -108,21 +108,59 @@ def stretch(channels, gains, black, softening, white, unknown, out):
     are NaN become `unknown`. Cost O(H W).
     """
     height, width = channels.shape[1], channels.shape[2]
-    full = 1.0 / np.arcsinh((white - black) / softening)
+    # In units of the softening, and 32 bits: eight of them are seen.
+    unit = 1 / softening
+    red_gain, green_gain = np.float32(gains[0] * unit), np.float32(gains[1] * unit)
+    blue_gain = np.float32(gains[2] * unit)
+    dark, full = np.float32(black * unit), np.float32(255 / np.arcsinh((white - black) * unit))
+    zero, one, third, least = np.float32(0), np.float32(1), np.float32(1 / 3), np.float32(1e-6)
+    most, half, small = np.float32(255), np.float32(0.5), np.float32(0.1)
+    cubic, quintic = np.float32(1 / 6), np.float32(3 / 40)
+    brightest = np.float32(1e18)  # whose square has 32 bits
     for y in range(height):
         for x in range(width):
-            red = channels[0, y, x] * gains[0] - black
-            green = channels[1, y, x] * gains[1] - black
-            blue = channels[2, y, x] * gains[2] - black
-            if np.isnan(red + green + blue):
+            red = min(channels[0, y, x] * red_gain - dark, brightest)
+            green = min(channels[1, y, x] * green_gain - dark, brightest)
+            blue = min(channels[2, y, x] * blue_gain - dark, brightest)
+            total = red + green + blue
+            if total != total:
                 out[y, x, 0] = out[y, x, 1] = out[y, x, 2] = unknown
+                continue
+            brightness = max(total * third, least)
+            square = brightness * brightness
+            if brightness < small:  # where the logarithm is not exact enough
+                factor = full * (one - square * (cubic - quintic * square))
             else:
-                brightness = max((red + green + blue) / 3, 1e-6)
-                factor = np.arcsinh(brightness / softening) * full / brightness
-                red, green, blue = max(red * factor, 0.0), max(green * factor, 0.0), max(blue * factor, 0.0)
-                most = 255.0 / max(red, green, blue, 1.0)
-                out[y, x, 0], out[y, x, 1], out[y, x, 2] = (
-                    np.rint(red * most),
-                    np.rint(green * most),
-                    np.rint(blue * most),
-                )
+                factor = full * np.log(brightness + np.sqrt(square + one)) / brightness
+            red, green, blue = max(red * factor, zero), max(green * factor, zero), max(blue * factor, zero)
+            down = most / max(max(red, green), max(blue, most))
+            out[y, x, 0] = np.uint8(red * down + half)
+            out[y, x, 1] = np.uint8(green * down + half)
+            out[y, x, 2] = np.uint8(blue * down + half)
+
+
+@kernel
+def paint_residual(planes, deepest, colours, unknown, out):
+    """Fill out (H, W, 3) with colours (256, 3) of residuals (B, H, W) in sigma, all bands together.
+
+    The sum of what is not NaN over the root of its number has the first colour at -`deepest`, the last at `deepest`;
+    `unknown` where all are NaN. Cost O(B H W).
+    """
+    n_bands, height, width = planes.shape
+    total = np.empty(width, dtype=np.float32)
+    n = np.empty(width, dtype=np.float32)
+    zero, one, last = np.float32(0), np.float32(1), np.float32(255)
+    slope, middle = np.float32(127.5 / deepest), np.float32(128)  # 127.5, and a half to be rounded
+    for y in range(height):
+        for x in range(width):
+            total[x] = n[x] = zero
+        for b in range(n_bands):
+            for x in range(width):
+                known = planes[b, y, x] == planes[b, y, x]
+                total[x] += planes[b, y, x] if known else zero
+                n[x] += one if known else zero
+        for x in range(width):
+            place = total[x] / np.sqrt(max(n[x], one)) * slope + middle
+            colour = np.int64(min(max(place, zero), last))
+            for c in range(3):
+                out[y, x, c] = colours[colour, c] if n[x] > zero else unknown

@@ -23,6 +23,7 @@ RgbArray = NDArray[np.uint8]
 _OPERATORS = (">=", "<=", "!=", ">", "<", "=")
 _PERCENTILES = (2.0, 98.0)  # of numbers, between which colours change
 _COLOUR_MAP = "viridis"
+_SHADES = 254  # of it: with that of what has no value, and none, as many as a picture with a palette has
 _LOGARITHMIC = 50.0  # ratio of both from which on colours follow the logarithm, as for fluxes
 _OF_MODELS = dict(
     zip(map(str, Model), ("tab:cyan", "tab:blue", "tab:green", "tab:red", "tab:purple", "tab:orange"), strict=True)
@@ -175,13 +176,14 @@ def colouring(result: Result, column: str) -> Colouring:
 
 
 def _numbers(values: NDArray[np.float64]) -> tuple[RgbArray, NDArray[np.int64], dict[str, Any]]:
-    palette = np.rint(255 * matplotlib.colormaps[_COLOUR_MAP](np.arange(256))[:, :3]).astype(np.uint8)
+    shades = matplotlib.colormaps[_COLOUR_MAP](np.linspace(0, 1, _SHADES))
+    palette = np.rint(255 * shades[:, :3]).astype(np.uint8)
     known = np.isfinite(values)
     low, high = (float(edge) for edge in np.percentile(values[known], _PERCENTILES)) if known.any() else (0.0, 1.0)
     norm = LogNorm(low, high, clip=True) if 0 < _LOGARITHMIC * low < high else Normalize(low, high, clip=True)
     share = np.asarray(norm(np.where(known, values, low)))
-    codes = np.where(known, np.clip(np.rint(255 * share), 0, 255), -1).astype(np.int64)
-    colors = [_hex(palette[k]) for k in range(0, 256, 15)]
+    codes = np.where(known, np.clip(np.rint((_SHADES - 1) * share), 0, _SHADES - 1), -1).astype(np.int64)
+    colors = [_hex(palette[k]) for k in np.linspace(0, _SHADES - 1, 18).round().astype(int)]
     return palette, codes, {"low": low, "high": high, "log": isinstance(norm, LogNorm), "colors": colors}
 
 

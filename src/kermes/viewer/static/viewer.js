@@ -218,6 +218,13 @@ async function watchDrawing() {
 // ---------------------------------------------------------------- marks
 
 let canvas; // over the picture
+let seen = new Float64Array(0); // number of each object on the screen, and where
+
+// What was drawn last stays where it is while the picture under it is still loading.
+function followPicture() {
+  const { x, y, scale } = onScreen();
+  if (`${x} ${y} ${scale}` !== drawMarks.place) drawMarks();
+}
 
 function drawMarks() {
   if (!canvas || !places) return;
@@ -229,18 +236,24 @@ function drawMarks() {
   context.setTransform(1, 0, 0, 1, 0, 0);
   context.clearRect(0, 0, wide, high);
   const { x: x0, y: y0, scale } = onScreen();
+  drawMarks.place = `${x0} ${y0} ${scale}`;
   const n = ids.length;
   if (state.peaks && marks) {
-    const seen = [];
+    if (seen.length < 3 * n) seen = new Float64Array(3 * n);
+    let end = 0;
     for (let k = 0; k < n; k += 1) {
       if (!marks[4 * k + 3]) continue;
       const x = (x0 + places[k] * scale) * ratio, y = (y0 + places[n + k] * scale) * ratio;
-      if (x > -9 && y > -9 && x < wide + 9 && y < high + 9) seen.push(k, x, y);
+      if (x > -9 && y > -9 && x < wide + 9 && y < high + 9) {
+        seen[end] = k; seen[end + 1] = x; seen[end + 2] = y;
+        end += 3;
+      }
     }
+    const shown = seen.subarray(0, end);
     // From afar dots, the smaller the denser, so that they do not hide what they mark.
     const between = Math.sqrt((info.width * scale) * (info.height * scale) / n);
-    if (seen.length / 3 > 1500) dots(context, seen, wide, high, Math.round(ratio * Math.min(3, Math.max(1, between / 3))));
-    else rings(context, seen, ratio, Math.min(9, Math.max(3, 2 * scale)));
+    if (end / 3 > 1500) dots(context, shown, wide, high, Math.round(ratio * Math.min(3, Math.max(1, between / 3))));
+    else rings(context, shown, ratio, Math.min(9, Math.max(3, 2 * scale)));
   }
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   const sign = (y, x, color, text) => {
@@ -270,26 +283,26 @@ function drawMarks() {
 }
 
 // Thousands of marks: straight into the pixels.
-function dots(context, seen, wide, high, side) {
+function dots(context, shown, wide, high, side) {
   const image = context.createImageData(wide, high);
   const pixels = new Uint32Array(image.data.buffer);
   const colors = new Uint32Array(marks.buffer);
-  for (let k = 0; k < seen.length; k += 3) {
-    const left = Math.round(seen[k + 1] - side / 2), top = Math.round(seen[k + 2] - side / 2);
+  for (let k = 0; k < shown.length; k += 3) {
+    const left = Math.round(shown[k + 1] - side / 2), top = Math.round(shown[k + 2] - side / 2);
     for (let y = Math.max(top, 0); y < Math.min(top + side, high); y += 1) {
-      for (let x = Math.max(left, 0); x < Math.min(left + side, wide); x += 1) pixels[y * wide + x] = colors[seen[k]];
+      for (let x = Math.max(left, 0); x < Math.min(left + side, wide); x += 1) pixels[y * wide + x] = colors[shown[k]];
     }
   }
   context.putImageData(image, 0, 0);
 }
 
-function rings(context, seen, ratio, radius) {
+function rings(context, shown, ratio, radius) {
   context.lineWidth = 1.5 * ratio;
-  for (let k = 0; k < seen.length; k += 3) {
-    const at = 4 * seen[k];
+  for (let k = 0; k < shown.length; k += 3) {
+    const at = 4 * shown[k];
     context.strokeStyle = `rgb(${marks[at]} ${marks[at + 1]} ${marks[at + 2]})`;
     context.beginPath();
-    context.arc(seen[k + 1], seen[k + 2], radius * ratio, 0, 2 * Math.PI);
+    context.arc(shown[k + 1], shown[k + 2], radius * ratio, 0, 2 * Math.PI);
     context.stroke();
   }
 }
@@ -632,7 +645,7 @@ function connect() {
     else if (event.key === "Escape") pick(null);
   });
   window.addEventListener("hashchange", trying(openAddress));
-  viewer.addHandler("update-viewport", drawMarks);
+  viewer.addHandler("update-viewport", followPicture);
   // Near, pixels are seen as pixels; from afar, several of them make one on the screen.
   viewer.addHandler("zoom", () => viewer.drawer.setImageSmoothingEnabled(onScreen().scale < 1.5));
   viewer.addHandler("animation-finish", remember);
