@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import kernel
 
 IMAGE, MODEL, RESIDUAL = 0, 1, 2
 
 
-@fast_kernel
+@kernel
 def bin_planes(layer, images, variance, valid, left, decoded, noise, corner, factor, out):
     """Fill out (B, h, w) with squares of factor x factor pixels of a layer, in units of the noise.
 
@@ -64,7 +64,7 @@ def bin_planes(layer, images, variance, valid, left, decoded, noise, corner, fac
                     out[b, y, x] = total[x] / n[x] / noise[b]
 
 
-@fast_kernel
+@kernel
 def mix_channels(images, valid, noise, weights, out):
     """Fill out (3, H, W) with red, green and blue of images (B, H, W) in units of their noise (B,).
 
