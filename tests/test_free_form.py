@@ -13,7 +13,8 @@ from kermes.errors import ConfigError
 from kermes.free_form import with_free_form
 from kermes.geometry import Box
 from kermes.kernels import flux as kernels_flux
-from kermes.rendering import Convolution, KernelSet, frame_models, render_scene
+from kermes.kernels import free_form as kernels_free_form
+from kermes.rendering import Convolution, KernelSet, frame_models, render_scene, transform_side
 from kermes.scene import FactorizedComponent, ProfileComponent, Scene, Source
 
 SHAPE = (56, 60)
@@ -137,6 +138,17 @@ def test_a_hole_is_no_deeper_than_the_profile():
     assert light.min() > -1e-5 * light.max()
 
 
+def test_a_hole_in_a_bright_galaxy_is_no_reason_to_make_it_worse():
+    """A profile with a bright middle for a ring: most pixels of the middle are held at no light."""
+    model = scene(source(profile(spectrum=(4000.0, 6000.0, 9000.0))))
+    outer = profile(6.0, (16000.0, 24000.0, 36000.0))
+    truth = scene(source(outer, profile(3.0, (-12000.0, -18000.0, -27000.0))))
+    blend = blend_of(drawn(truth), [model.sources[0].peak])
+    better = corrected(model, blend, snr=1e4)
+    # 0.4; and 1.4, more than without a correction, where such pixels are cut off after one solution.
+    assert mean_chi2(better, blend) < 0.6 * mean_chi2(model, blend)
+
+
 def test_wings_stay_those_of_the_profile(irregular):
     model, *_, better = irregular
     stamp = model.sources[0].components[0].box
@@ -242,6 +254,32 @@ def test_the_order_of_sources_does_not_matter():
     got = with_free_form(scene(*model.sources[::-1]), residual, snr[::-1], backward, KERNELS, config)
     for one, other in zip(expected.sources, got.sources[::-1], strict=True):
         np.testing.assert_array_equal(one.model(3), other.model(3))
+
+
+@pytest.fixture
+def light():
+    """Light of two spectra, images of three bands, the spectra, and the transforms of the PSFs."""
+    rng = np.random.default_rng(5)
+    fields, images = rng.normal(size=(2, 20, 24)).astype(np.float32), rng.normal(size=(3, 20, 24)).astype(np.float32)
+    spectra = np.array([[1.0, 2.0, 0.0], [0.5, 0.0, 3.0]], dtype=np.float32)
+    side = transform_side(24 + max(blends.PSFS.shape[1:]) // 2)
+    return fields, images, spectra, KERNELS.psf_transforms(side)
+
+
+def test_light_of_spectra_is_seen_as_band_by_band(light):
+    fields, images, spectra, transforms = light
+    got = np.empty_like(images)
+    kernels_free_form.observe(fields, spectra, transforms, got)
+    expected = Convolution.of(blends.PSFS, (20, 24)).forward(np.einsum("kb,khw->bhw", spectra, fields))
+    np.testing.assert_allclose(got, expected, atol=1e-5)  # float32 transforms
+
+
+def test_gathering_is_the_adjoint_of_seeing(light):
+    fields, images, spectra, transforms = light
+    seen, gathered = np.empty_like(images), np.empty_like(fields)
+    kernels_free_form.observe(fields, spectra, transforms, seen)
+    kernels_free_form.gather(images, spectra, transforms, gathered)
+    np.testing.assert_allclose(np.sum(seen * images), np.sum(fields * gathered), rtol=1e-4)
 
 
 def dense_correction(model, blend, strength, floor):

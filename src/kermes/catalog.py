@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -271,7 +272,8 @@ _TEMPLATES_OF_PARENT = (
 )
 
 
-def object_columns(bands: Sequence[str], model: str = "kermes") -> tuple[ColumnDefinition, ...]:
+@lru_cache(maxsize=8)
+def object_columns(bands: tuple[str, ...], model: str = "kermes") -> tuple[ColumnDefinition, ...]:
     """Columns of `objects` for these bands and this `Config.model`, in order."""
     per_band, more = (_PER_BAND, ()) if model != "templates" else (_WITH_TEMPLATES, _TEMPLATES_OF_PARENT)
     return (
@@ -346,7 +348,8 @@ class Origin(StrEnum):
     """In what the models of the listed sources leave of it."""
 
 
-def candidate_columns(bands: Sequence[str]) -> tuple[ColumnDefinition, ...]:
+@lru_cache(maxsize=8)
+def candidate_columns(bands: tuple[str, ...]) -> tuple[ColumnDefinition, ...]:
     """Columns of `candidates` for these bands, in order."""
     return (
         ColumnDefinition("candidate_id", np.int64, "Number of the candidate"),
@@ -462,11 +465,17 @@ def measurement_columns(bands: Sequence[str], apertures: Sequence[float]) -> tup
 
 def empty_columns(definitions: Sequence[ColumnDefinition], n_rows: int) -> dict[str, NDArray[Any]]:
     """Make columns that are yet to be filled: NaN, 0, False or empty text (of at most 18 letters)."""
-    columns = {}
+    names_by_type: dict[Any, list[str]] = {}
     for item in definitions:
-        dtype = np.dtype("U18" if item.dtype is np.str_ else item.dtype)
-        columns[item.name] = np.full(n_rows, np.nan, dtype) if dtype.kind == "f" else np.zeros(n_rows, dtype)
-    return columns
+        names_by_type.setdefault(item.dtype, []).append(item.name)
+    columns: dict[str, NDArray[Any]] = {}
+    for dtype, names in names_by_type.items():
+        # Columns of one type are rows of one array: a hundred arrays take longer to make than a small blend to share.
+        block = np.zeros((len(names), n_rows), "U18" if dtype is np.str_ else dtype)
+        if block.dtype.kind == "f":
+            block.fill(np.nan)
+        columns.update(zip(names, block, strict=True))
+    return {item.name: columns[item.name] for item in definitions}
 
 
 def _make_table(
@@ -510,7 +519,7 @@ def make_objects(
     objects : Table
         Columns in the order of `object_columns`, with units and descriptions.
     """
-    return _make_table(columns, object_columns(bands, model), unit)
+    return _make_table(columns, object_columns(tuple(bands), model), unit)
 
 
 def make_parents(columns: Mapping[str, ArrayLike]) -> Table:
@@ -533,7 +542,7 @@ def make_candidates(columns: Mapping[str, ArrayLike], bands: Sequence[str], unit
 
     Parameters, and what is returned, are as in `make_objects`, with the columns of `candidate_columns`.
     """
-    return _make_table(columns, candidate_columns(bands), unit)
+    return _make_table(columns, candidate_columns(tuple(bands)), unit)
 
 
 # ---------------------------------------------------------------- magnitudes and units
@@ -606,7 +615,7 @@ def in_nanojansky(objects: Table, bands: Sequence[str], zero_point: float) -> Ta
         AB magnitude of a flux of one of their units.
     """
     factor = 10 ** (-0.4 * (zero_point - MAGNITUDE_OF_NJY))
-    fluxes = {item.name for item in object_columns(bands, "templates") if item.unit == "flux"}
+    fluxes = {item.name for item in object_columns(tuple(bands), "templates") if item.unit == "flux"}
     table = objects.copy()
     for column in table.itercols():
         if column.name in fluxes:

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from kermes.coadd import Blend
 from kermes.config import FreeFormConfig
-from kermes.geometry import Box
+from kermes.geometry import Box, box_table
+from kermes.kernels import free_form as kernels_free_form
 from kermes.kernels import metrics as kernels_metrics
 from kermes.psf import model_psf, sufficient_reach
-from kermes.rendering import Convolution, KernelSet, transform_side
+from kermes.rendering import KernelSet, transform_side
 from kermes.scene import FactorizedComponent, ProfileComponent, Scene, move_pixels
 
 DoubleArray = NDArray[np.float64]
@@ -43,6 +44,10 @@ LARGEST = 96
 NEAR = 7
 """Distance from a peak, along each axis [pixels], within which chi2 is looked at first."""
 
+ROUNDS = 4
+"""How often the pixels that would lose more light than they have are held, and the others solved again; with two or
+three hardly any are left."""
+
 LEAST_CHI2 = 0.9
 """Mean chi2 there below which a source is not looked at closer."""
 
@@ -60,30 +65,23 @@ class _Window:
     weights: FloatArray
     """Inverse variance [same unit], 0 where a pixel is not used, shape (B, h, w)."""
 
-    information: FloatArray
-    """Inverse variance of the light that a pixel of the model has, all other pixels known, shape (B, h, w)."""
+    transforms: NDArray[np.complex64]
+    """Of the observed PSFs, on a side that holds the window and what is followed of them."""
 
-    convolution: Convolution
-    """With the observed PSFs."""
+    squares: FloatArray
+    """Sum of the squares of each PSF, shape (B,)."""
 
+    def observed(self, light: FloatArray, spectra: FloatArray) -> FloatArray:
+        """See light (K, h, w) with spectra (K, B) through the PSFs."""
+        images = np.empty_like(self.residual)
+        kernels_free_form.observe(light, spectra, self.transforms, images)
+        return images
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Change:
-    """What may change: the sum over k of spectra[k] * envelopes[k] * fields[k], each field of variance one."""
-
-    spectra: FloatArray
-    """Shape (K, B)."""
-
-    envelopes: FloatArray
-    """Shape (K, h, w)."""
-
-    def light(self, fields: FloatArray) -> FloatArray:
-        """Turn fields (K, h, w) into light (B, h, w) before it is blurred by any PSF."""
-        return np.asarray(np.einsum("kb,khw->bhw", self.spectra, self.envelopes * fields))
-
-    def adjoint(self, gradient: FloatArray) -> FloatArray:
-        """Turn derivatives by the light (B, h, w) into those by the fields (K, h, w)."""
-        return np.asarray(self.envelopes * np.einsum("kb,bhw->khw", self.spectra, gradient))
+    def gathered(self, images: FloatArray, spectra: FloatArray) -> FloatArray:
+        """Turn derivatives by the images (B, h, w) into those by the light of each spectrum (K, h, w)."""
+        light = np.empty((len(spectra), *self.box.shape), dtype=np.float32)
+        kernels_free_form.gather(images, spectra, self.transforms, light)
+        return light
 
 
 def with_free_form(
@@ -123,20 +121,17 @@ def with_free_form(
 
     O(B side^2 log side) per step and corrected source; side is the extent of the source and twice that of the PSF.
     """
-    used = blend.weights[blend.weights > 0]
-    if config.strength == 0 or not len(used):
+    if config.strength == 0:
         return scene
-    unit = np.float32(1 / np.sqrt(np.median(used)))
+    rows = _promising(scene, residual, snr, blend, config)
+    if not len(rows):
+        return scene
+    unit = np.float32(1 / np.sqrt(np.median(blend.weights[blend.weights > 0])))
     residual, weights = residual / unit, blend.weights * unit**2
     noise = np.nan_to_num(blend.noise_rms / unit, nan=np.inf).astype(np.float32)
-    reach = _reach(blend, kernels)
-    promising = _chi2_near_peaks(scene, residual, weights) > LEAST_CHI2
     sources = list(scene.sources)
-    for s in np.argsort(-np.nan_to_num(snr), kind="stable").tolist():
+    for s, reach in zip(rows.tolist(), _reach(blend, kernels, rows).tolist(), strict=True):
         profiles = [component for component in sources[s].components if isinstance(component, ProfileComponent)]
-        point = all(profile.is_point for profile in profiles)
-        if not profiles or not promising[s] or not snr[s] >= (config.point_snr if point else config.min_snr):
-            continue
         spectra = np.array([np.maximum(profile.spectrum, 0) / unit for profile in profiles], dtype=np.float32)
         images = [_image(profile) for profile in profiles]
         floor = config.floor
@@ -146,7 +141,7 @@ def with_free_form(
             support = _support(profiles, images, _floors(spectra, floor * noise)) & scene.box
         if support.is_empty:
             continue
-        window = _window(support, int(reach[s]), residual, weights, blend, kernels)
+        window = _window(support, reach, residual, weights, blend, kernels)
         shapes = np.stack([move_pixels(i, p.box, window.box) for i, p in zip(images, profiles, strict=True)])
         spectra, shapes, window = _corrections(spectra, shapes, floor * noise, window, profiles[0].sigma, config)
         residual[(slice(None), *window.box.within(scene.box))] = window.residual
@@ -156,23 +151,36 @@ def with_free_form(
             for spectrum, shape in zip(spectra, shapes, strict=True)
             if shape.any()
         ]
-        sources[s] = replace(sources[s], components=(*sources[s].components, *added))
+        if added:
+            sources[s] = replace(sources[s], components=(*sources[s].components, *added))
     if all(new is old for new, old in zip(sources, scene.sources, strict=True)):
         return scene
     return replace(scene, sources=tuple(sources))
 
 
-def _chi2_near_peaks(scene: Scene, residual: FloatArray, weights: FloatArray) -> DoubleArray:
-    """Mean of chi2 near the peak of each source, shape (S,); NaN where no pixel is used."""
-    boxes = [Box(*source.peak, 1, 1).grow(NEAR) & scene.box for source in scene.sources]
-    origin = np.array([*scene.box.origin, 0, 0])
-    table = np.array([(*box.origin, *box.shape) for box in boxes], dtype=np.int64).reshape(-1, 4)
-    return np.asarray(kernels_metrics.mean_chi2(residual, weights, table - origin))
+def _promising(
+    scene: Scene, residual: FloatArray, snr: DoubleArray, blend: Blend, config: FreeFormConfig
+) -> IndexArray:
+    """Rows of sources with profiles that are bright enough and not as close to the data as noise allows, (N,).
+
+    The brightest first.
+    """
+    rows = []
+    for s in np.argsort(-np.nan_to_num(snr), kind="stable").tolist():
+        profiles = [part for part in scene.sources[s].components if isinstance(part, ProfileComponent)]
+        least = config.point_snr if all(profile.is_point for profile in profiles) else config.min_snr
+        if profiles and snr[s] >= least:
+            rows.append(s)
+    peaks = [scene.sources[s].peak for s in rows]
+    boxes = [Box(y, x, 1, 1).grow(NEAR) & scene.box for y, x in peaks]
+    # Mean of chi2 near the peak; NaN where no pixel is used.
+    chi2: DoubleArray = kernels_metrics.mean_chi2(residual, blend.weights, box_table(boxes, scene.box.origin))
+    return np.asarray(rows, dtype=np.int64)[chi2 > LEAST_CHI2]
 
 
-def _reach(blend: Blend, kernels: KernelSet) -> IndexArray:
-    """How far PSFs are followed so that what is left out is lost in the noise, for the source of each peak [pixels]."""
-    y, x = blend.peaks.T
+def _reach(blend: Blend, kernels: KernelSet, rows: IndexArray) -> IndexArray:
+    """How far PSFs are followed so that what is left out is lost in the noise, for the source of each row [pixels]."""
+    y, x = blend.peaks[rows].T
     snr = blend.images[:, y, x].T / blend.noise_rms
     # A masked core says nothing: it may be a saturated star's.
     snr[(blend.weights[:, y, x] == 0).T & blend.weights.any(axis=(1, 2))] = np.inf
@@ -203,18 +211,13 @@ def _window(
 ) -> _Window:
     """Cut out what the light of a support reaches."""
     box = support.grow(reach) & blend.box
-    side = transform_side(max(support.shape) + 2 * reach)
-    convolution = Convolution(kernels.psf_transforms(side), side, box.shape)
     cut = (slice(None), *box.within(blend.box))
-    own = np.ascontiguousarray(weights[cut])
-    # The weights seen through the squared PSF, as if that were as wide as the PSF.
-    squares = np.square(blend.psfs).sum(axis=(1, 2)).astype(np.float32)
     return _Window(
         box=box,
         residual=np.ascontiguousarray(residual[cut]),
-        weights=own,
-        information=squares[:, None, None] * np.maximum(convolution.adjoint(own), 0),
-        convolution=convolution,
+        weights=np.ascontiguousarray(weights[cut]),
+        transforms=kernels.psf_transforms(transform_side(max(support.shape) + 2 * reach)),
+        squares=np.square(blend.psfs).sum(axis=(1, 2)).astype(np.float32),
     )
 
 
@@ -241,68 +244,65 @@ def _correct(
 ) -> tuple[FloatArray | None, _Window]:
     """Find the changes (K, h, w) of shapes of given spectra, None if they are not significant, and what they leave."""
     floors = _floors(spectra, faintest)[:, None, None]
-    change = _Change(spectra=spectra, envelopes=np.float32(config.strength) * np.maximum(shapes - floors, 0))
+    envelopes = np.float32(config.strength) * np.maximum(shapes - floors, 0)
     # Models of data that are none may be so bright that squares of them are too large for a float32: those stay.
     with np.errstate(over="ignore", invalid="ignore"):
-        fields = _solve(window, change, shapes, config)
+        fields = _solve(window, spectra, envelopes, shapes, config)
     if fields is None or not np.isfinite(fields).all():
         return None, window
-    left = window.residual - window.convolution.forward(change.light(fields))
-    return np.maximum(_blurred(change.envelopes * fields, sigma), -shapes), replace(window, residual=left)
+    light = envelopes * fields
+    left = window.residual - window.observed(light, spectra)
+    return np.maximum(_blurred(light, sigma), -shapes), replace(window, residual=left)
 
 
-def _solve(window: _Window, change: _Change, shapes: FloatArray, config: FreeFormConfig) -> FloatArray | None:
+def _solve(
+    window: _Window, spectra: FloatArray, envelopes: FloatArray, shapes: FloatArray, config: FreeFormConfig
+) -> FloatArray | None:
     """Find the fields (K, h, w) for which chi2 plus their sum of squares is least; None if noise explains as much.
 
-    Light may not be taken from a pixel beyond what `shapes` (K, h, w) have there. Pixels where the first answer would
-    do so are held at that limit while the others are solved again.
+    A field, of variance one, times its envelope (K, h, w) is the change of the light that has the spectrum (K, B).
+    Light may not be taken from a pixel beyond what `shapes` (K, h, w) have there. Pixels where the answer would do so
+    are held at that limit while the others are solved again: cut off at the end, they would leave the light that made
+    up for what they lost, and in bright galaxies more residuals than without a correction.
     """
-    gradient = change.adjoint(window.convolution.adjoint(window.weights * window.residual))
-    information = np.einsum("kb,bhw->khw", np.square(change.spectra), window.information)
-    diagonal = 1 + np.square(change.envelopes) * information
+    gradient = envelopes * window.gathered(window.weights * window.residual, spectra)
+    # Of the light of a pixel, all others known: the weights seen through the squared PSF, as if that were as wide as
+    # the PSF.
+    information = window.gathered(window.weights, np.square(spectra) * window.squares)
+    diagonal = 1 + np.square(envelopes) * np.maximum(information, 0)
     # What would be gained if the pixels were independent, and what noise alone would gain: one for each parameter that
     # the data determine and not the prior.
     freedom = float(np.sum(1 - 1 / diagonal, dtype=np.float64))
     if not _product(gradient, gradient / diagonal) - freedom > config.significance * np.sqrt(freedom):
         return None
-    enough = config.tolerance * freedom
-    fields = _descend(window, change, gradient, diagonal, enough, config.max_iterations)
-    lowest = -shapes / np.maximum(change.envelopes, np.float32(1e-20))
-    low = fields < lowest
-    if not low.any():
+
+    def descend(gradient: FloatArray, diagonal: FloatArray) -> FloatArray:
+        fields: FloatArray = kernels_free_form.descend(
+            envelopes,
+            spectra,
+            window.weights,
+            window.transforms,
+            gradient,
+            diagonal,
+            config.tolerance * freedom,
+            config.max_iterations,
+        )
         return fields
-    held = np.where(low, lowest, fields)
-    left = window.residual - window.convolution.forward(change.light(held))
-    gradient = change.adjoint(window.convolution.adjoint(window.weights * left)) - held
-    # An infinite diagonal holds a pixel.
-    diagonal = np.where(low, np.float32(np.inf), diagonal)
-    return np.maximum(held + _descend(window, change, gradient, diagonal, enough, config.max_iterations), lowest)
 
-
-def _descend(
-    window: _Window,
-    change: _Change,
-    gradient: FloatArray,
-    diagonal: FloatArray,
-    enough: float,
-    max_iterations: int,
-) -> FloatArray:
-    """Take steps of conjugate gradients from a gradient (K, h, w) until they promise not more than is enough."""
-    step = gradient / diagonal
-    gain = _product(gradient, step)
-    fields, direction = np.zeros_like(gradient), step
-    for _ in range(max_iterations):
-        if not gain > enough:
+    fields = descend(gradient, diagonal)
+    lowest = -shapes / np.maximum(envelopes, np.float32(1e-20))
+    held = np.zeros(fields.shape, dtype=bool)
+    for _ in range(ROUNDS):
+        low = fields < lowest
+        if not low.any():
             break
-        observed = window.convolution.forward(change.light(direction))
-        curved = direction + change.adjoint(window.convolution.adjoint(window.weights * observed))
-        length = np.float32(gain / _product(direction, curved))
-        fields += length * direction
-        gradient = gradient - length * curved
-        step = gradient / diagonal
-        before, gain = gain, _product(gradient, step)
-        direction = step + np.float32(gain / before) * direction
-    return fields
+        held |= low
+        fields = np.where(low, lowest, fields)
+        left = window.residual - window.observed(envelopes * fields, spectra)
+        gradient = envelopes * window.gathered(window.weights * left, spectra) - fields
+        # An infinite diagonal holds a pixel.
+        fields += descend(gradient, np.where(held, np.float32(np.inf), diagonal))
+    return np.maximum(fields, lowest)
 
 
 def _product(one: FloatArray, other: FloatArray) -> float:

@@ -134,6 +134,13 @@ class Box:
         )
 
 
+def box_table(boxes: Iterable[Box], origin: tuple[int, int] = (0, 0)) -> NDArray[np.int64]:
+    """List boxes as kernels take them: y0, x0, height and width of each, counted from `origin`, shape (K, 4)."""
+    table = np.array([(box.y0, box.x0, box.height, box.width) for box in boxes], dtype=np.int64).reshape(-1, 4)
+    table[:, :2] -= origin
+    return table
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Footprint:
     """A set of pixels: runs of pixels in rows."""

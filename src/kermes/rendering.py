@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from rocket_fft import good_size
 
 from kermes.errors import InputError, ShapeError
-from kermes.geometry import Box
+from kermes.geometry import Box, box_table
 from kermes.kernels import convolution, profile_rendering
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import rendering as kernels_rendering
@@ -128,15 +128,6 @@ class Packed:
         return len(self.boxes)
 
 
-def _boxes(
-    components: Sequence[FactorizedComponent | ProfileComponent | CubeComponent], origin: tuple[int, int]
-) -> NDArray[np.int64]:
-    """Boxes (K, 4) of components in pixels that are counted from `origin`."""
-    boxes = np.array([(*c.box.origin, *c.box.shape) for c in components], dtype=np.int64).reshape(-1, 4)
-    boxes[:, :2] -= origin
-    return boxes
-
-
 def pack(scene: Scene, n_bands: int) -> Packed:
     """Pack the components of a scene, all of them factorized, in pixels of its box."""
     sources = np.repeat(np.arange(len(scene.sources)), [len(s.components) for s in scene.sources])
@@ -144,7 +135,7 @@ def pack(scene: Scene, n_bands: int) -> Packed:
 
 
 def _pack(components: Sequence[FactorizedComponent], sources: NDArray[np.int64], box: Box, n_bands: int) -> Packed:
-    boxes = _boxes(components, box.origin)
+    boxes = box_table((component.box for component in components), box.origin)
     offsets = np.concatenate([[0], np.cumsum(boxes[:, 2] * boxes[:, 3])]).astype(np.int64)
     morphologies = np.concatenate([np.empty(0, np.float32), *(c.morphology.ravel() for c in components)])
     spectra = np.array([c.spectrum for c in components], dtype=np.float32).reshape(-1, n_bands)
@@ -400,14 +391,14 @@ def _divide(scene: Scene, n_bands: int) -> tuple[Packed, PackedProfiles, _Templa
     return (
         _pack(factorized, of_factorized, scene.box, n_bands),
         PackedProfiles(
-            boxes=_boxes(profiles, scene.box.origin),
+            boxes=box_table((component.box for component in profiles), scene.box.origin),
             shapes=np.array([c.shape for c in profiles]).reshape(-1, 6),
             spectra=np.array([c.spectrum for c in profiles], dtype=np.float32).reshape(-1, n_bands),
             sources=of_profiles,
             sigmas=tuple(c.sigma for c in profiles),
         ),
         _Templates(
-            boxes=_boxes(templates, scene.box.origin),
+            boxes=box_table((component.box for component in templates), scene.box.origin),
             cubes=tuple(c.cube for c in templates),
             sources=of_templates,
         ),

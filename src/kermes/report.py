@@ -196,7 +196,7 @@ def _flag(result: Result, name: str) -> str:
 def _numbers(handle: ObjectHandle) -> str:
     """Tables of what is known of an object: per band, and of all bands together."""
     result, row = handle.result, handle.row
-    definitions = object_columns([_PER_BAND[:-1]], result.config.model)
+    definitions = object_columns((_PER_BAND[:-1],), result.config.model)
     of_bands = [column for column in definitions if column.name.startswith(_PER_BAND)]
     others = [column for column in definitions if not column.name.startswith((_PER_BAND, "flag_"))]
     columns = result.objects.columns

@@ -22,7 +22,7 @@ from kermes.checkpoint import Checkpoint
 from kermes.coadd import Coadd, planes_at
 from kermes.config import Config
 from kermes.flux import add_positive, shared_fluxes
-from kermes.geometry import Box, Footprints
+from kermes.geometry import Box, Footprints, box_table
 from kermes.metrics import observed_metrics
 from kermes.modelling import BlendOutcome, fit_blend
 from kermes.partition import Parent
@@ -282,21 +282,21 @@ def fill_shared_columns(
         "observed_overlap_fraction": overlap.overlap_fraction,
         "observed_blendedness": overlap.blendedness,
     }
-    for b, band in enumerate(coadd.bands):
-        known = np.isfinite(objects[f"{band}_flux_err"][members])
-        for name, values in columns.items():
-            objects[f"{band}_{name}"][members] = np.where(known, values[:, b], np.nan)
-    fluxes, errors = (
-        np.array([objects[f"{band}_{name}"][members] for band in coadd.bands]) for name in ("flux", "flux_err")
+    fluxes, errors, correlation = (
+        np.array([objects[f"{band}_{name}"][members] for band in coadd.bands])
+        for name in ("flux", "flux_err", "flux_correlation")
     )
+    known = np.isfinite(errors)
+    for name, values in columns.items():
+        for band, of_band in zip(coadd.bands, np.where(known, values.T, np.nan), strict=True):
+            objects[f"{band}_{name}"][members] = of_band
     snr = np.divide(fluxes, errors, out=np.full_like(fluxes, -np.inf), where=errors > 0)
-    clearest = snr.argmax(axis=0)
-    of_neighbors = overlap.overlap_fraction[np.arange(len(members)), clearest]
+    of_neighbors = overlap.overlap_fraction[np.arange(len(members)), snr.argmax(axis=0)]
     objects[Flag.NEIGHBOR_DOMINATED][members] = of_neighbors > 1
     total_snr = np.sqrt(np.square(np.where(np.isfinite(snr), snr, 0.0)).sum(axis=0))
-    correlation = np.abs([objects[f"{band}_flux_correlation"][members] for band in coadd.bands])
+    strongest = np.fmax.reduce(np.abs(correlation), axis=0)
     # One that was left without any light has no pixels in which to compare it.
-    robbed = (of_neighbors == 0) & (np.nan_to_num(correlation).max(axis=0) > LEAST_CORRELATION)
+    robbed = (of_neighbors == 0) & (strongest > LEAST_CORRELATION)
     objects[Flag.SHREDDED][members] = ((of_neighbors > 1) | robbed) & (total_snr < LEAST_OWN_SNR)
     objects["preferred_flux"][members] = _preferred_flux(objects, members, fluxes)
 
@@ -360,8 +360,8 @@ def _object_columns(plan: TilePlan) -> dict[str, NDArray[Any]]:
     for task in plan.tasks:
         columns["parent_id"][task.members] = task.parent.parent_id + 1
         columns["blend_id"][task.members] = task.index + 1
-    _, first, inverse = np.unique(plan.peaks, axis=0, return_index=True, return_inverse=True)
-    columns[Flag.DUPLICATE_PEAK][:] = first[inverse.reshape(-1)] != np.arange(plan.n_peaks)
+    _, first, inverse = np.unique(y * coadd.shape[1] + x, return_index=True, return_inverse=True)
+    columns[Flag.DUPLICATE_PEAK][:] = first[inverse] != np.arange(plan.n_peaks)
     columns[Flag.MASKED_PEAK][:] = ~coadd.valid[:, y, x].any(axis=0)
     columns[Flag.OUTSIDE_FOOTPRINT][:] = plan.labels[y, x] == 0
     if coadd.mask is not None and coadd.mask_planes:
@@ -371,7 +371,7 @@ def _object_columns(plan: TilePlan) -> dict[str, NDArray[Any]]:
 
 
 def _box_columns(boxes: Sequence[Box], coadd: Coadd) -> dict[str, NDArray[np.int64]]:
-    table = np.array([(*box.origin, *box.shape) for box in boxes], dtype=np.int64).reshape(-1, 4)
+    table = box_table(boxes)
     return {
         "y0": table[:, 0] + coadd.origin[0],
         "x0": table[:, 1] + coadd.origin[1],

@@ -27,7 +27,7 @@ from kermes.catalog import (
 )
 from kermes.config import Config
 from kermes.errors import FileError, InputError
-from kermes.geometry import Box, Footprint, Footprints
+from kermes.geometry import Box, Footprint, Footprints, box_table
 from kermes.io.scarlet import (
     DAMAGE,
     ScarletBlend,
@@ -268,7 +268,7 @@ def _objects(
     origin: tuple[int, int],
     unit: units.UnitBase | None,
 ) -> Any:
-    columns = empty_columns(object_columns(bands, "scarlet-lite"), len(rows))
+    columns = empty_columns(object_columns(tuple(bands), "scarlet-lite"), len(rows))
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
     for name, values in zip(("object_id", "parent_id", "blend_id", "peak_index"), table.T, strict=True):
         columns[name][:] = values
@@ -291,7 +291,7 @@ def _objects(
 
 
 def _box_columns(columns: Mapping[str, NDArray[Any]], boxes: Iterable[Box]) -> None:
-    table = np.array([(*box.origin, *box.shape) for box in boxes], dtype=np.int64).reshape(-1, 4)
+    table = box_table(boxes)
     for name, values in zip(("y0", "x0", "height", "width"), table.T, strict=True):
         columns[name][:] = values
 
