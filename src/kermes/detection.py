@@ -21,7 +21,7 @@ from kermes.config import DetectionConfig
 from kermes.errors import InputError
 from kermes.geometry import Box
 from kermes.kernels import detection as kernels
-from kermes.psf import gaussian_fwhm, truncated
+from kermes.psf import gaussian_fwhm, sums_beyond, truncated
 from kermes.wavelets import noise_of_planes, starlet_transform
 
 FloatArray = NDArray[np.float64]
@@ -86,14 +86,10 @@ def _contrast_kernel(psf: FloatArray) -> FloatArray:
 
 def _core(psfs: FloatArray) -> FloatArray:
     """Cut PSFs (B, P, Q) to the central square that loses less than a millionth of the power of any band."""
-    half = max(psfs.shape[1:]) // 2
-    power = psfs**2
-    total = power.sum(axis=(1, 2))
-    for radius in range(1, half):
-        core = truncated(power, radius)
-        if (core.sum(axis=(1, 2)) >= (1 - 1e-6) * total).all():
-            return truncated(psfs, radius)
-    return psfs
+    power = sums_beyond(psfs**2)
+    # Cut at a radius, what lies farther out is lost.
+    enough = (power[:, 2:] <= 1e-6 * power[:, :1]).all(axis=0)
+    return truncated(psfs, 1 + int(enough.argmax())) if enough.any() else psfs
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -126,8 +126,7 @@ def with_free_form(
     rows = _promising(scene, residual, snr, blend, config)
     if not len(rows):
         return scene
-    unit = np.float32(1 / np.sqrt(np.median(blend.weights[blend.weights > 0])))
-    residual, weights = residual / unit, blend.weights * unit**2
+    residual, unit = residual.copy(), np.float32(np.nanmedian(blend.noise_rms))
     noise = np.nan_to_num(blend.noise_rms / unit, nan=np.inf).astype(np.float32)
     sources = list(scene.sources)
     for s, reach in zip(rows.tolist(), _reach(blend, kernels, rows).tolist(), strict=True):
@@ -141,10 +140,10 @@ def with_free_form(
             support = _support(profiles, images, _floors(spectra, floor * noise)) & scene.box
         if support.is_empty:
             continue
-        window = _window(support, reach, residual, weights, blend, kernels)
+        window = _window(support, reach, residual, unit, blend, kernels)
         shapes = np.stack([move_pixels(i, p.box, window.box) for i, p in zip(images, profiles, strict=True)])
         spectra, shapes, window = _corrections(spectra, shapes, floor * noise, window, profiles[0].sigma, config)
-        residual[(slice(None), *window.box.within(scene.box))] = window.residual
+        residual[(slice(None), *window.box.within(scene.box))] = window.residual * unit
         box = support.grow(BLUR) & window.box
         added = [
             _component(spectrum * unit, shape, window.box, box)
@@ -207,15 +206,15 @@ def _support(profiles: list[ProfileComponent], images: list[FloatArray], floors:
 
 
 def _window(
-    support: Box, reach: int, residual: FloatArray, weights: FloatArray, blend: Blend, kernels: KernelSet
+    support: Box, reach: int, residual: FloatArray, unit: np.float32, blend: Blend, kernels: KernelSet
 ) -> _Window:
-    """Cut out what the light of a support reaches."""
+    """Cut out what the light of a support reaches, in a unit of flux."""
     box = support.grow(reach) & blend.box
     cut = (slice(None), *box.within(blend.box))
     return _Window(
         box=box,
-        residual=np.ascontiguousarray(residual[cut]),
-        weights=np.ascontiguousarray(weights[cut]),
+        residual=residual[cut] / unit,
+        weights=blend.weights[cut] * unit**2,
         transforms=kernels.psf_transforms(transform_side(max(support.shape) + 2 * reach)),
         squares=np.square(blend.psfs).sum(axis=(1, 2)).astype(np.float32),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.fft
@@ -212,12 +212,23 @@ def gaussian_fwhm(psf: ArrayLike) -> float:
 
 
 @lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _rings(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pixels of a stamp by their distance from the centre, the larger of |dy| and |dx|, and where each starts."""
     y, x = np.indices((height, width))
     distance = np.maximum(np.abs(y - height // 2), np.abs(x - width // 2)).ravel()
     order = np.argsort(distance, kind="stable")
     return order, np.searchsorted(distance[order], np.arange(max(height, width) // 2 + 1))
+
+
+def sums_beyond(stamps: DoubleArray) -> DoubleArray:
+    """Sum what lies at the distances 0 to R or beyond, R half the longer side: shape (B, R + 1) of stamps (B, P, Q).
+
+    The distance is the larger of those along y and x, from the middle of the odd sides.
+    """
+    order, starts = _rings(stamps.shape[1], stamps.shape[2])
+    sums = np.add.reduceat(stamps.reshape(len(stamps), -1)[:, order], starts, axis=1)
+    return np.asarray(np.cumsum(sums[:, ::-1], axis=1)[:, ::-1])
 
 
 def cut_error(kernels: DoubleArray, psfs: DoubleArray) -> DoubleArray:
@@ -241,14 +252,12 @@ def cut_error(kernels: DoubleArray, psfs: DoubleArray) -> DoubleArray:
     Where sources overlap their errors add. O(B P Q).
     """
     order, starts = _rings(kernels.shape[1], kernels.shape[2])
-    magnitude = np.abs(kernels).reshape(len(kernels), -1)[:, order]
-    largest = np.maximum.reduceat(magnitude, starts, axis=1)
-    sums = np.add.reduceat(magnitude, starts, axis=1)
+    magnitude = np.abs(kernels)
+    largest = np.maximum.reduceat(magnitude.reshape(len(kernels), -1)[:, order], starts, axis=1)
     largest = np.maximum.accumulate(largest[:, ::-1], axis=1)[:, ::-1]
-    sums = np.cumsum(sums[:, ::-1], axis=1)[:, ::-1]
     share = psfs.max(axis=(1, 2), initial=0.0)  # of the flux of a point source, in its brightest pixel
     point = np.divide(largest, share[:, None], out=np.zeros_like(largest), where=share[:, None] > 0)
-    return np.asarray(np.maximum(point, sums))
+    return np.asarray(np.maximum(point, sums_beyond(magnitude)))
 
 
 def sufficient_reach(error: DoubleArray, peak_snr: ArrayLike, fraction: float = 0.1) -> NDArray[np.int64]:
@@ -299,42 +308,66 @@ def continued(psfs: NDArray[np.float64], factor: int = 3) -> NDArray[np.float64]
     """
     n_bands, height, width = psfs.shape
     reach = factor * (max(height, width) // 2)
-    ring, ln_radius, outside, ln_outside, number = _outer_rings(height, width, reach)
-    rows, columns = (slice(reach - side // 2, reach + side // 2 + 1) for side in (height, width))
-    out = np.zeros((n_bands, 2 * reach + 1, 2 * reach + 1))
-    out[:, rows, columns] = psfs
-    n_pixels = np.bincount(ring, minlength=7)[1:]
-    for plane, psf in zip(out, psfs, strict=True):
-        means = np.bincount(ring, weights=psf.ravel(), minlength=7)[1:] / np.maximum(n_pixels, 1)
+    rings = _outer_rings(height, width, reach)
+    spread = rings.ln_radius - rings.ln_radius.mean()
+    wings, total = np.zeros((n_bands, len(rings.ln_distance))), np.ones(n_bands)
+    for b, psf in enumerate(psfs):
+        means = np.bincount(rings.ring, weights=psf.ravel(), minlength=7)[1:] / rings.n_pixels
         if (means <= 0).any():
             continue
         ln_means = np.log(means)
-        spread = ln_radius - ln_radius.mean()
         slope = float(spread @ ln_means / (spread @ spread))
         if -7 < slope < -2.2:
-            wings = np.exp(ln_means.mean() + slope * (ln_outside - ln_radius.mean()))
-            plane.reshape(-1)[outside] = wings[number]
-            plane /= plane.sum()
+            wings[b] = np.exp(ln_means.mean() + slope * (rings.ln_distance - rings.ln_radius.mean()))
+            total[b] = psf.sum() + wings[b] @ rings.n_outside
+    out = np.take(wings / total[:, None], rings.number, axis=1, mode="clip")
+    rows, columns = (slice(reach - side // 2, reach + side // 2 + 1) for side in (height, width))
+    out[:, rows, columns] = psfs / total[:, None, None]
     return out
 
 
-@lru_cache(maxsize=8)
-def _outer_rings(height: int, width: int, reach: int) -> tuple[NDArray[Any], ...]:
-    """Rings 1 to 6 of the outer part of a stamp (0: the rest), their ln radius; pixels beyond it, and what theirs are.
+class _OuterRings(NamedTuple):
+    """Pixels of a stamp and of what it is continued to."""
 
-    Many pixels have one radius: the last two are all ln radii, once each, and the number of that of each pixel.
-    """
+    ring: NDArray[np.int64]
+    """Which of the rings 1 to 6 of the outer part of the stamp each of its pixels is in, 0: none."""
+
+    n_pixels: NDArray[np.int64]
+    """Number of pixels of each ring, at least 1."""
+
+    ln_radius: DoubleArray
+    """Mean ln radius of each ring."""
+
+    ln_distance: DoubleArray
+    """ln of all distances from the middle of the continued stamp, once each; that of the middle is of half a pixel."""
+
+    number: NDArray[np.int64]
+    """Which of them each pixel of the continued stamp has."""
+
+    n_outside: NDArray[np.int64]
+    """Number of pixels outside of the stamp at each."""
+
+
+@lru_cache(maxsize=8)
+def _outer_rings(height: int, width: int, reach: int) -> _OuterRings:
     half = min(height, width) // 2
     y, x = np.arange(height) - height // 2, np.arange(width) - width // 2
     radius = np.hypot(y[:, None], x)
     edges = np.linspace(0.6 * half, half, 7)
     ring = np.searchsorted(edges, radius.ravel(), side="right") % 7
     own = [radius.ravel()[ring == k] for k in range(1, 7)]
-    ln_radius = np.array([np.log(inside).mean() if len(inside) else 0.0 for inside in own])
     offset = np.arange(-reach, reach + 1)
+    squares, number = np.unique(offset[:, None] ** 2 + offset**2, return_inverse=True)
+    number = number.reshape(len(offset), -1)
     outside = (np.abs(offset)[:, None] > height // 2) | (np.abs(offset) > width // 2)
-    squares, number = np.unique((offset[:, None] ** 2 + offset**2)[outside], return_inverse=True)
-    return ring, ln_radius, np.flatnonzero(outside), 0.5 * np.log(squares), number
+    return _OuterRings(
+        ring=ring,
+        n_pixels=np.array([max(len(inside), 1) for inside in own]),
+        ln_radius=np.array([np.log(inside).mean() if len(inside) else 0.0 for inside in own]),
+        ln_distance=0.5 * np.log(np.maximum(squares, 0.25)),
+        number=number,
+        n_outside=np.bincount(number[outside], minlength=len(squares)),
+    )
 
 
 # ---------------------------------------------------------------- PSFs that vary over the sky
