@@ -16,12 +16,12 @@ def zeros(definitions, n_rows=3):
 
 @pytest.fixture
 def columns():
-    return zeros(catalog.object_columns(["g", "r"]))
+    return zeros(catalog.object_columns(("g", "r")))
 
 
 def test_columns_come_in_the_declared_order_whatever_the_order_of_the_values(columns):
     table = catalog.make_objects(dict(reversed(columns.items())), ["g", "r"], None)
-    assert table.colnames == [item.name for item in catalog.object_columns(["g", "r"])]
+    assert table.colnames == [item.name for item in catalog.object_columns(("g", "r"))]
 
 
 def test_flux_columns_have_the_unit_of_the_coadd(columns):
@@ -41,10 +41,10 @@ def test_positions_are_double_precision_pixels(columns):
 @pytest.mark.parametrize(
     "definitions",
     [
-        catalog.object_columns(["g"]),
+        catalog.object_columns(("g",)),
         catalog.PARENT_COLUMNS,
         catalog.BLEND_COLUMNS,
-        catalog.candidate_columns(["g"]),
+        catalog.candidate_columns(("g",)),
         catalog.measurement_columns(["g"], (3, 6.5)),
     ],
     ids=["objects", "parents", "blends", "candidates", "measurements"],
@@ -82,18 +82,18 @@ def test_an_unknown_column_is_a_bug(columns):
 
 
 def test_no_peaks_make_an_empty_table_with_all_columns():
-    names = [item.name for item in catalog.object_columns(["g"])]
+    names = [item.name for item in catalog.object_columns(("g",))]
     table = catalog.make_objects({name: [] for name in names}, ["g"], None)
     assert (len(table), table.colnames) == (0, names)
 
 
 def test_fluxes_of_candidates_have_the_unit_of_the_coadd():
-    table = catalog.make_candidates(zeros(catalog.candidate_columns(["g", "r"])), ["g", "r"], units.nJy)
+    table = catalog.make_candidates(zeros(catalog.candidate_columns(("g", "r"))), ["g", "r"], units.nJy)
     assert table["r_flux_err"].unit == units.nJy
 
 
 def test_every_model_and_origin_fits_into_an_unfilled_column():
-    columns = catalog.empty_columns([*catalog.object_columns(["g"]), *catalog.candidate_columns(["g"])], 1)
+    columns = catalog.empty_columns([*catalog.object_columns(("g",)), *catalog.candidate_columns(("g",))], 1)
     for name, values in (("model", catalog.Model), ("origin", catalog.Origin)):
         for value in values:
             columns[name][0] = value
@@ -118,7 +118,7 @@ def test_magnitudes_are_ab_magnitudes_and_faint_fluxes_have_limits():
 
 
 def test_what_is_no_flux_has_no_unit_of_flux():
-    columns = catalog.empty_columns(catalog.object_columns(["g"], "templates"), 2)
+    columns = catalog.empty_columns(catalog.object_columns(("g",), "templates"), 2)
     table = catalog.in_nanojansky(catalog.make_objects(columns, ["g"], None, "templates"), ["g"], 27.0)
     assert table["g_stray_flux"].unit == table["g_max_overlap"].unit == units.nJy
     assert table["g_has_stray_flux"].unit is None

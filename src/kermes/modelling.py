@@ -311,8 +311,11 @@ def _with_profiles(
     scene = scene_of_fit(fit, cut.peaks, task.outer, unit, plan.config.model_psf_sigma)
     everything = render_scene(scene, task.kernels)
     corrected = _with_free_form(scene, everything, fit, cut, task, plan.config)
-    if corrected is not scene:
-        scene, everything = corrected, render_scene(corrected, task.kernels)
+    changed = [s for s, source in enumerate(corrected.sources) if source is not scene.sources[s]]
+    if changed:
+        scene = corrected
+        those = replace(scene, sources=tuple(scene.sources[s] for s in changed))
+        everything = everything.replaced(changed, render_scene(those, task.kernels))
     found = n_fitted + _own_candidates(sources.shapes[:, :2], n_sources, n_fitted)
     members = np.arange(n_sources)
     models = _select(everything, members)

@@ -9,11 +9,13 @@ linear problem, eliminated (variable projection, Golub & Pereyra 1973, with the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import KDTree
 
 from kermes.config import ProfileConfig
 from kermes.geometry import Box
@@ -67,6 +69,9 @@ CONVERGED = 0.1
 
 LEAST_RADIUS = 0.3
 """Smallest half-light radius of what is not a point [pixels]."""
+
+FEW = 32
+"""Of so many sources all pairs are looked at: a tree takes longer to grow."""
 
 MOST_SHEAR = 1.6
 """Largest of each component of the log-shear."""
@@ -263,6 +268,12 @@ def correlate(variances: Variances, members: IndexArray, offsets: IndexArray) ->
     return Correlations(strongest=strongest, neighbor=neighbor, condition=condition)
 
 
+@lru_cache(maxsize=FEW)
+def _all_pairs(n: int) -> IndexArray:
+    """Pairs of n numbers, the smaller first, shape (n (n - 1) / 2, 2)."""
+    return np.stack(np.triu_indices(n, 1), axis=1)
+
+
 def group_sources(
     positions: DoubleArray, brightness: DoubleArray | None, link: float, largest: int, ratio: float
 ) -> tuple[IndexArray, IndexArray]:
@@ -297,21 +308,14 @@ def group_sources(
             i = owner[i]
         return i
 
-    order = np.argsort(positions[:, 0], kind="stable")
-    sorted_y = positions[order, 0]
-    pairs = []
-    last = np.searchsorted(sorted_y, sorted_y + link, side="right")
-    for a in range(n):
-        near = order[a + 1 : last[a]]
-        if len(near):
-            i = order[a]
-            distance = np.hypot(*(positions[near] - positions[i]).T)
-            pairs += [
-                (d, min(i, j), max(i, j)) for d, j in zip(distance.tolist(), near.tolist(), strict=True) if d < link
-            ]
-    for _, i, j in sorted(pairs):
-        if brightness is not None and max(brightness[i], brightness[j]) > ratio * min(brightness[i], brightness[j]):
-            continue
+    pairs = _all_pairs(n) if n <= FEW else KDTree(positions).query_pairs(link, output_type="ndarray")
+    distance = np.hypot(*(positions[pairs[:, 0]] - positions[pairs[:, 1]]).T)
+    if brightness is not None:
+        faint, bright = np.sort(brightness[pairs], axis=1).T
+        distance = np.where(bright > ratio * faint, np.inf, distance)
+    # The same order for equal distances, whatever that of the tree is.
+    order = np.lexsort((pairs[:, 1], pairs[:, 0], distance))
+    for i, j in pairs[order[: np.count_nonzero(distance < link)]].tolist():
         a, b = find(i), find(j)
         if a != b and size[a] + size[b] <= largest:
             a, b = min(a, b), max(a, b)
@@ -373,10 +377,12 @@ class _Engine:
         if config.largest_radius > 0:
             cap = np.log(config.largest_radius * np.maximum(self.snr / 10, 0.8) ** 0.3)
             shapes = self.sources.shapes
+            self.sources.high[:, 2] = self.sources.high[:, 6] = cap
             too_large = np.flatnonzero((shapes[:, 2] > cap) | (shapes[:, 6] > cap))
+            if not len(too_large):
+                return
             self.draw(too_large, 1.0)
             for part, p in enumerate((2, 6)):
-                self.sources.high[:, p] = cap
                 # As bright as before in the middle: light that was far out is not to be heaped up there.
                 self.sources.fluxes[:, part] *= np.exp(2 * np.minimum(cap - shapes[:, p], 0.0))[:, None]
                 np.minimum(shapes[:, p], cap, out=shapes[:, p])
@@ -596,7 +602,8 @@ def _fit_in_groups(
     bright = engine.snr > config.bright_snr
     if bright.any():
         _fit_bright_first(engine, bright)
-    for _ in range(2):
+    # Around bright sources twice: what the first visits leave of them is still much to those that come late.
+    for _ in range(2 if bright.any() else 1):
         engine.sweep(config.steps)
         engine.update()
     engine.soften()

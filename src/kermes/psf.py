@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -42,12 +43,18 @@ def model_psf(sigma: float, side: int = 15) -> DoubleArray:
     return np.outer(profile, profile)
 
 
+def _quadrants(side: int, length: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where the two halves of an odd side lie, and where they go when the middle goes to the first of `length`."""
+    half = side // 2
+    return (slice(half, side), slice(0, side - half)), (slice(0, half), slice(length - half, length))
+
+
 def _transform(stamps: DoubleArray, shape: tuple[int, int]) -> NDArray[np.complex128]:
     """Transform stamps (..., P, Q) with their centre pixel at the origin."""
     p, q = stamps.shape[-2:]
-    padded = np.zeros((*stamps.shape[:-2], *shape))
-    padded[..., :p, :q] = stamps
-    centred = np.roll(padded, (-(p // 2), -(q // 2)), axis=(-2, -1))
+    centred = np.zeros((*stamps.shape[:-2], *shape))
+    for (y, to_y), (x, to_x) in itertools.product(_quadrants(p, shape[0]), _quadrants(q, shape[1])):
+        centred[..., to_y, to_x] = stamps[..., y, x]
     return np.asarray(scipy.fft.rfft2(centred))
 
 
@@ -88,8 +95,11 @@ def difference_kernels(psfs: DoubleArray, target: DoubleArray, regularization: f
     if regularization > 0:
         power = np.abs(denominator) ** 2
         ratio *= power / np.maximum(power, regularization * power.max())
-    kernels = np.asarray(scipy.fft.irfft2(ratio, s=shape))
-    return np.roll(kernels, (p // 2, q // 2), axis=(-2, -1))[:, :p, :q].copy()
+    centred = np.asarray(scipy.fft.irfft2(ratio, s=shape))
+    kernels = np.empty(psfs.shape)
+    for (y, from_y), (x, from_x) in itertools.product(_quadrants(p, shape[0]), _quadrants(q, shape[1])):
+        kernels[:, y, x] = centred[:, from_y, from_x]
+    return kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -203,6 +203,19 @@ class SourceModels:
     pixels: FloatArray
     """Models [unit], shape (B, offsets[-1])."""
 
+    def replaced(self, rows: Sequence[int], models: SourceModels) -> SourceModels:
+        """Give the same models but for those of some rows (ascending), which are replaced by others (one for each)."""
+        boxes = self.boxes.copy()
+        boxes[rows] = models.boxes
+        places = dict(zip(rows, range(len(rows)), strict=True))
+        pieces = []
+        for s in range(len(boxes)):
+            source, k = (models, places[s]) if s in places else (self, s)
+            pieces.append(source.pixels[:, source.offsets[k] : source.offsets[k + 1]])
+        offsets = np.zeros(len(boxes) + 1, dtype=np.int64)
+        np.cumsum([piece.shape[1] for piece in pieces], out=offsets[1:])
+        return SourceModels(boxes=boxes, offsets=offsets, pixels=np.concatenate(pieces, axis=1))
+
     def by_source(self, origin: tuple[int, int] = (0, 0)) -> Iterator[tuple[FloatArray, Box]]:
         """Give the pixels (B, h, w) of one source after the other, and their box moved by `origin`; none if empty."""
         for s, (y0, x0, height, width) in enumerate(self.boxes.tolist()):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from kermes.kernels.decorator import kernel
-from kermes.kernels.stamps import POINT, add_row
+from kermes.kernels.stamps import POINT
 
 
 @kernel
@@ -68,23 +68,33 @@ def core_chi2(residual, weights, sources, radii, out):
 
 
 @kernel
+def add_mirrored(out, before, after, factor):
+    """Add two rows, times a factor, to another."""
+    for x in range(len(out)):
+        out[x] += factor * (before[x] + after[x])
+
+
+@kernel
 def blur(plane, taps, work, out):
-    """Correlate a plane (H, W) with a symmetric separable filter, taps (K,) from the middle outwards; zero outside."""
-    height, width = plane.shape
-    for y in range(height):
+    """Correlate a plane with a symmetric separable filter, taps (K,) from the middle outwards.
+
+    plane (H + 2 (K - 1), W + 2 (K - 1)): zero around its inner H x W pixels, the only ones that out (H, W) is worked
+    out for; work (H + 2 (K - 1), W): zero in the first and last K - 1 rows.
+    """
+    height, width = out.shape
+    reach = len(taps) - 1
+    for y in range(reach, reach + height):
+        row, line = work[y], plane[y]
         for x in range(width):
-            work[y, x] = out[y, x] = np.float32(0.0)
-        add_row(work[y], plane[y], taps[0])
-        for k in range(1, min(len(taps), width)):
-            add_row(work[y], plane[y, k:], taps[k])
-            add_row(work[y, k:], plane[y, : width - k], taps[k])
-    for y in range(height):
-        add_row(out[y], work[y], taps[0])
+            row[x] = taps[0] * line[reach + x]
         for k in range(1, len(taps)):
-            if y >= k:
-                add_row(out[y], work[y - k], taps[k])
-            if y + k < height:
-                add_row(out[y], work[y + k], taps[k])
+            add_mirrored(row, line[reach - k :], line[reach + k :], taps[k])
+    for y in range(height):
+        row, middle = out[y], work[reach + y]
+        for x in range(width):
+            row[x] = taps[0] * middle[x]
+        for k in range(1, len(taps)):
+            add_mirrored(row, work[reach + y - k], work[reach + y + k], taps[k])
 
 
 @kernel
@@ -126,10 +136,12 @@ def significance(images, residual, weights, sigmas, threshold, left, seen):
     exceeds the threshold, and 0 elsewhere.
     """
     n_bands, height, width = residual.shape
-    plane, work = np.empty((height, width), np.float32), np.empty((height, width), np.float32)
     signal, norm = np.empty((height, width), np.float32), np.empty((height, width), np.float32)
     taps = np.empty((n_bands, int(np.ceil(2.5 * sigmas.max())) + 1), np.float32)
     squares = np.empty(taps.shape[1], np.float32)
+    reach = taps.shape[1] - 1
+    plane = np.zeros((height + 2 * reach, width + 2 * reach), np.float32)
+    work = np.zeros((height + 2 * reach, width), np.float32)
     filter_taps(sigmas, taps)
     for y in range(height):
         for x in range(width):
@@ -140,12 +152,14 @@ def significance(images, residual, weights, sigmas, threshold, left, seen):
         for k in range(len(squares)):
             squares[k] = taps[b, k] * taps[b, k]
         for y in range(height):
+            row = plane[reach + y, reach : reach + width]
             for x in range(width):
-                plane[y, x] = weights[b, y, x] * residual[b, y, x]
+                row[x] = weights[b, y, x] * residual[b, y, x]
         blur(plane, taps[b], work, signal)
         for y in range(height):
+            row = plane[reach + y, reach : reach + width]
             for x in range(width):
-                plane[y, x] = weights[b, y, x]
+                row[x] = weights[b, y, x]
         blur(plane, squares, work, norm)
         for y in range(height):
             for x in range(width):
