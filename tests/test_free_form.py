@@ -306,10 +306,13 @@ def dense_correction(model, blend, strength, floor):
     return blur.forward((envelope * fields)[None])[0]
 
 
-def test_agrees_with_the_slow_twin():
+@pytest.mark.parametrize("uneven", [1.0, 3.0])
+def test_agrees_with_the_slow_twin(uneven):
     model = scene(source(profile(1.5, center=(128.0, 230.0))))
     truth = scene(source(profile(1.5, center=(128.0, 230.0)), *knots((6.0, 9.0, 13.0))))
     blend = blend_of(drawn(truth), [model.sources[0].peak])
+    across = np.linspace(1.0, uneven, SHAPE[1], dtype=np.float32)
+    blend = replace(blend, weights=blend.weights * across)
     better = corrected(model, blend, strength=0.2, floor=2.0, tolerance=1e-6, max_iterations=300)
     first = better.sources[0].components[1]
     expected = dense_correction(model, blend, 0.2, 2.0)

@@ -48,6 +48,9 @@ ROUNDS = 4
 """How often the pixels that would lose more light than they have are held, and the others solved again; with two or
 three hardly any are left."""
 
+TURNS = 4
+"""How often at most the steps are taken anew, where the weights of a band differ from pixel to pixel."""
+
 LEAST_CHI2 = 0.9
 """Mean chi2 there below which a source is not looked at closer."""
 
@@ -246,62 +249,65 @@ def _correct(
     envelopes = np.float32(config.strength) * np.maximum(shapes - floors, 0)
     # Models of data that are none may be so bright that squares of them are too large for a float32: those stay.
     with np.errstate(over="ignore", invalid="ignore"):
-        fields = _solve(window, spectra, envelopes, shapes, config)
-    if fields is None or not np.isfinite(fields).all():
+        solved = _solve(window, spectra, envelopes, shapes, config)
+    if solved is None or not all(np.isfinite(values).all() for values in solved):
         return None, window
-    light = envelopes * fields
-    left = window.residual - window.observed(light, spectra)
-    return np.maximum(_blurred(light, sigma), -shapes), replace(window, residual=left)
+    fields, left = solved
+    return np.maximum(_blurred(envelopes * fields, sigma), -shapes), replace(window, residual=left)
 
 
 def _solve(
     window: _Window, spectra: FloatArray, envelopes: FloatArray, shapes: FloatArray, config: FreeFormConfig
-) -> FloatArray | None:
-    """Find the fields (K, h, w) for which chi2 plus their sum of squares is least; None if noise explains as much.
+) -> tuple[FloatArray, FloatArray] | None:
+    """Find the fields (K, h, w) for which chi2 plus their sum of squares is least, and what they leave (B, h, w).
 
-    A field, of variance one, times its envelope (K, h, w) is the change of the light that has the spectrum (K, B).
-    Light may not be taken from a pixel beyond what `shapes` (K, h, w) have there. Pixels where the answer would do so
-    are held at that limit while the others are solved again: cut off at the end, they would leave the light that made
-    up for what they lost, and in bright galaxies more residuals than without a correction.
+    None if noise explains as much. A field, of variance one, times its envelope (K, h, w) is the change of the light
+    that has the spectrum (K, B). Light may not be taken from a pixel beyond what `shapes` (K, h, w) have there. Pixels
+    where the answer would do so are held at that limit while the others are solved again: cut off at the end, they
+    would leave the light that made up for what they lost, and in bright galaxies more residuals than without a
+    correction.
     """
-    gradient = envelopes * window.gathered(window.weights * window.residual, spectra)
+    residual, weights = window.residual.copy(), window.weights
+    gradient = envelopes * window.gathered(weights * residual, spectra)
     # Of the light of a pixel, all others known: the weights seen through the squared PSF, as if that were as wide as
     # the PSF.
-    information = window.gathered(window.weights, np.square(spectra) * window.squares)
+    information = window.gathered(weights, np.square(spectra) * window.squares)
     diagonal = 1 + np.square(envelopes) * np.maximum(information, 0)
     # What would be gained if the pixels were independent, and what noise alone would gain: one for each parameter that
     # the data determine and not the prior.
     freedom = float(np.sum(1 - 1 / diagonal, dtype=np.float64))
     if not _product(gradient, gradient / diagonal) - freedom > config.significance * np.sqrt(freedom):
         return None
-
-    def descend(gradient: FloatArray, diagonal: FloatArray) -> FloatArray:
-        fields: FloatArray = kernels_free_form.descend(
-            envelopes,
-            spectra,
-            window.weights,
-            window.transforms,
-            gradient,
-            diagonal,
-            config.tolerance * freedom,
-            config.max_iterations,
-        )
-        return fields
-
-    fields = descend(gradient, diagonal)
+    lit = np.square(envelopes).max(axis=0)
+    mean_weights = np.einsum("bhw,hw->b", weights, lit, dtype=np.float64) / lit.sum(dtype=np.float64)
+    fields = np.zeros_like(envelopes)
     lowest = -shapes / np.maximum(envelopes, np.float32(1e-20))
     held = np.zeros(fields.shape, dtype=bool)
-    for _ in range(ROUNDS):
+    for _ in range(1 + ROUNDS):
+        kernels_free_form.descend(
+            envelopes,
+            spectra,
+            weights,
+            mean_weights,
+            window.transforms,
+            diagonal,
+            config.tolerance * freedom,
+            TURNS,
+            config.max_iterations,
+            fields,
+            residual,
+            gradient,
+        )
         low = fields < lowest
         if not low.any():
             break
         held |= low
-        fields = np.where(low, lowest, fields)
-        left = window.residual - window.observed(envelopes * fields, spectra)
-        gradient = envelopes * window.gathered(window.weights * left, spectra) - fields
         # An infinite diagonal holds a pixel.
-        fields += descend(gradient, np.where(held, np.float32(np.inf), diagonal))
-    return np.maximum(fields, lowest)
+        diagonal = np.where(held, np.float32(np.inf), diagonal)
+        fields = np.where(low, lowest, fields)
+        residual = window.residual - window.observed(envelopes * fields, spectra)
+        gradient = envelopes * window.gathered(weights * residual, spectra) - fields
+    return fields, residual
 
 
 def _product(one: FloatArray, other: FloatArray) -> float:

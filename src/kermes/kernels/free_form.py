@@ -70,44 +70,115 @@ def gather(images, spectra, psf_fft, out):
 
 
 @kernel
-def descend(envelopes, spectra, weights, psf_fft, start, diagonal, enough, max_iterations):
-    """Steps of conjugate gradients from a gradient `start` (K, h, w) until they promise not more than is enough.
+def make_filters(spectra, mean_weights, psf_fft):
+    """What seeing light with weights that are the same in all pixels of a band, and gathering it, does to transforms.
 
-    The matrix is one plus E S P' W P S E: envelopes (K, h, w), spectra (K, B), PSFs and weights (B, h, w); the diagonal
-    (K, h, w) preconditions it, and holds pixels where it is infinite. Returns the fields (K, h, w).
+    Returns (K, K, side, side // 2 + 1) float32: from the light of one spectrum to that of another, with what the
+    inverse transform is to be divided by.
     """
-    fields = np.empty(start.shape, dtype=np.float32)
-    light, curved = np.empty(start.shape, dtype=np.float32), np.empty(start.shape, dtype=np.float32)
-    observed = np.empty(weights.shape, dtype=np.float32)
+    n_bands, side, half = psf_fft.shape
+    n = len(spectra)
+    filters = np.empty((n, n, side, half), dtype=np.float32)
+    filters[:] = 0.0
+    for k in range(n):
+        for j in range(k + 1):
+            for b in range(n_bands):
+                factor = np.float32(mean_weights[b] * spectra[k, b] * spectra[j, b] * side * side)
+                if factor == 0.0:
+                    continue
+                for y in range(side):
+                    for x in range(half):
+                        value = psf_fft[b, y, x]
+                        filters[k, j, y, x] += factor * (value.real * value.real + value.imag * value.imag)
+            if j < k:
+                copy_plane(filters[j, k], filters[k, j])
+    return filters
+
+
+@kernel
+def apply_filters(light, spectra, filters, transformed, out):
+    """Filter light (K, h, w) of spectra (K, B); transformed (K, side, side // 2 + 1) is work space, out (K, h, w)."""
+    n, side, half = transformed.shape
+    plane = np.empty((side, side), dtype=np.float32)
+    total = np.empty((side, half), dtype=np.complex64)
+    axes = np.arange(2)
+    for k in range(n):
+        pad_plane(plane, light[k])
+        r2c(plane, transformed[k], axes, True, 1.0, 1)
+    for k in range(n):
+        total[:] = 0.0
+        for j in range(n):
+            shared = False
+            for b in range(spectra.shape[1]):
+                shared = shared or spectra[k, b] * spectra[j, b] != 0.0
+            if shared:
+                for y in range(side):
+                    for x in range(half):
+                        total[y, x] += filters[k, j, y, x] * transformed[j, y, x]
+        c2r(total, plane, axes, False, 1.0, 1)
+        copy_plane(out[k], plane)
+
+
+@kernel
+def descend(
+    envelopes, spectra, weights, mean_weights, psf_fft, diagonal, enough, n_turns, n_steps, fields, residual, gradient
+):
+    """Lower chi2 plus the sum of squares of the fields until not more than is enough is promised, in place.
+
+    Envelopes, fields, gradient (K, h, w): the light of spectrum k (K, B) is the product of the first two; residual,
+    weights (B, h, w). The diagonal (K, h, w) preconditions, and holds pixels where it is infinite. Each of at most
+    n_turns turns takes at most n_steps steps of conjugate gradients as if the weights of a band were all alike,
+    mean_weights (B,), which costs two transforms for each spectrum, and goes as far along their sum as is best with the
+    weights as they are. Where they are alike one turn is the solution.
+    """
+    n = fields.size
+    light, curved = np.empty(fields.shape, dtype=np.float32), np.empty(fields.shape, dtype=np.float32)
+    observed = np.empty(residual.shape, dtype=np.float32)
     envelope, scale, weight = envelopes.reshape(-1), diagonal.reshape(-1), weights.reshape(-1)
     field, lit, seen, curve = fields.reshape(-1), light.reshape(-1), observed.reshape(-1), curved.reshape(-1)
-    n = len(field)
-    gradient = start.copy().reshape(-1)
+    left, slope = residual.reshape(-1), gradient.reshape(-1)
+    change, rest = np.empty(n, dtype=np.float32), np.empty(n, dtype=np.float32)
     step, direction = np.empty(n, dtype=np.float32), np.empty(n, dtype=np.float32)
-    for i in range(n):
-        field[i] = 0.0
-        step[i] = gradient[i] / scale[i]
-        direction[i] = step[i]
-    gain = inner_product(gradient, step)
-    for _ in range(max_iterations):
+    transformed = np.empty((len(spectra), psf_fft.shape[1], psf_fft.shape[2]), dtype=np.complex64)
+    filters = make_filters(spectra, mean_weights, psf_fft)
+    for _turn in range(n_turns):
+        for i in range(n):
+            change[i], rest[i] = 0.0, slope[i]
+            step[i] = slope[i] / scale[i]
+            direction[i] = step[i]
+        gain = inner_product(rest, step)
         if not gain > enough:
             break
+        for _ in range(n_steps):
+            if not gain > enough:
+                break
+            for i in range(n):
+                lit[i] = envelope[i] * direction[i]
+            apply_filters(light, spectra, filters, transformed, curved)
+            for i in range(n):
+                curve[i] = direction[i] + envelope[i] * curve[i]
+            length = np.float32(gain / inner_product(direction, curve))
+            for i in range(n):
+                change[i] += length * direction[i]
+                rest[i] -= length * curve[i]
+                step[i] = rest[i] / scale[i]
+            before = gain
+            gain = inner_product(rest, step)
+            ratio = np.float32(gain / before)
+            for i in range(n):
+                direction[i] = step[i] + ratio * direction[i]
         for i in range(n):
-            lit[i] = envelope[i] * direction[i]
+            lit[i] = envelope[i] * change[i]
         observe(light, spectra, psf_fft, observed)
+        promised, curvature = inner_product(slope, change), inner_product(change, change)
         for i in range(len(seen)):
-            seen[i] *= weight[i]
+            curvature += np.float64(weight[i]) * seen[i] * seen[i]
+        length = np.float32(promised / curvature)
+        for i in range(n):
+            field[i] += length * change[i]
+        for i in range(len(left)):
+            left[i] -= length * seen[i]
+            seen[i] = weight[i] * left[i]
         gather(observed, spectra, psf_fft, curved)
         for i in range(n):
-            curve[i] = direction[i] + envelope[i] * curve[i]
-        length = np.float32(gain / inner_product(direction, curve))
-        for i in range(n):
-            field[i] += length * direction[i]
-            gradient[i] -= length * curve[i]
-            step[i] = gradient[i] / scale[i]
-        before = gain
-        gain = inner_product(gradient, step)
-        ratio = np.float32(gain / before)
-        for i in range(n):
-            direction[i] = step[i] + ratio * direction[i]
-    return fields
+            slope[i] = envelope[i] * curve[i] - field[i]
