@@ -815,11 +815,15 @@ def cut_blend(
     if psfs is None:
         psfs = psf_of_box(coadd, box)
     window = (slice(None), box.y, box.x)
-    valid = coadd.valid[window] & psfs.any(axis=(1, 2), keepdims=True)
+    valid: NDArray[np.bool_] = coadd.valid[window]
+    has_psf = np.asarray(psfs.any(axis=(1, 2)))
+    if not has_psf.all():
+        valid = valid & has_psf[:, None, None]
     used = valid if usable is None else valid & usable
     rms = np.sqrt(coadd.variance[window], out=np.zeros(valid.shape, dtype=np.float32), where=valid)
     noise = np.full(coadd.n_bands, np.nan, dtype=np.float32)
-    total, n_valid = rms.sum(axis=(1, 2), dtype=np.float64), valid.sum(axis=(1, 2))
+    total = rms.sum(axis=(1, 2), dtype=np.float64)
+    n_valid = np.array([np.count_nonzero(plane) for plane in valid])
     np.divide(total, n_valid, out=noise, where=used.any(axis=(1, 2)), casting="same_kind")
     weights = np.zeros(used.shape, dtype=np.float32)
     np.divide(1.0, coadd.variance[window], out=weights, where=used)

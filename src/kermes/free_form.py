@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from kermes.coadd import Blend
 from kermes.config import FreeFormConfig
-from kermes.geometry import Box, box_table
+from kermes.geometry import Box
 from kermes.kernels import free_form as kernels_free_form
 from kermes.kernels import metrics as kernels_metrics
 from kermes.psf import model_psf, sufficient_reach
@@ -173,10 +173,11 @@ def _promising(
         least = config.point_snr if all(profile.is_point for profile in profiles) else config.min_snr
         if profiles and snr[s] >= least:
             rows.append(s)
-    peaks = [scene.sources[s].peak for s in rows]
-    boxes = [Box(y, x, 1, 1).grow(NEAR) & scene.box for y, x in peaks]
+    around, image = np.array([scene.sources[s].peak for s in rows]).reshape(-1, 2) - scene.box.origin, scene.box.shape
+    first, last = np.maximum(around - NEAR, 0), np.minimum(around + NEAR + 1, image)
+    boxes = np.concatenate([first, np.maximum(last - first, 0)], axis=1)
     # Mean of chi2 near the peak; NaN where no pixel is used.
-    chi2: DoubleArray = kernels_metrics.mean_chi2(residual, blend.weights, box_table(boxes, scene.box.origin))
+    chi2: DoubleArray = kernels_metrics.mean_chi2(residual, blend.weights, boxes)
     return np.asarray(rows, dtype=np.int64)[chi2 > LEAST_CHI2]
 
 

@@ -105,9 +105,9 @@ class Box:
 
     def __and__(self, other: Box) -> Box:
         """Pixels in both; empty when the two are apart."""
-        return Box.from_bounds(
-            max(self.y0, other.y0), min(self.y1, other.y1), max(self.x0, other.x0), min(self.x1, other.x1)
-        )
+        y0, x0 = max(self.y0, other.y0), max(self.x0, other.x0)
+        y1, x1 = min(self.y0 + self.height, other.y0 + other.height), min(self.x0 + self.width, other.x0 + other.width)
+        return Box(y0, x0, max(y1 - y0, 0), max(x1 - x0, 0))
 
     def __or__(self, other: Box) -> Box:
         """Smallest box around both; an empty box adds nothing."""

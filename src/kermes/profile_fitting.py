@@ -351,7 +351,7 @@ class _Engine:
             self.sources.kinds[:] = POINT
         self.n_listed = len(peaks)
         total = weights.sum(axis=(1, 2), dtype=np.float64)
-        n_valid = np.count_nonzero(weights, axis=(1, 2))
+        n_valid = np.array([np.count_nonzero(plane) for plane in weights])
         self.noise = np.sqrt(np.divide(n_valid, total, out=np.zeros(len(total)), where=total > 0))
         self.psf_norm = bank.norms
         # The width of a Gaussian that has the same effective area.
@@ -450,6 +450,8 @@ class _Engine:
             found,
             values,
         )
+        if n == 0:
+            return np.zeros(len(self.snr), dtype=bool)
         apart = ~_inside_brighter(found[:n], values[:n], self)
         found, values = found[:n][apart], values[:n][apart]
         n = len(found)
@@ -781,7 +783,7 @@ def _fit_bright_first(engine: _Engine, bright: NDArray[np.bool_]) -> None:
     # What the bright ones are is settled first: their neighbours would take up what a wrong profile leaves.
     engine.sweep(8, first)
     engine.update()
-    engine.sweep(8, first, engine.candidates())
+    engine.sweep(5, first, engine.candidates())
     engine.update()
     engine.soften()
     engine.sweep(0, ~first)
