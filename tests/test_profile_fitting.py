@@ -522,7 +522,7 @@ def test_modes_and_pixels_end_at_the_same_fit(kinds):
 
 
 def visit(engine, *, exact, choose=False, errors=False):
-    """Visit all sources as one group: the loss, the steps, and whether one visit suffices."""
+    """Visit all sources as one group: the loss, the steps, whether one visit suffices, and the change."""
     members = np.arange(len(engine.snr))
     stamps, mean = np.empty((1, 4), dtype=np.int64), np.empty(2)
     plan_stamps(engine.sources, members, np.array([0, len(members)]), engine.snr, SIDES, LEVELS, stamps)
@@ -540,7 +540,7 @@ def chosen(*, exact):
     images = noisy(4 * draw(PAIR)).astype(np.float32)
     engine = _Engine(images, ones(images), BANK, np.rint([s[:2] for s in PAIR]), DEFAULT)
     engine.snr[:] = 400.0
-    loss, steps, closed = visit(engine, exact=exact, choose=True)
+    loss, steps, closed, _ = visit(engine, exact=exact, choose=True)
     visit(engine, exact=exact, errors=True)
     return SimpleNamespace(engine=engine, loss=loss, steps=steps, closed=closed)
 
@@ -861,7 +861,7 @@ def test_visits_in_modes_reach_the_fit_to_the_pixels_with_varying_variance_and_m
     images, weights = spoilt(PAIR, [np.s_[:, 26:30, 34:37], np.s_[0, 36, 20:40], np.s_[1, 31, 30]])
     peaks = np.rint([s[:2] for s in PAIR])
     engine = engine_of(images, peaks, weights=weights)
-    closed = [visit(engine, exact=False)[-1] for _ in range(15)]
+    closed = [visit(engine, exact=False)[-2] for _ in range(15)]
     assert not any(closed)
     visit(engine, exact=False, errors=True)
     expected, errors = slow_fit(images, weights, peaks, DEFAULT, engine.sources.stamps[0], PAIR)
@@ -874,8 +874,8 @@ def test_groups_on_large_stamps_are_visited_in_modes():
     images, weights = spoilt(PAIR[:1], [np.s_[:, 30:33, 30:33]])
     small, large = (engine_of(images, [(31, 31)], weights=weights) for _ in range(2))
     large.snr[:], large.sources.shapes[:, 2] = 3000.0, np.log(30.0)
-    assert visit(small, exact=True)[-1]
-    assert not visit(large, exact=True)[-1]
+    assert visit(small, exact=True)[-2]
+    assert not visit(large, exact=True)[-2]
     assert SIDES[large.sources.stamps[0, 0]] ** 2 > MOST_PIXELS
 
 

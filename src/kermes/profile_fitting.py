@@ -361,14 +361,24 @@ class _Engine:
         self.variances = _unknown_variances(len(peaks), n_bands, config.largest_group)
         self.steps = 0
         self.snr = np.zeros(len(peaks))
+        self.members, self.offsets = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        self.settled = self.lonely = np.zeros(0, dtype=bool)
         self.regroup(None)
 
     def regroup(self, brightness: DoubleArray | None) -> None:
         config = self.config
+        sizes, owner = np.diff(self.offsets), np.full(len(self.snr), -1)
+        owner[self.members] = np.repeat(np.arange(len(sizes)), sizes)
         self.members, self.offsets = group_sources(
             self.sources.shapes[:, :2], brightness, config.link, config.largest_group, config.brightness_ratio
         )
-        self.settled = np.zeros(len(self.offsets) - 1, dtype=bool)
+        # Groups that have the members that they had are as settled as they were.
+        first, last = (side.reduceat(owner[self.members], self.offsets[:-1]) for side in (np.minimum, np.maximum))
+        same = (first == last) & (first >= 0)
+        same[same] = np.diff(self.offsets)[same] == sizes[first[same]]
+        settled = np.zeros(len(same), dtype=bool)
+        settled[same] = self.settled[first[same]]
+        self.settled, self.lonely = settled, np.zeros(len(same), dtype=bool)
 
     def update(self) -> None:
         """Estimate signal-to-noise, and from it how large sources may be; what is larger is drawn anew."""
@@ -381,6 +391,7 @@ class _Engine:
             too_large = np.flatnonzero((shapes[:, 2] > cap) | (shapes[:, 6] > cap))
             if not len(too_large):
                 return
+            self.settled[np.logical_or.reduceat(np.isin(self.members, too_large), self.offsets[:-1])] = False
             self.draw(too_large, 1.0)
             for part, p in enumerate((2, 6)):
                 # As bright as before in the middle: light that was far out is not to be heaped up there.
@@ -403,6 +414,8 @@ class _Engine:
                 image, self.table, self.bank.modes, SIDES, self.sources, bright, self.config.model_error
             )
             self.soft_weights = self.weights / (1 + self.weights * image * image)
+            # What is around the bright ones counts less now.
+            self.settled &= self.lonely
 
     def admit_misfit(self) -> None:
         """Scale the variances by the chi2 of the core of each source where that is above one."""
@@ -496,7 +509,7 @@ class _Engine:
         candidates: NDArray[np.bool_] | None = None,
         errors: bool = False,
     ) -> bool:
-        """Visit the groups that have a chosen member, the brightest first, but for those that would not change.
+        """Visit the groups that have a chosen member, the brightest first, but for those that are settled.
 
         Returns whether there are any.
         """
@@ -507,14 +520,11 @@ class _Engine:
             order = order[np.logical_or.reduceat(chosen[self.members], self.offsets[:-1])[order]]
         stamps = np.empty((groups, 4), dtype=np.int64)
         stamp_kernels.plan_stamps(self.sources, self.members, self.offsets, self.snr, SIDES, LEVELS, stamps)
-        lonely = np.empty(groups, dtype=bool)
-        stamp_kernels.find_lonely(stamps, SIDES, lonely)
-        if candidates is None and not errors:
-            order = order[~(self.settled & lonely)[order]]
-        if len(order) == 0:
+        stamp_kernels.find_lonely(stamps, SIDES, self.lonely)
+        choosing = candidates is not None
+        if len(order) == 0 or (self.settled[order].all() and not choosing and not errors):
             return False
         modes = self.bank.require(stamps[order])
-        closed = np.zeros(groups, dtype=bool)
         if candidates is None:
             candidates = np.zeros((len(self.snr), N_KINDS), dtype=bool)
         done = kernels.sweep(
@@ -531,17 +541,16 @@ class _Engine:
             stamps,
             brightest <= self.config.bright_snr,
             LONGEST_STEP,
-            np.where(lonely, 2 * steps, steps),
+            np.where(self.lonely, 2 * steps, steps),
             self.config.tolerance,
             candidates,
             self.penalties,
             self.variances,
             errors,
-            closed,
+            choosing,
+            self.settled,
         )
         self.steps += int(done)
-        if not errors:
-            self.settled[order] = closed[order] & (steps > 0)
         return True
 
 

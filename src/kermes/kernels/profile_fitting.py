@@ -3,7 +3,7 @@
 import numpy as np
 from rocket_fft import c2c, r2c
 
-from kermes.kernels.decorator import inlined_kernel, kernel
+from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
 from kermes.kernels.normal_equations import (
     add_products,
     cholesky,
@@ -34,6 +34,7 @@ from kermes.kernels.stamps import (
     see_modes,
     set_of_frequencies,
     set_of_psfs,
+    touch,
 )
 
 TRIALS = (POINT, EXPONENTIAL, DOUBLE, SERSIC, DOUBLE)
@@ -43,6 +44,10 @@ from there if one of them had negative light."""
 HOPELESS = (4.0, 1.0)
 """A simpler, and a more complex kind of a source is given up when the penalised loss with all other shapes held is more
 than this above that of the present kind. What a simpler one leaves may be taken up by neighbours yet."""
+
+SMALL_CHANGE = 1e-4
+"""Groups are visited again when the model of one that touches theirs has changed by more than this chi2, a hundredth of
+a standard deviation of a flux that is all theirs: in many such steps neighbours that hang together reach their fit."""
 
 MOST_PIXELS = 40000
 """Products are not formed from the pixels of more than so many stamps together, for the memory it takes."""
@@ -507,6 +512,17 @@ def gather_modes(transformed, lengths, psf, scale, mean, data, power):
         start = end
 
 
+@fast_kernel
+def seen_power(model, psf):
+    """Sum of the squares of modes (2, M) seen through a PSF (2, M)."""
+    total = np.float32(0.0)
+    for m in range(model.shape[1]):
+        total += (model[0, m] * model[0, m] + model[1, m] * model[1, m]) * (
+            psf[0, m] * psf[0, m] + psf[1, m] * psf[1, m]
+        )
+    return total
+
+
 @kernel
 def collect_data(residual, weights, mean_weights, lengths, psf, model, side, y0, x0, exact, errors, data, power):
     """Fill data and power of a stamp, see `fit_group`; returns whether its weights are uniform.
@@ -586,8 +602,8 @@ def visit_group(
     whatever the weights are, in one visit if they are uniform. Where they are `uneven` near the sources all products
     are formed from the pixels instead. Then each member in turn is taken for other kinds, and what lowers the penalised
     loss is kept: candidates (S, N_KINDS) says which kinds a source may become, penalties (N_KINDS,) what each adds to
-    the loss. With `errors` nothing is fitted but the variances. Returns the loss, the number of steps, and whether one
-    visit suffices.
+    the loss. With `errors` nothing is fitted but the variances. Returns the loss, the number of steps, whether one
+    visit suffices, and the chi2 of the change of the model.
     """
     n_bands = len(residual)
     side, y0, x0 = sides[stamp[0]], stamp[1], stamp[2]
@@ -688,6 +704,7 @@ def visit_group(
             for j in range(N_KINDS):
                 sources.evidence[s, j] = losses[j] - losses[sources.kinds[s]]
     shift_group(sources, members, -y0, -x0)
+    change = 0.0
     if not errors:
         for b in range(n_bands):
             for m in range(psf.shape[2]):
@@ -695,8 +712,11 @@ def visit_group(
                 model[b, 1, m] = -model[b, 1, m]
         for s in members:
             add_model(table, lengths, frequencies, sources, s, y0, x0, 1.0, model)
+        for b in range(n_bands):
+            # Each mode stands for two.
+            change += 2.0 * mean_weights[b] / (side * side) * seen_power(model[b], psf[b])
         add_planes(residual, see_modes(lengths, psf, model, side), y0, x0, -1.0)
-    return loss, steps, (uniform or exact) and not errors
+    return loss, steps, (uniform or exact) and not errors, change
 
 
 @kernel
@@ -720,21 +740,25 @@ def sweep(
     penalties,
     variances,
     errors,
-    closed,
+    choosing,
+    settled,
 ):
     """Visit groups one after the other, see `visit_group`; returns the number of steps of all sources.
 
     groups (S,), offsets (G + 1,): members of each group; order: which groups, and when; soft (G,): whether a group
-    sees the soft weights; n_steps (G,); candidates (S, N_KINDS). closed (G,) takes whether the fit of a group came to
-    its end, and would again as long as nothing else changes.
+    sees the soft weights; n_steps (G,); candidates (S, N_KINDS). settled (G,) says which groups another visit would
+    leave as they are: the fit has come to its end, and what has changed since around it does not matter. They are left
+    out, unless kinds are chosen or errors asked for.
     """
     mean_weights = np.empty(len(residual))
     steps = 0
     for g in order:
+        if settled[g] and not choosing and not errors:
+            continue
         members = groups[offsets[g] : offsets[g + 1]]
         seen = soft_weights if soft[g] else weights
         uneven = mean_weight(seen, sources, members, mean_weights)
-        _, n, uniform = visit_group(
+        _, n, suffices, change = visit_group(
             residual,
             seen,
             table,
@@ -753,6 +777,12 @@ def sweep(
             variances,
             errors,
         )
-        closed[g] = uniform and n < n_steps[g]
         steps += n * len(members)
+        if errors:
+            continue
+        settled[g] = n < n_steps[g] and (suffices or change < SMALL_CHANGE)
+        if change > SMALL_CHANGE:
+            for h in range(len(settled)):
+                if settled[h] and h != g and touch(stamps, sides, g, h):
+                    settled[h] = False
     return steps

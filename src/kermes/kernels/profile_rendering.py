@@ -71,16 +71,14 @@ def clear_rounding(plane):
 
 
 @inlined_kernel
-def add_stamp(out, plane, box, joined):
-    """Add what a stamp and the box `joined` share to the pixels of `joined`, one row after the other."""
+def add_stamp(out, plane, factor, box, joined):
+    """Add what a stamp, times a factor, and the box `joined` share to the pixels of `joined`, row by row."""
     y0, x0, width = joined[0], joined[1], joined[3]
     left, right = max(box[1], x0), min(box[1] + box[3], x0 + width)
     for y in range(max(box[0], y0), min(box[0] + box[2], y0 + joined[2])):
         if left < right:
             start = (y - y0) * width - x0
-            add_scaled(
-                out[start + left : start + right], plane[y - box[0], left - box[1] : right - box[1]], np.float32(1.0)
-            )
+            add_scaled(out[start + left : start + right], plane[y - box[0], left - box[1] : right - box[1]], factor)
 
 
 @inlined_kernel
@@ -98,7 +96,7 @@ def add_profiles(table, modes, psf_fft, boxes, shapes, spectra, sources, members
     box, spectra (K, B), sources (K,); members (n,): the components to draw, all on stamps of that side, in the order of
     their sources. What leaves a stamp comes back on the other side. out (B, joined_offsets[-1]) takes the models on the
     boxes joined (S, 4). Components of a source that follow each other on the same pixels cost one inverse transform per
-    band together: O(n M + n B side^2 log side).
+    band together, and one each without PSFs: O(n M + n B side^2 log side).
     """
     n_bands = spectra.shape[1]
     side = boxes[members[0], 2]
@@ -112,24 +110,30 @@ def add_profiles(table, modes, psf_fft, boxes, shapes, spectra, sources, members
     plane = np.empty((side, side), dtype=np.float32)
     for i in range(len(members)):
         k = members[i]
+        s = sources[k]
+        evaluate_component(table, modes, shapes[k], cells, columns)
+        fold_modes(columns[0], modes.numbers, modes.places, modes.weights, profile)
+        if len(psf_fft) == 0:
+            make_complex(profile, transformed)
+            c2r(transformed, plane, axes, False, 1.0, 1)
+            clear_rounding(plane)
+            for b in range(n_bands):
+                add_stamp(out[b, joined_offsets[s] : joined_offsets[s + 1]], plane, spectra[k, b], boxes[k], joined[s])
+            continue
         if i == 0 or not share_stamp(boxes, sources, k, members[i - 1]):
             for b in range(n_bands):
                 for j in range(2 * side * half):
                     model[b, j] = 0.0
-        evaluate_component(table, modes, shapes[k], cells, columns)
-        fold_modes(columns[0], modes.numbers, modes.places, modes.weights, profile)
         for b in range(n_bands):
             add_scaled(model[b], profile, spectra[k, b])
         if i + 1 < len(members) and share_stamp(boxes, sources, k, members[i + 1]):
             continue
-        s = sources[k]
         for b in range(n_bands):
             make_complex(model[b], transformed)
-            if len(psf_fft) > 0:
-                multiply_into(transformed, transformed, psf_fft[b])
+            multiply_into(transformed, transformed, psf_fft[b])
             c2r(transformed, plane, axes, False, 1.0, 1)
             clear_rounding(plane)
-            add_stamp(out[b, joined_offsets[s] : joined_offsets[s + 1]], plane, boxes[k], joined[s])
+            add_stamp(out[b, joined_offsets[s] : joined_offsets[s + 1]], plane, np.float32(1.0), boxes[k], joined[s])
 
 
 @kernel

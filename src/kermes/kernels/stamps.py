@@ -252,15 +252,21 @@ def plan_stamps(sources, groups, offsets, snr, sides, levels, stamps):
 
 
 @kernel
+def touch(stamps, sides, g, h):
+    """Whether the stamps of two groups have pixels in common."""
+    y, x = stamps[h, 1] - stamps[g, 1], stamps[h, 2] - stamps[g, 2]
+    side, other = sides[stamps[g, 0]], sides[stamps[h, 0]]
+    return -other < y < side and -other < x < side
+
+
+@kernel
 def find_lonely(stamps, sides, out):
     """Which groups have a stamp (G, 4) that touches no other; out (G,)."""
     n = len(stamps)
     for g in range(n):
         out[g] = True
-        side, y, x = sides[stamps[g, 0]], stamps[g, 1], stamps[g, 2]
         for h in range(n):
-            other = sides[stamps[h, 0]]
-            if h != g and -other < stamps[h, 1] - y < side and -other < stamps[h, 2] - x < side:
+            if h != g and touch(stamps, sides, g, h):
                 out[g] = False
                 break
 
