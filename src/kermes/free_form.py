@@ -187,7 +187,7 @@ def _reach(blend: Blend, kernels: KernelSet, rows: IndexArray) -> IndexArray:
     snr = blend.images[:, y, x].T / blend.noise_rms
     # A masked core says nothing: it may be a saturated star's.
     snr[(blend.weights[:, y, x] == 0).T & blend.weights.any(axis=(1, 2))] = np.inf
-    return np.maximum(sufficient_reach(kernels.cut_error(blend.psfs), snr), LEAST_REACH)
+    return np.maximum(sufficient_reach(kernels.psf_cut_error(blend.psfs), snr), LEAST_REACH)
 
 
 def _image(profile: ProfileComponent) -> FloatArray:

@@ -411,17 +411,22 @@ def _prepare_psfs(
     """
     # A copy, because kernels would be compiled a second time for an array that cannot be written to.
     psfs = np.frombuffer(content, dtype=np.float64).reshape(shape).copy()
+    if model == "scarlet-lite":
+        kernels, narrow = _usable_kernels(psfs, sigma, regularization)
+        psfs = np.where(narrow[:, None, None], 0.0, psfs)
+        wide = continued(psfs)
+        return psfs, KernelSet(kernels, wide), ModeBank(wide), narrow
+    # Profiles are seen through the PSF itself, templates as they are; only free shapes need the model frame.
+    wide = continued(psfs)
+    kernel_set = KernelSet(lambda: _usable_kernels(psfs, sigma, regularization)[0], wide)
+    return psfs, kernel_set, ModeBank(wide), np.zeros(len(psfs), dtype=bool)
+
+
+def _usable_kernels(psfs: DoubleArray, sigma: float, regularization: float) -> tuple[DoubleArray, NDArray[np.bool_]]:
+    """Difference kernels (B, P, Q), zero in bands that are too narrow for the model frame, and which are (B,)."""
     kernels = difference_kernels(psfs, model_psf(sigma), regularization)
     narrow = amplify(kernels)
-    if narrow.any():
-        kernels = np.where(narrow[:, None, None], 0.0, kernels)
-        if model != "scarlet-lite":
-            # Profiles are seen through the PSF itself, templates as they are; only free shapes need the model frame.
-            narrow = np.zeros_like(narrow)
-        else:
-            psfs = np.where(narrow[:, None, None], 0.0, psfs)
-    wide = continued(psfs)
-    return psfs, KernelSet(kernels, wide), ModeBank(wide), narrow
+    return np.where(narrow[:, None, None], 0.0, kernels), narrow
 
 
 def usable_pixels(plan: TilePlan, task: BlendTask) -> NDArray[np.bool_]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -228,22 +228,47 @@ class SourceModels:
 class KernelSet:
     """Kernels of all bands, with their transforms of every size that was needed so far."""
 
-    stamps: NDArray[np.float64]
-    """Difference kernels, shape (B, P, Q), odd sides."""
+    given: NDArray[np.float64] | Callable[[], NDArray[np.float64]]
+    """Difference kernels, shape (B, P, Q), odd sides, or a function that makes them when they are needed: profiles do
+    without."""
 
     psfs: NDArray[np.float64] | None = None
     """Observed PSFs, shape (B, P', Q'), odd sides: what profiles are convolved with, from `psf.continued` to have
     wings. None: profiles cannot be rendered."""
 
+    _made: list[NDArray[np.float64]] = field(default_factory=list)
     _known: dict[int, NDArray[np.complex64]] = field(default_factory=dict)
     _known_psfs: dict[int, NDArray[np.complex64]] = field(default_factory=dict)
-    _errors: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=dict)
+    _errors: dict[tuple[int, bool], tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=dict)
+
+    @property
+    def stamps(self) -> NDArray[np.float64]:
+        """Difference kernels, shape (B, P, Q), odd sides."""
+        if not callable(self.given):
+            return self.given
+        if not self._made:
+            # Threads that come at the same time make the same.
+            self._made.append(self.given())
+        return self._made[0]
+
+    @property
+    def n_bands(self) -> int:
+        """Number of bands."""
+        return len(self.stamps if self.psfs is None else self.psfs)
 
     def cut_error(self, psfs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Table of `psf.cut_error` for the observed PSFs that the kernels lead to."""
-        known = self._errors.get(id(psfs))
+        return self._cut_error(psfs, False)
+
+    def psf_cut_error(self, psfs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Table of `psf.cut_error` for the observed PSFs themselves."""
+        return self._cut_error(psfs, True)
+
+    def _cut_error(self, psfs: NDArray[np.float64], itself: bool) -> NDArray[np.float64]:
+        known = self._errors.get((id(psfs), itself))
         if known is None or known[0] is not psfs:
-            known = self._errors[id(psfs)] = psfs, cut_error(self.stamps, psfs)
+            table = cut_error(psfs if itself else self.stamps, psfs)
+            known = self._errors[id(psfs), itself] = psfs, table
         return known[1]
 
     def transforms(self, side: int) -> NDArray[np.complex64]:
@@ -276,6 +301,9 @@ def render_packed(
         How far from its box each component is rendered [pixels]; what the kernels have beyond must be negligible. None:
         half the longer side of the kernels.
     """
+    if not len(packed):
+        nothing = np.zeros((kernels.n_bands, 0), dtype=np.float32)
+        return Rendered(boxes=packed.boxes, offsets=packed.offsets, pixels=nothing)
     half = max(kernels.stamps.shape[1:]) // 2
     reach = np.full(len(packed), half) if reach is None else np.minimum(reach, half)
     needed = packed.boxes[:, 2:].max(axis=1, initial=0) + 2 * reach
@@ -489,7 +517,7 @@ def render_scene(scene: Scene, kernels: KernelSet) -> SourceModels:
     -----
     O(B side^2 log side) for a component on a stamp of that side.
     """
-    packed, profiles, templates = _divide(scene, len(kernels.stamps))
+    packed, profiles, templates = _divide(scene, kernels.n_bands)
     rendered = render_packed(packed, kernels, scene.box.shape)
     models = _combine(packed, rendered, profiles, templates, len(scene.sources), scene.box.shape)
     for side in np.unique(profiles.boxes[:, 2]).tolist():
