@@ -282,32 +282,22 @@ def _solve(
     lit = np.square(envelopes).max(axis=0)
     mean_weights = np.einsum("bhw,hw->b", weights, lit, dtype=np.float64) / lit.sum(dtype=np.float64)
     fields = np.zeros_like(envelopes)
-    lowest = -shapes / np.maximum(envelopes, np.float32(1e-20))
-    held = np.zeros(fields.shape, dtype=bool)
-    for _ in range(1 + ROUNDS):
-        kernels_free_form.descend(
-            envelopes,
-            spectra,
-            weights,
-            mean_weights,
-            window.transforms,
-            diagonal,
-            config.tolerance * freedom,
-            TURNS,
-            config.max_iterations,
-            fields,
-            residual,
-            gradient,
-        )
-        low = fields < lowest
-        if not low.any():
-            break
-        held |= low
-        # An infinite diagonal holds a pixel.
-        diagonal = np.where(held, np.float32(np.inf), diagonal)
-        fields = np.where(low, lowest, fields)
-        residual = window.residual - window.observed(envelopes * fields, spectra)
-        gradient = envelopes * window.gathered(weights * residual, spectra) - fields
+    kernels_free_form.descend(
+        envelopes,
+        -shapes / np.maximum(envelopes, np.float32(1e-20)),
+        spectra,
+        weights,
+        mean_weights,
+        window.transforms,
+        diagonal,
+        config.tolerance * freedom,
+        TURNS,
+        ROUNDS,
+        config.max_iterations,
+        fields,
+        residual,
+        gradient,
+    )
     return fields, residual
 
 

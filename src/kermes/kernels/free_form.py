@@ -121,52 +121,85 @@ def apply_filters(light, spectra, filters, transformed, out):
 
 @kernel
 def descend(
-    envelopes, spectra, weights, mean_weights, psf_fft, diagonal, enough, n_turns, n_steps, fields, residual, gradient
+    envelopes,
+    lowest,
+    spectra,
+    weights,
+    mean_weights,
+    psf_fft,
+    diagonal,
+    enough,
+    n_turns,
+    n_rounds,
+    n_steps,
+    fields,
+    residual,
+    gradient,
 ):
     """Lower chi2 plus the sum of squares of the fields until not more than is enough is promised, in place.
 
     Envelopes, fields, gradient (K, h, w): the light of spectrum k (K, B) is the product of the first two; residual,
-    weights (B, h, w). The diagonal (K, h, w) preconditions, and holds pixels where it is infinite. Each of at most
-    n_turns turns takes at most n_steps steps of conjugate gradients as if the weights of a band were all alike,
-    mean_weights (B,), which costs two transforms for each spectrum, and goes as far along their sum as is best with the
-    weights as they are. Where they are alike one turn is the solution.
+    weights (B, h, w). Fields stay above `lowest` (K, h, w); the diagonal (K, h, w) preconditions. Each of at most
+    n_turns turns takes steps of conjugate gradients as if the weights of a band were all alike, mean_weights (B,),
+    which costs two transforms for each spectrum: n_steps at most, and the same again up to n_rounds times with those
+    pixels held that would fall too low. It goes as far along their sum as is best with the weights as they are. Where
+    they are alike one turn is the solution.
     """
     n = fields.size
     light, curved = np.empty(fields.shape, dtype=np.float32), np.empty(fields.shape, dtype=np.float32)
     observed = np.empty(residual.shape, dtype=np.float32)
-    envelope, scale, weight = envelopes.reshape(-1), diagonal.reshape(-1), weights.reshape(-1)
+    envelope, free, weight = envelopes.reshape(-1), diagonal.reshape(-1), weights.reshape(-1)
     field, lit, seen, curve = fields.reshape(-1), light.reshape(-1), observed.reshape(-1), curved.reshape(-1)
-    left, slope = residual.reshape(-1), gradient.reshape(-1)
-    change, rest = np.empty(n, dtype=np.float32), np.empty(n, dtype=np.float32)
+    left, slope, low = residual.reshape(-1), gradient.reshape(-1), lowest.reshape(-1)
+    change, rest, scale = np.empty(n, dtype=np.float32), np.empty(n, dtype=np.float32), np.empty(n, dtype=np.float32)
     step, direction = np.empty(n, dtype=np.float32), np.empty(n, dtype=np.float32)
     transformed = np.empty((len(spectra), psf_fft.shape[1], psf_fft.shape[2]), dtype=np.complex64)
     filters = make_filters(spectra, mean_weights, psf_fft)
     for _turn in range(n_turns):
         for i in range(n):
             change[i], rest[i] = 0.0, slope[i]
-            step[i] = slope[i] / scale[i]
-            direction[i] = step[i]
-        gain = inner_product(rest, step)
-        if not gain > enough:
-            break
-        for _ in range(n_steps):
-            if not gain > enough:
+            # An infinite diagonal holds a pixel.
+            scale[i] = np.inf if field[i] <= low[i] and slope[i] <= 0.0 else free[i]
+        n_held = 0
+        for round_ in range(1 + n_rounds):
+            for i in range(n):
+                step[i] = rest[i] / scale[i]
+                direction[i] = step[i]
+            gain = inner_product(rest, step)
+            if round_ == 0 and not gain > enough:
+                return
+            for _ in range(n_steps):
+                if not gain > enough:
+                    break
+                for i in range(n):
+                    lit[i] = envelope[i] * direction[i]
+                apply_filters(light, spectra, filters, transformed, curved)
+                for i in range(n):
+                    curve[i] = direction[i] + envelope[i] * curve[i]
+                length = np.float32(gain / inner_product(direction, curve))
+                for i in range(n):
+                    change[i] += length * direction[i]
+                    rest[i] -= length * curve[i]
+                    step[i] = rest[i] / scale[i]
+                before = gain
+                gain = inner_product(rest, step)
+                ratio = np.float32(gain / before)
+                for i in range(n):
+                    direction[i] = step[i] + ratio * direction[i]
+            n_low = 0
+            for i in range(n):
+                if field[i] + change[i] < low[i]:
+                    change[i] = low[i] - field[i]
+                    scale[i] = np.inf
+                    n_low += 1
+            n_held += n_low
+            if n_low == 0 or round_ == n_rounds:
                 break
             for i in range(n):
-                lit[i] = envelope[i] * direction[i]
+                lit[i] = envelope[i] * change[i]
             apply_filters(light, spectra, filters, transformed, curved)
             for i in range(n):
-                curve[i] = direction[i] + envelope[i] * curve[i]
-            length = np.float32(gain / inner_product(direction, curve))
-            for i in range(n):
-                change[i] += length * direction[i]
-                rest[i] -= length * curve[i]
-                step[i] = rest[i] / scale[i]
-            before = gain
-            gain = inner_product(rest, step)
-            ratio = np.float32(gain / before)
-            for i in range(n):
-                direction[i] = step[i] + ratio * direction[i]
+                rest[i] = slope[i] - change[i] - envelope[i] * curve[i]
         for i in range(n):
             lit[i] = envelope[i] * change[i]
         observe(light, spectra, psf_fft, observed)
@@ -174,8 +207,10 @@ def descend(
         for i in range(len(seen)):
             curvature += np.float64(weight[i]) * seen[i] * seen[i]
         length = np.float32(promised / curvature)
+        if n_held > 0:
+            length = min(length, np.float32(1.0))
         for i in range(n):
-            field[i] += length * change[i]
+            field[i] = max(field[i] + length * change[i], low[i])
         for i in range(len(left)):
             left[i] -= length * seen[i]
             seen[i] = weight[i] * left[i]
