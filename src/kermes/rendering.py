@@ -287,7 +287,11 @@ class KernelSet:
 
 
 def render_packed(
-    packed: Packed, kernels: KernelSet, shape: tuple[int, int], reach: NDArray[np.int64] | None = None
+    packed: Packed,
+    kernels: KernelSet,
+    shape: tuple[int, int],
+    reach: NDArray[np.int64] | None = None,
+    lit_only: bool = False,
 ) -> Rendered:
     """Render every component as observed.
 
@@ -300,6 +304,8 @@ def render_packed(
     reach : ndarray, shape (K,), optional
         How far from its box each component is rendered [pixels]; what the kernels have beyond must be negligible. None:
         half the longer side of the kernels.
+    lit_only : bool, optional
+        Whether bands in which a component has no light are left at zero.
     """
     if not len(packed):
         nothing = np.zeros((kernels.n_bands, 0), dtype=np.float32)
@@ -309,6 +315,7 @@ def render_packed(
     needed = packed.boxes[:, 2:].max(axis=1, initial=0) + 2 * reach
     boxes, offsets = kernels_rendering.rendered_boxes(packed.boxes, reach.astype(np.int64), shape)
     pixels = np.zeros((len(kernels.stamps), offsets[-1]), dtype=np.float32)
+    wanted = packed.spectra != 0 if lit_only else np.ones(packed.spectra.shape, dtype=bool)
     # Few different transform sizes, so that the kernels are transformed a few times only.
     sides = np.array([transform_side(side) for side in needed.tolist()], dtype=np.int64)
     sides[packed.boxes[:, 2] * packed.boxes[:, 3] == 0] = 0
@@ -317,6 +324,7 @@ def render_packed(
             packed.boxes,
             packed.offsets,
             packed.morphologies,
+            wanted,
             kernels.transforms(side),
             np.flatnonzero(sides == side),
             boxes,
@@ -518,7 +526,7 @@ def render_scene(scene: Scene, kernels: KernelSet) -> SourceModels:
     O(B side^2 log side) for a component on a stamp of that side.
     """
     packed, profiles, templates = _divide(scene, kernels.n_bands)
-    rendered = render_packed(packed, kernels, scene.box.shape)
+    rendered = render_packed(packed, kernels, scene.box.shape, lit_only=True)
     models = _combine(packed, rendered, profiles, templates, len(scene.sources), scene.box.shape)
     for side in np.unique(profiles.boxes[:, 2]).tolist():
         _draw(profiles, profiles.boxes[:, 2] == side, stamp_modes(side), kernels.psf_transforms(side), models)

@@ -43,8 +43,8 @@ def copy_above_rounding(out, plane, height, width):
 
 
 @kernel
-def render_components(boxes, offsets, morphologies, kernel_fft, members, grown, grown_offsets, out):
-    """Convolve the morphologies of some components with the kernel of every band.
+def render_components(boxes, offsets, morphologies, wanted, kernel_fft, members, grown, grown_offsets, out):
+    """Convolve the morphologies of some components with the kernels of the bands that are wanted, wanted (K, B).
 
     boxes (K, 4), offsets (K + 1,) and morphologies packed; kernel_fft (B, side, side // 2 + 1) from transform_kernels;
     members (n,) the components to render; grown (K, 4) and grown_offsets (K + 1,) the boxes to render them on, none
@@ -65,6 +65,8 @@ def render_components(boxes, offsets, morphologies, kernel_fft, members, grown, 
                 plane[dy + y, dx + x] = morphologies[offsets[k] + y * width + x]
         r2c(plane, transformed, axes, True, 1.0, 1)
         for b in range(n_bands):
+            if not wanted[k, b]:
+                continue
             multiply_into(product, transformed, kernel_fft[b])
             c2r(product, plane, axes, False, 1.0, 1)
             copy_above_rounding(out[b, grown_offsets[k] : grown_offsets[k + 1]], plane, grown[k, 2], grown[k, 3])
