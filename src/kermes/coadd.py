@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kermes.errors import DataWarning, InputError, ShapeError
 from kermes.geometry import Box
+from kermes.kernels import blends as kernels
 from kermes.psf import CellPsf
 
 logger = logging.getLogger(__name__)
@@ -815,20 +816,21 @@ def cut_blend(
     if psfs is None:
         psfs = psf_of_box(coadd, box)
     window = (slice(None), box.y, box.x)
-    valid: NDArray[np.bool_] = coadd.valid[window]
-    has_psf = np.asarray(psfs.any(axis=(1, 2)))
-    if not has_psf.all():
-        valid = valid & has_psf[:, None, None]
-    used = valid if usable is None else valid & usable
-    rms = np.sqrt(coadd.variance[window], out=np.zeros(valid.shape, dtype=np.float32), where=valid)
-    noise = np.full(coadd.n_bands, np.nan, dtype=np.float32)
-    total = rms.sum(axis=(1, 2), dtype=np.float64)
-    n_valid = np.array([np.count_nonzero(plane) for plane in valid])
-    np.divide(total, n_valid, out=noise, where=used.any(axis=(1, 2)), casting="same_kind")
-    weights = np.zeros(used.shape, dtype=np.float32)
-    np.divide(1.0, coadd.variance[window], out=weights, where=used)
+    shape = (coadd.n_bands, *box.shape)
+    images, weights = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
+    noise = np.empty(coadd.n_bands, dtype=np.float32)
+    kernels.cut_pixels(
+        np.ascontiguousarray(coadd.images[window]),
+        np.ascontiguousarray(coadd.variance[window]),
+        np.ascontiguousarray(coadd.valid[window]),
+        np.ones(box.shape, dtype=bool) if usable is None else usable,
+        psfs.any(axis=(1, 2)),
+        images,
+        weights,
+        noise,
+    )
     return Blend(
-        images=np.where(used, coadd.images[window], np.float32(0)),
+        images=images,
         weights=weights,
         noise_rms=noise,
         psfs=psfs,

@@ -175,30 +175,26 @@ class ProfileFit:
         return np.asarray(np.sqrt(self.variances.shape[:, :2]))
 
 
+@lru_cache(maxsize=8)
+def _prior(config: ProfileConfig) -> DoubleArray:
+    """Mean, inverse variance and limits of the parameters of a shape at the position 0, shape (4, N_SHAPE)."""
+    ln_radius = np.log(config.radius)
+    mean = [0.0, 0.0, ln_radius, 0.0, 0.0, 0.0, ln_radius - np.log(2.0), 0.0, 0.0, np.log(config.bulge_index)]
+    shape_widths = [config.radius_width, config.shear_width, config.shear_width, config.index_width]
+    widths = np.array([config.center_width, config.center_width, *shape_widths, *shape_widths])
+    weight = np.divide(1.0, np.square(widths), out=np.zeros(N_SHAPE), where=widths > 0)
+    box, least = config.center_box, np.log(LEAST_RADIUS)
+    low = [least, -MOST_SHEAR, -MOST_SHEAR, np.log(0.5)]
+    high = [np.inf, MOST_SHEAR, MOST_SHEAR, np.log(6.0)]
+    return np.array([mean, weight, [-box, -box, *low, *low], [box, box, *high, *high]])
+
+
 def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sources:
     """Exponential sources without light, at the prior mean."""
     n = len(peaks)
-    shapes = np.zeros((n, N_SHAPE))
-    shapes[:, :2] = peaks
-    shapes[:, 2] = np.log(config.radius)
-    shapes[:, 6] = np.log(0.5 * config.radius)
-    shapes[:, 9] = np.log(config.bulge_index)
-    widths = np.array(
-        [config.center_width] * 2
-        + [config.radius_width]
-        + [config.shear_width] * 2
-        + [config.index_width]
-        + [config.radius_width]
-        + [config.shear_width] * 2
-        + [config.index_width]
-    )
-    weight = np.zeros((n, N_SHAPE))
-    weight[:, widths > 0] = widths[widths > 0] ** -2.0
-    box, shear, radius = config.center_box, MOST_SHEAR, np.log(LEAST_RADIUS)
-    low = np.array([0, 0, radius, -shear, -shear, np.log(0.5), radius, -shear, -shear, np.log(0.5)])
-    high = np.array([0, 0, np.inf, shear, shear, np.log(6.0), np.inf, shear, shear, np.log(6.0)])
-    low, high = np.tile(low, (n, 1)), np.tile(high, (n, 1))
-    low[:, :2], high[:, :2] = peaks - box, peaks + box
+    shapes, weight, low, high = (np.tile(row, (n, 1)) for row in _prior(config))
+    for positions in (shapes, low, high):
+        positions[:, :2] += peaks
     return Sources(
         kinds=np.full(n, EXPONENTIAL),
         shapes=shapes,

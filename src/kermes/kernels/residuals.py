@@ -5,6 +5,9 @@ import numpy as np
 from kermes.kernels.decorator import kernel
 from kermes.kernels.stamps import POINT
 
+ROWS_AT_ONCE = 8
+"""So many rows of an image, of a filtered one and of what is added stay in the fastest cache."""
+
 
 @kernel
 def signal_to_noise(sources, noise, psf_norm, out):
@@ -75,26 +78,34 @@ def add_mirrored(out, before, after, factor):
 
 
 @kernel
+def scale_row(row, factor, out):
+    """Set a row to another, times a factor."""
+    for x in range(len(out)):
+        out[x] = factor * row[x]
+
+
+@kernel
 def blur(plane, taps, work, out):
     """Correlate a plane with a symmetric separable filter, taps (K,) from the middle outwards.
 
-    plane (H + 2 (K - 1), W + 2 (K - 1)): zero around its inner H x W pixels, the only ones that out (H, W) is worked
-    out for; work (H + 2 (K - 1), W): zero in the first and last K - 1 rows.
+    plane, work (H + 2 (K - 1), W): zero in the first and last K - 1 rows, plane in the last K - 1 columns, too: these
+    hold nothing of use in out (H, W). Rows are worked on as one, so many that they stay in the cache.
     """
     height, width = out.shape
     reach = len(taps) - 1
-    for y in range(reach, reach + height):
-        row, line = work[y], plane[y]
-        for x in range(width):
-            row[x] = taps[0] * line[reach + x]
+    flat_plane, flat_work, flat_out = plane.reshape(-1), work.reshape(-1), out.reshape(-1)
+    for y in range(0, height, ROWS_AT_ONCE):
+        n, first = min(ROWS_AT_ONCE, height - y) * width, (reach + y) * width
+        target = flat_work[first : first + n]
+        scale_row(flat_plane[first:], taps[0], target)
         for k in range(1, len(taps)):
-            add_mirrored(row, line[reach - k :], line[reach + k :], taps[k])
-    for y in range(height):
-        row, middle = out[y], work[reach + y]
-        for x in range(width):
-            row[x] = taps[0] * middle[x]
+            add_mirrored(target, flat_plane[first - k :], flat_plane[first + k :], taps[k])
+    for y in range(0, height, ROWS_AT_ONCE):
+        n, first = min(ROWS_AT_ONCE, height - y) * width, (reach + y) * width
+        target = flat_out[y * width : y * width + n]
+        scale_row(flat_work[first:], taps[0], target)
         for k in range(1, len(taps)):
-            add_mirrored(row, work[reach + y - k], work[reach + y + k], taps[k])
+            add_mirrored(target, flat_work[first - k * width :], flat_work[first + k * width :], taps[k])
 
 
 @kernel
@@ -136,12 +147,12 @@ def significance(images, residual, weights, sigmas, threshold, left, seen):
     exceeds the threshold, and 0 elsewhere.
     """
     n_bands, height, width = residual.shape
-    signal, norm = np.empty((height, width), np.float32), np.empty((height, width), np.float32)
     taps = np.empty((n_bands, int(np.ceil(2.5 * sigmas.max())) + 1), np.float32)
     squares = np.empty(taps.shape[1], np.float32)
     reach = taps.shape[1] - 1
-    plane = np.zeros((height + 2 * reach, width + 2 * reach), np.float32)
-    work = np.zeros((height + 2 * reach, width), np.float32)
+    stride = width + reach
+    plane, work = np.zeros((height + 2 * reach, stride), np.float32), np.zeros((height + 2 * reach, stride), np.float32)
+    signal, norm = np.empty((height, stride), np.float32), np.empty((height, stride), np.float32)
     filter_taps(sigmas, taps)
     for y in range(height):
         for x in range(width):
@@ -152,12 +163,12 @@ def significance(images, residual, weights, sigmas, threshold, left, seen):
         for k in range(len(squares)):
             squares[k] = taps[b, k] * taps[b, k]
         for y in range(height):
-            row = plane[reach + y, reach : reach + width]
+            row = plane[reach + y]
             for x in range(width):
                 row[x] = weights[b, y, x] * residual[b, y, x]
         blur(plane, taps[b], work, signal)
         for y in range(height):
-            row = plane[reach + y, reach : reach + width]
+            row = plane[reach + y]
             for x in range(width):
                 row[x] = weights[b, y, x]
         blur(plane, squares, work, norm)
