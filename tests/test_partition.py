@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import ndimage
 
 from kermes.coadd import Coadd
 from kermes.config import PartitionConfig
@@ -17,6 +18,7 @@ from kermes.partition import (
     divide,
     in_order,
     is_large,
+    join_close,
     measure_lights,
     nearest_peaks,
     partition,
@@ -24,6 +26,20 @@ from kermes.partition import (
     psf_correlation,
 )
 from kermes.psf import model_psf
+
+
+@given(
+    labels=hnp.arrays(np.int64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.integers(0, 1)),
+    distance=st.sampled_from([0.0, 1.0, 2.0, 4.4, 7.0, 12.0]),
+)
+def test_footprints_that_come_close_are_joined(labels, distance):
+    joined = join_close(labels, distance)
+    np.testing.assert_array_equal(joined > 0, labels > 0)
+    if labels.any():
+        # Slow twin: the distance of each pixel from the nearest footprint.
+        near = ndimage.distance_transform_edt(labels == 0) <= 0.5 * distance
+        expected = ndimage.label(near, structure=np.ones((3, 3)))[0]
+        np.testing.assert_array_equal(joined, np.where(labels > 0, expected, 0))
 
 
 @st.composite

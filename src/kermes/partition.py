@@ -107,9 +107,26 @@ def join_close(labels: LabelArray, distance: float) -> LabelArray:
     covered = labels > 0
     if not covered.any():
         return labels
-    grown = ndimage.distance_transform_edt(~covered) <= 0.5 * distance
+    grown = _grown(covered, 0.5 * distance)
     joined = ndimage.label(grown, structure=np.ones((3, 3), dtype=bool))[0]
     return np.where(covered, joined, 0).astype(np.int64)
+
+
+def _grown(covered: NDArray[np.bool_], radius: float) -> NDArray[np.bool_]:
+    """Pixels that are not farther than a radius [pixels] from one that is covered, shape (H, W)."""
+    height, width = covered.shape
+    reach = int(radius)
+    before = np.zeros((height, width + 1), dtype=np.int32)
+    np.cumsum(covered, axis=1, out=before[:, 1:])
+    # How many covered pixels there are to the left of each, as if the rows went on without any on both sides.
+    before = np.pad(before, ((0, 0), (reach, reach)), mode="edge")
+    grown = np.zeros(covered.shape, dtype=bool)
+    for dy in range(min(reach, height - 1) + 1):
+        dx = int(np.sqrt(radius**2 - dy**2))
+        near = before[:, reach + dx + 1 : reach + dx + 1 + width] > before[:, reach - dx : reach - dx + width]
+        grown[dy:] |= near[: height - dy]
+        grown[: height - dy] |= near[dy:]
+    return grown
 
 
 def partition(labels: LabelArray, peaks: LabelArray, shape: tuple[int, int]) -> Partition:
@@ -141,8 +158,15 @@ def partition(labels: LabelArray, peaks: LabelArray, shape: tuple[int, int]) -> 
     of_peak = labels[peaks[:, 0], peaks[:, 1]]
     # Labels can be any integers: number those that hold peaks, so that boxes are found in one pass.
     held = np.unique(of_peak[of_peak > 0])
-    position = np.minimum(np.searchsorted(held, labels), max(len(held) - 1, 0))
-    compact = np.where(held[position] == labels, position + 1, 0) if len(held) else np.zeros_like(labels)
+    largest = int(labels.max(initial=0))
+    if largest < labels.size:
+        # A table is faster than a search.
+        number = np.zeros(largest + 1, dtype=np.int64)
+        number[held] = np.arange(1, len(held) + 1)
+        compact = number[labels]
+    else:
+        position = np.minimum(np.searchsorted(held, labels), max(len(held) - 1, 0))
+        compact = np.where(held[position] == labels, position + 1, 0) if len(held) else np.zeros_like(labels)
     windows = ndimage.find_objects(compact, max_label=len(held))
 
     # A peak outside stands for itself; the others go by label.
