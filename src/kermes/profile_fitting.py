@@ -205,6 +205,7 @@ def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sou
         high=high,
         stamps=np.full((n, 4), -1, dtype=np.int64),
         evidence=np.full((n, N_KINDS), np.nan),
+        doubt=np.zeros((n, n_bands)),
     )
 
 
@@ -414,7 +415,7 @@ class _Engine:
             self.settled &= self.lonely
 
     def admit_misfit(self) -> None:
-        """Scale the variances by the chi2 of the core of each source where that is above one."""
+        """Scale the variances by the chi2 of the core of each source where that is above one, and add the doubt."""
         extended = self.sources.kinds != POINT
         radii = np.median(self.psf_sigmas[self.psf_sigmas > 0]) * 2 + np.where(
             extended, np.exp(self.sources.shapes[:, 2]), 0.0
@@ -424,6 +425,7 @@ class _Engine:
         scale = np.maximum(chi2, 1.0)[:, None]
         for variance in (self.variances.flux, self.variances.shape):
             variance *= scale
+        self.variances.flux[:] += self.sources.doubt
         self.variances.shape[:, :2] += CENTER_FLOOR**2
 
     def draw(self, rows: IndexArray, factor: float) -> None:

@@ -429,6 +429,34 @@ def has_dark_part(fluxes, strength):
 
 
 @kernel
+def note_fluxes(sources, members, out):
+    """Total fluxes of some sources, out (G, B)."""
+    for k in range(len(members)):
+        for b in range(out.shape[1]):
+            out[k, b] = sources.fluxes[members[k], 0, b] + sources.fluxes[members[k], 1, b]
+
+
+@kernel
+def add_doubt(sources, members, losses, chosen, noted):
+    """Add the variance of the fluxes of a group between the kinds that one of its members might be.
+
+    losses (N_KINDS,): penalised loss of each kind, NaN where it was not tried; noted (N_KINDS, G, B): the fluxes then.
+    A kind is as likely as the exponential of its loss is small (the Laplace approximation, the penalties as priors).
+    """
+    total = 0.0
+    for j in range(len(losses)):
+        if not np.isnan(losses[j]):
+            total += np.exp(min(losses[chosen] - losses[j], 0.0))
+    for j in range(len(losses)):
+        if j == chosen or np.isnan(losses[j]):
+            continue
+        share = np.exp(min(losses[chosen] - losses[j], 0.0)) / total
+        for k in range(len(members)):
+            for b in range(noted.shape[2]):
+                sources.doubt[members[k], b] += share * (noted[j, k, b] - noted[chosen, k, b]) ** 2
+
+
+@kernel
 def shift_group(sources, members, y, x):
     """Count the positions of some sources from another corner."""
     for s in members:
@@ -637,7 +665,11 @@ def visit_group(
     for b in range(n_bands):
         strength[b] = np.sqrt(mean_weights[b])
     kept_shapes, kept_fluxes = np.empty((len(members), N_SHAPE)), np.empty((len(members), 2, n_bands))
-    losses = np.empty(N_KINDS)
+    losses, possible, noted = np.empty(N_KINDS), np.empty(N_KINDS), np.empty((N_KINDS, len(members), n_bands))
+    if choosing:
+        for s in members:
+            for b in range(n_bands):
+                sources.doubt[s, b] = 0.0
     negative = False
     loss, steps = 0.0, 0
     # First all members as they are, then one after the other as something else.
@@ -649,8 +681,9 @@ def visit_group(
             if turn % len(TRIALS) == 0:
                 negative = False
                 for j in range(N_KINDS):
-                    losses[j] = np.nan
-                losses[before] = loss + penalties[before]
+                    losses[j] = possible[j] = np.nan
+                losses[before] = possible[before] = loss + penalties[before]
+                note_fluxes(sources, members, noted[before])
             again = kind != DOUBLE or np.isnan(losses[DOUBLE]) or (before == SERSIC and negative)
             if again and propose_kind(sources, members, i, kind, candidates[s], kept_shapes, kept_fluxes):
                 pass
@@ -693,6 +726,9 @@ def visit_group(
                 worse = worse or negative
             if np.isnan(losses[kind]) or not worse:
                 losses[kind] = trial + penalties[kind]
+                # Negative light is no alternative.
+                possible[kind] = np.nan if kind == DOUBLE and negative else losses[kind]
+                note_fluxes(sources, members, noted[kind])
             if worse:
                 take_back(sources, members, i, before, kept_shapes, kept_fluxes)
             else:
@@ -703,6 +739,7 @@ def visit_group(
         if turn % len(TRIALS) == len(TRIALS) - 1 and turn >= 0:
             for j in range(N_KINDS):
                 sources.evidence[s, j] = losses[j] - losses[sources.kinds[s]]
+            add_doubt(sources, members, possible, sources.kinds[s], noted)
     shift_group(sources, members, -y0, -x0)
     change = 0.0
     if not errors:

@@ -60,6 +60,9 @@ class Sources(NamedTuple):
     evidence: np.ndarray
     """Fall of the penalised loss from each kind of model to the chosen one, shape (S, N_KINDS); NaN where not tried."""
 
+    doubt: np.ndarray
+    """Variance of the total fluxes between the kinds that the members of its group might be, shape (S, B)."""
+
 
 @kernel
 def add_row(out, row, factor):
