@@ -295,8 +295,8 @@ def test_a_stamp_is_added_to_the_pixels_that_it_shares(y0, x0, height, width):
     plane = np.arange(1, 17, dtype=np.float32).reshape(4, 4)
     out = np.ones(joined.area, dtype=np.float32)
     expected = np.ones(joined.shape, dtype=np.float32)
-    expected[stamp.within(joined)] += plane[joined.within(stamp)]
-    add_stamp(out, plane, np.array([y0, x0, 4, 4]), np.array([1, 2, height, width]))
+    expected[stamp.within(joined)] += np.float32(3.0) * plane[joined.within(stamp)]
+    add_stamp(out, plane, np.float32(3.0), np.array([y0, x0, 4, 4]), np.array([1, 2, height, width]))
     np.testing.assert_array_equal(out, expected.ravel())
 
 

@@ -140,7 +140,8 @@ def _scale_of_fluxes(result: Result) -> ColourScale:
         error = column_values(result.objects, f"{band}_flux_err")
         usable = error[np.isfinite(error) & (error > 0)]
         if len(usable) and norm[b] > 0:
-            noise[b] = np.median(usable) * norm[b]  # the error of a point source is the noise over this norm
+            # The error of a point source is the noise over this norm; those of galaxies and in blends are larger.
+            noise[b] = np.quantile(usable, 0.25) * norm[b]
         if len(result):
             fluxes[b, :, 0] = column_values(result.objects, f"{band}_flux") * peak[b]
     return colour_scale(fluxes, result.bands, noise=noise)
