@@ -281,9 +281,13 @@ def _solve(
         return None
     lit = np.square(envelopes).max(axis=0)
     mean_weights = np.einsum("bhw,hw->b", weights, lit, dtype=np.float64) / lit.sum(dtype=np.float64)
+    # As if the weights of a band were all alike, and the light brighter where they are larger.
+    alike = np.maximum((np.square(spectra) * window.squares) @ mean_weights, 1e-30)
+    seen_envelopes = envelopes * np.sqrt(np.maximum(information, 0) / alike[:, None, None]).astype(np.float32)
     fields = np.zeros_like(envelopes)
     kernels_free_form.descend(
         envelopes,
+        seen_envelopes,
         -shapes / np.maximum(envelopes, np.float32(1e-20)),
         spectra,
         weights,

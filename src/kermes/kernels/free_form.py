@@ -122,6 +122,7 @@ def apply_filters(light, spectra, filters, transformed, out):
 @kernel
 def descend(
     envelopes,
+    seen_envelopes,
     lowest,
     spectra,
     weights,
@@ -140,15 +141,16 @@ def descend(
 
     Envelopes, fields, gradient (K, h, w): the light of spectrum k (K, B) is the product of the first two; residual,
     weights (B, h, w). Fields stay above `lowest` (K, h, w); the diagonal (K, h, w) preconditions. Each of at most
-    n_turns turns takes steps of conjugate gradients as if the weights of a band were all alike, mean_weights (B,),
-    which costs two transforms for each spectrum: n_steps at most, and the same again up to n_rounds times with those
-    pixels held that would fall too low. It goes as far along their sum as is best with the weights as they are. Where
-    they are alike one turn is the solution.
+    n_turns turns takes steps of conjugate gradients as if the weights of a band were all alike, mean_weights (B,), and
+    the envelopes seen_envelopes (K, h, w), which costs two transforms for each spectrum: n_steps at most, and a quarter
+    of that up to n_rounds times with those pixels held that would fall too low. It goes as far along their sum as is
+    best with the weights as they are. Where they are alike one turn is the solution.
     """
     n = fields.size
     light, curved = np.empty(fields.shape, dtype=np.float32), np.empty(fields.shape, dtype=np.float32)
     observed = np.empty(residual.shape, dtype=np.float32)
     envelope, free, weight = envelopes.reshape(-1), diagonal.reshape(-1), weights.reshape(-1)
+    bent = seen_envelopes.reshape(-1)
     field, lit, seen, curve = fields.reshape(-1), light.reshape(-1), observed.reshape(-1), curved.reshape(-1)
     left, slope, low = residual.reshape(-1), gradient.reshape(-1), lowest.reshape(-1)
     change, rest, scale = np.empty(n, dtype=np.float32), np.empty(n, dtype=np.float32), np.empty(n, dtype=np.float32)
@@ -168,14 +170,14 @@ def descend(
             gain = inner_product(rest, step)
             if round_ == 0 and not gain > enough:
                 return
-            for _ in range(n_steps):
+            for _ in range(n_steps if round_ == 0 else n_steps // 4):
                 if not gain > enough:
                     break
                 for i in range(n):
-                    lit[i] = envelope[i] * direction[i]
+                    lit[i] = bent[i] * direction[i]
                 apply_filters(light, spectra, filters, transformed, curved)
                 for i in range(n):
-                    curve[i] = direction[i] + envelope[i] * curve[i]
+                    curve[i] = direction[i] + bent[i] * curve[i]
                 length = np.float32(gain / inner_product(direction, curve))
                 for i in range(n):
                     change[i] += length * direction[i]
@@ -196,10 +198,10 @@ def descend(
             if n_low == 0 or round_ == n_rounds:
                 break
             for i in range(n):
-                lit[i] = envelope[i] * change[i]
+                lit[i] = bent[i] * change[i]
             apply_filters(light, spectra, filters, transformed, curved)
             for i in range(n):
-                rest[i] = slope[i] - change[i] - envelope[i] * curve[i]
+                rest[i] = slope[i] - change[i] - bent[i] * curve[i]
         for i in range(n):
             lit[i] = envelope[i] * change[i]
         observe(light, spectra, psf_fft, observed)
