@@ -555,7 +555,8 @@ def _with_free_form(
     residual = cut.images.copy()
     kernels_flux.subtract_models(residual, models.pixels, models.boxes, models.offsets)
     flux = fit.sources.fluxes.sum(axis=1)
-    snr = np.sqrt(np.nansum(np.square(flux / fit.flux_err), axis=1))
+    # How well the light is seen, whatever it is taken for.
+    snr = np.sqrt(np.nansum(np.square(flux) / (fit.variances.flux - fit.sources.doubt), axis=1))
     snr[len(task.members) :] = np.nan
     return with_free_form(scene, residual, snr, cut, task.kernels, config.free_form)
 
