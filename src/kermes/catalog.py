@@ -149,7 +149,7 @@ FLAG_DESCRIPTIONS: Mapping[Flag, str] = {
     Flag.DIVIDED_PARENT: "its parent was too large for one blend and was divided",
     Flag.NEIGHBOR_DOMINATED: "its pixels have more light of neighbours than its own, in the band where it is clearest",
     Flag.UNRESOLVED_BLEND: "a source that nobody listed was found in the residuals within two widths of the PSF",
-    Flag.SHREDDED: "its light may be that of neighbours: they outshine it, and it stands out by less than 5 sigma",
+    Flag.SHREDDED: "its light may be that of neighbours: they outshine it, and it stands out by less than 4 sigma",
     Flag.POOR_MODEL: "what the models leave of its pixels has a chi2 above 1.5",
     Flag.SATURATED: "a pixel near its peak is saturated, as the mask says",
     Flag.SUSPECT: "a pixel near its peak is suspect, as the mask says",

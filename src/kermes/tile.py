@@ -43,7 +43,7 @@ PREFERRED_CHI2 = 1.2
 fluxes with such a chi2, most of them in star clusters, it was the closer one in two of three; with less, in fields, in
 two of five."""
 
-LEAST_OWN_SNR = 5.0
+LEAST_OWN_SNR = 4.0
 """Signal-to-noise, with everything else free, below which a source that neighbours outshine may be a part of them."""
 
 LEAST_CORRELATION = 0.1
