@@ -519,8 +519,7 @@ class _Engine:
         stamps = np.empty((groups, 4), dtype=np.int64)
         stamp_kernels.plan_stamps(self.sources, self.members, self.offsets, self.snr, SIDES, LEVELS, stamps)
         stamp_kernels.find_lonely(stamps, SIDES, self.lonely)
-        choosing = candidates is not None
-        if len(order) == 0 or (self.settled[order].all() and not choosing and not errors):
+        if len(order) == 0 or (self.settled[order].all() and candidates is None and not errors):
             return False
         modes = self.bank.require(stamps[order])
         if candidates is None:
@@ -545,7 +544,6 @@ class _Engine:
             self.penalties,
             self.variances,
             errors,
-            choosing,
             self.settled,
         )
         self.steps += int(done)

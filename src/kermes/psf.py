@@ -222,7 +222,6 @@ def gaussian_fwhm(psf: ArrayLike) -> float:
 
 
 @lru_cache(maxsize=16)
-@lru_cache(maxsize=8)
 def _rings(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pixels of a stamp by their distance from the centre, the larger of |dy| and |dx|, and where each starts."""
     y, x = np.indices((height, width))

@@ -429,6 +429,16 @@ def has_dark_part(fluxes, strength):
 
 
 @kernel
+def may_choose(candidates, members):
+    """Whether any of some sources may become another kind, candidates (S, N_KINDS)."""
+    for s in members:
+        for j in range(candidates.shape[1]):
+            if candidates[s, j]:
+                return True
+    return False
+
+
+@kernel
 def note_fluxes(sources, members, out):
     """Total fluxes of some sources, out (G, B)."""
     for k in range(len(members)):
@@ -638,7 +648,7 @@ def visit_group(
     k = modes.sets[stamp[0], stamp[3]]
     lengths, psf = modes.lengths[modes.starts[k] : modes.starts[k + 1]], set_of_psfs(modes, k)
     frequencies = set_of_frequencies(modes, k)
-    choosing = False
+    choosing = not errors and may_choose(candidates, members)
     for s in members:
         moved = False
         for j in range(4):
@@ -648,8 +658,6 @@ def visit_group(
             for j in range(4):
                 sources.stamps[s, j] = stamp[j]
             draw_source(table, modes, sides, sources, s, -1.0, residual)
-        for j in range(N_KINDS):
-            choosing = choosing or (candidates[s, j] and not errors)
     model = np.zeros(psf.shape, np.float32)
     for s in members:
         add_model(table, lengths, frequencies, sources, s, y0, x0, 1.0, model)
@@ -666,10 +674,10 @@ def visit_group(
         strength[b] = np.sqrt(mean_weights[b])
     kept_shapes, kept_fluxes = np.empty((len(members), N_SHAPE)), np.empty((len(members), 2, n_bands))
     losses, possible, noted = np.empty(N_KINDS), np.empty(N_KINDS), np.empty((N_KINDS, len(members), n_bands))
-    if choosing:
-        for s in members:
+    for i in range(len(members)):
+        if not errors and may_choose(candidates, members[i : i + 1]):
             for b in range(n_bands):
-                sources.doubt[s, b] = 0.0
+                sources.doubt[members[i], b] = 0.0
     negative = False
     loss, steps = 0.0, 0
     # First all members as they are, then one after the other as something else.
@@ -777,7 +785,6 @@ def sweep(
     penalties,
     variances,
     errors,
-    choosing,
     settled,
 ):
     """Visit groups one after the other, see `visit_group`; returns the number of steps of all sources.
@@ -785,14 +792,14 @@ def sweep(
     groups (S,), offsets (G + 1,): members of each group; order: which groups, and when; soft (G,): whether a group
     sees the soft weights; n_steps (G,); candidates (S, N_KINDS). settled (G,) says which groups another visit would
     leave as they are: the fit has come to its end, and what has changed since around it does not matter. They are left
-    out, unless kinds are chosen or errors asked for.
+    out, unless they have kinds to choose from or errors are asked for.
     """
     mean_weights = np.empty(len(residual))
     steps = 0
     for g in order:
-        if settled[g] and not choosing and not errors:
-            continue
         members = groups[offsets[g] : offsets[g + 1]]
+        if settled[g] and not errors and not may_choose(candidates, members):
+            continue
         seen = soft_weights if soft[g] else weights
         uneven = mean_weight(seen, sources, members, mean_weights)
         _, n, suffices, change = visit_group(
