@@ -177,10 +177,11 @@ def shared_fluxes(
     flux, noise2 = kernels.share_fluxes(
         np.ascontiguousarray(coadd.images[window]),
         np.ascontiguousarray(coadd.variance[window]),
-        claimed(coadd.variance[window], coadd.valid[window], total),
+        np.ascontiguousarray(coadd.valid[window]),
         np.ascontiguousarray(total),
         models.pixels,
         models.boxes,
         models.offsets,
+        LEAST_MODEL,
     )
     return flux, np.sqrt(noise2)

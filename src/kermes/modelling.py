@@ -148,6 +148,7 @@ def _model_blend(outer: Blend, task: BlendTask, config: Config, rung: Outcome) -
 def _fit_profiles(blend: Blend, task: BlendTask, config: Config, rung: Outcome) -> ProfileFit:
     """Fit profiles to one blend; raises BlendError when the answer is not finite."""
     most = {Outcome.FULL: DOUBLE, Outcome.SINGLE: EXPONENTIAL, Outcome.POINT: POINT}[rung]
+    assert task.bank is not None, "plans for profiles have their modes"
     # What lies around the box is not used; the fit need not look at it.
     inner = _window(blend, task.box)
     fit = fit_profiles(inner.images, inner.weights, task.bank, inner.peaks.astype(np.float64), config.profiles, most)

@@ -134,8 +134,8 @@ class BlendTask:
     kernels: KernelSet
     """Difference kernels; zero likewise."""
 
-    bank: ModeBank
-    """Fourier modes of profiles."""
+    bank: ModeBank | None
+    """Fourier modes of profiles; None: none are fitted."""
 
     last_neighbor: int
     """Place in the plan of the last blend whose models can reach `outer`, itself included."""
@@ -365,12 +365,14 @@ def _with_model_psf(config: Config, coadd: Coadd, boxes: list[Box]) -> Config:
     return replace(config, model_psf_sigma=sigma)
 
 
-def _psfs_of_blends(coadd: Coadd, boxes: list[Box], config: Config) -> list[tuple[DoubleArray, KernelSet, ModeBank]]:
+def _psfs_of_blends(
+    coadd: Coadd, boxes: list[Box], config: Config
+) -> list[tuple[DoubleArray, KernelSet, ModeBank | None]]:
     """PSFs and difference kernels at the centre of each box; equal PSFs are one array.
 
     Bands without a PSF there, or with one narrower than that of the model frame, are zero.
     """
-    known: dict[bytes, tuple[DoubleArray, KernelSet, ModeBank, NDArray[np.bool_]]] = {}
+    known: dict[bytes, tuple[DoubleArray, KernelSet, ModeBank | None, NDArray[np.bool_]]] = {}
     found = []
     for box in boxes:
         psfs = psf_of_box(coadd, box)
@@ -404,7 +406,7 @@ def _psfs_of_blends(coadd: Coadd, boxes: list[Box], config: Config) -> list[tupl
 @lru_cache(maxsize=4)
 def _prepare_psfs(
     content: bytes, shape: tuple[int, int, int], sigma: float, regularization: float, model: str
-) -> tuple[DoubleArray, KernelSet, ModeBank, NDArray[np.bool_]]:
+) -> tuple[DoubleArray, KernelSet, ModeBank | None, NDArray[np.bool_]]:
     """PSFs, difference kernels, Fourier modes, and which bands are too narrow for the model frame.
 
     Many coadds have the PSFs of the one before; what was transformed for them is kept.
@@ -414,8 +416,7 @@ def _prepare_psfs(
     if model == "scarlet-lite":
         kernels, narrow = _usable_kernels(psfs, sigma, regularization)
         psfs = np.where(narrow[:, None, None], 0.0, psfs)
-        wide = continued(psfs)
-        return psfs, KernelSet(kernels, wide), ModeBank(wide), narrow
+        return psfs, KernelSet(kernels, lambda: continued(psfs)), None, narrow
     # Profiles are seen through the PSF itself, templates as they are; only free shapes need the model frame.
     wide = continued(psfs)
     kernel_set = KernelSet(lambda: _usable_kernels(psfs, sigma, regularization)[0], wide)

@@ -232,29 +232,40 @@ class KernelSet:
     """Difference kernels, shape (B, P, Q), odd sides, or a function that makes them when they are needed: profiles do
     without."""
 
-    psfs: NDArray[np.float64] | None = None
+    given_psfs: NDArray[np.float64] | Callable[[], NDArray[np.float64]] | None = None
     """Observed PSFs, shape (B, P', Q'), odd sides: what profiles are convolved with, from `psf.continued` to have
-    wings. None: profiles cannot be rendered."""
+    wings; or a function that makes them, as free shapes do without. None: profiles cannot be rendered."""
 
-    _made: list[NDArray[np.float64]] = field(default_factory=list)
+    _made: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     _known: dict[int, NDArray[np.complex64]] = field(default_factory=dict)
     _known_psfs: dict[int, NDArray[np.complex64]] = field(default_factory=dict)
     _errors: dict[tuple[int, bool], tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=dict)
 
+    def _array(self, name: str, given: NDArray[np.float64] | Callable[[], NDArray[np.float64]]) -> NDArray[np.float64]:
+        if not callable(given):
+            return given
+        if name not in self._made:
+            # Threads that come at the same time make the same.
+            self._made[name] = given()
+        return self._made[name]
+
     @property
     def stamps(self) -> NDArray[np.float64]:
         """Difference kernels, shape (B, P, Q), odd sides."""
-        if not callable(self.given):
-            return self.given
-        if not self._made:
-            # Threads that come at the same time make the same.
-            self._made.append(self.given())
-        return self._made[0]
+        return self._array("stamps", self.given)
+
+    @property
+    def psfs(self) -> NDArray[np.float64] | None:
+        """Observed PSFs, shape (B, P', Q'), odd sides; None: not known."""
+        return None if self.given_psfs is None else self._array("psfs", self.given_psfs)
 
     @property
     def n_bands(self) -> int:
         """Number of bands."""
-        return len(self.stamps if self.psfs is None else self.psfs)
+        for given in (self.given, self.given_psfs):
+            if given is not None and not callable(given):
+                return len(given)
+        return len(self.stamps)
 
     def cut_error(self, psfs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Table of `psf.cut_error` for the observed PSFs that the kernels lead to."""

@@ -206,6 +206,7 @@ class Children:
             of.pixels[None],
             of.boxes,
             of.offsets,
+            0.0,
         )
         if self.scale_variance:
             return flux[:, 0], variance[:, 0]

@@ -80,11 +80,12 @@ def add_positive_models(total, models, boxes, offsets):
 
 
 @fast_kernel
-def share_row(image, variance, valid, total, model):
-    """Sums over one row of I r and V r^2 with the share r = max(model, 0) / total, in float32."""
+def share_row(image, variance, valid, total, model, least):
+    """Sums over one row of I r and V r^2 with the share r = max(model, 0) / total, where that is above least sigma."""
     flux, noise2 = np.float32(0.0), np.float32(0.0)
     for x in range(len(model)):
-        if valid[x] and model[x] > 0:
+        # A variance that is not known limits nothing.
+        if valid[x] and model[x] > 0 and not total[x] * total[x] <= least * least * variance[x]:
             ratio = model[x] / total[x]
             flux += image[x] * ratio
             noise2 += variance[x] * ratio * ratio
@@ -92,11 +93,11 @@ def share_row(image, variance, valid, total, model):
 
 
 @kernel
-def share_fluxes(images, variance, valid, total, models, boxes, offsets):
+def share_fluxes(images, variance, valid, total, models, boxes, offsets, least):
     """Sum what each packed model gets of the observed pixels, and its variance.
 
-    images, variance, valid, total (B, H, W) and models (B, n) on boxes (S, 4) of the same pixels. Returns two
-    (S, B) float64.
+    images, variance, valid, total (B, H, W) and models (B, n) on boxes (S, 4) of the same pixels; nothing is shared
+    where the total is not above `least` sigma. Returns two (S, B) float64.
     """
     n_bands = len(images)
     flux = np.empty((len(boxes), n_bands))
@@ -113,6 +114,7 @@ def share_fluxes(images, variance, valid, total, models, boxes, offsets):
                     valid[b, y0 + y, x0 : x0 + width],
                     total[b, y0 + y, x0 : x0 + width],
                     models[b, start : start + width],
+                    np.float32(least),
                 )
                 total_flux += part
                 total_noise2 += part2
