@@ -73,6 +73,19 @@ def a_mixture():
     )
 
 
+def test_models_are_replaced_as_if_all_were_drawn_anew():
+    before = a_mixture()
+    sources = list(before.sources)
+    sources[0] = replace(sources[0], components=sources[0].components[:1])
+    sources[4] = replace(sources[4], components=(gaussian(8, 9, 1.5, [8, 6, 4], IMAGE.shape),))
+    after = replace(before, sources=tuple(sources))
+    changed = [0, 4]
+    those = render_scene(replace(after, sources=tuple(after.sources[s] for s in changed)), OPTICS)
+    got, expected = render_scene(before, OPTICS).replaced(changed, those), render_scene(after, OPTICS)
+    for name in ("boxes", "offsets", "pixels"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+
+
 # ---------------------------------------------------------------- against integrals
 
 
