@@ -560,3 +560,87 @@ def test_few_objects_are_drawn_alone_and_many_with_the_whole(crowded, tmp_path):
             one, other = handle.stamp(kind, "r"), whole[handle.object_id].stamp(kind, "r")
             np.testing.assert_array_equal(one.array, other.array)
     assert "_sums" in opened.__dict__
+
+
+# ---------------------------------------------------------------- stray light
+
+
+def stray_pixels(result, b):
+    """Slow twin: the positive pixels of each parent that no model claims, with their places, by `parent_id`."""
+    coadd, total = result.coadd, result.model_image(positive=True)
+    free = ~claimed(coadd.variance, coadd.valid, total)[b] & coadd.valid[b] & (coadd.images[b] > 0)
+    whole = Box.of_shape(result.shape)
+    return {number: np.argwhere(footprint.mask(whole) & free) for number, footprint in result.footprints.items()}
+
+
+def stray_of(result, **options):
+    """Stray fluxes (S, B)."""
+    table = result.stray_fluxes(**options)
+    return np.array([table[f"{band}_stray_flux"] for band in result.bands]).T
+
+
+@pytest.mark.parametrize("rule", ["r-to-peak", "r-to-footprint", "nearest-footprint"])
+def test_all_stray_light_of_a_parent_goes_to_its_objects(crowded, rule):
+    found = stray_of(crowded, rule=rule, to_points="always")
+    parents = np.asarray(crowded.objects["parent_id"])
+    n_stray = 0
+    for b in range(2):
+        for number, places in stray_pixels(crowded, b).items():
+            expected = crowded.coadd.images[b][tuple(places.T)].sum(dtype=float)
+            np.testing.assert_allclose(found[parents == number, b].sum(), expected, rtol=1e-5, atol=1e-6)
+            n_stray += len(places)
+    assert n_stray > 20
+
+
+def test_stray_light_goes_by_the_distance_from_the_peaks(crowded):
+    found = stray_of(crowded, rule="r-to-peak", to_points="always", clip=0.0)
+    objects, b = crowded.objects, 1
+    expected = np.zeros(len(crowded))
+    for number, places in stray_pixels(crowded, b).items():
+        rows = np.flatnonzero(objects["parent_id"] == number)
+        peaks = np.array([crowded.models[n].peak for n in objects["object_id"][rows].tolist()])
+        share = 1 / (1 + np.square(places[:, None] - peaks).sum(axis=2))
+        flux = crowded.coadd.images[b][tuple(places.T)]
+        expected[rows] += (flux[:, None] * share / share.sum(axis=1, keepdims=True)).sum(axis=0)
+    np.testing.assert_allclose(found[:, b], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_of_stray_light_are_those_of_its_pixels(crowded):
+    table, b = crowded.stray_fluxes("nearest-footprint", to_points="always"), 0
+    noise2 = np.square(table["g_stray_flux_err"])
+    for number, places in stray_pixels(crowded, b).items():
+        # Each pixel belongs to one object.
+        expected = crowded.coadd.variance[b][tuple(places.T)].sum(dtype=float)
+        np.testing.assert_allclose(noise2[crowded.objects["parent_id"] == number].sum(), expected, rtol=1e-5)
+
+
+def test_points_get_stray_light_only_where_they_are_alone(crowded):
+    objects = crowded.objects
+    point = np.asarray(objects["model"] == "point")
+    with_galaxies = np.isin(objects["parent_id"], objects["parent_id"][~point])
+    necessary, never = stray_of(crowded), stray_of(crowded, to_points="never")
+    assert (necessary[point & with_galaxies] == 0).all()
+    assert (never[point] == 0).all()
+    assert necessary[~point].any()
+
+
+def test_trimmed_stray_light_is_nobodys(crowded):
+    assert not stray_of(crowded, rule="trim").any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "nearest"}, "rule must be one of trim, .*got 'nearest'"),
+        ({"to_points": "sometimes"}, "to_points must be one of never, .*got 'sometimes'"),
+        ({"clip": 1.0}, "clip must be from 0 to below 1, got 1.0"),
+    ],
+)
+def test_unknown_rules_of_stray_light_are_refused(crowded, options, message):
+    with pytest.raises(InputError, match=message):
+        crowded.stray_fluxes(**options)
+
+
+def test_stray_light_needs_the_images(crowded):
+    with pytest.raises(InputError, match="stray_fluxes"):
+        replace(crowded, coadd=None).stray_fluxes()

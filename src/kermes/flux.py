@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from kermes.coadd import Coadd
-from kermes.geometry import Box
+from kermes.config import StrayRule
+from kermes.geometry import Box, box_table
 from kermes.kernels import flux as kernels
+from kermes.kernels import templates as kernels_templates
 from kermes.rendering import SourceModels
 
 FloatArray = NDArray[np.float32]
@@ -150,6 +154,72 @@ def add_positive(total: FloatArray, models: SourceModels) -> FloatArray:
     total = total.copy()
     kernels.add_positive_models(total, models.pixels, models.boxes, models.offsets)
     return total
+
+
+STRAY_RULES = {
+    "trim": kernels_templates.TRIM,
+    "r-to-peak": kernels_templates.TO_PEAK,
+    "r-to-footprint": kernels_templates.TO_FOOTPRINT,
+    "nearest-footprint": kernels_templates.NEAREST,
+}
+"""Rules of the single-band deblender for light that no model claims, as kernels number them."""
+
+
+def stray_fluxes(
+    image: FloatArray,
+    variance: FloatArray,
+    stray: NDArray[np.bool_],
+    peaks: NDArray[np.int64],
+    models: Sequence[tuple[FloatArray, Box]],
+    takes: NDArray[np.bool_],
+    rule: StrayRule,
+    clip: float = 0.001,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Share the pixels of one band that no model claims by a rule of the single-band deblender.
+
+    Parameters
+    ----------
+    image, variance : ndarray, shape (H, W)
+    stray : ndarray, shape (H, W)
+        The pixels that are shared.
+    peaks : ndarray, shape (S, 2)
+        Array index (y, x).
+    models : sequence of tuple
+        The pixels (h, w) of each source, positive where it claims light, and their box inside the image.
+    takes : ndarray, shape (S,)
+        Which sources may get some.
+    rule : str
+        "r-to-peak" and "r-to-footprint" share a pixel by 1 / (1 + d^2), d the distance from the peak or from the
+        nearest pixel that a source claims; "nearest-footprint" gives it to the nearest source; "trim" to nobody.
+    clip : float
+        Smaller shares of a pixel are left out.
+
+    Returns
+    -------
+    flux, flux_err : ndarray, shape (S,)
+        What each source gets [unit], and its standard deviation, from the variance of the pixels times the squared
+        shares.
+    """
+    n_sources = len(models)
+    if rule == "trim" or not takes.any():
+        return np.zeros(n_sources), np.zeros(n_sources)
+    sizes = [model.size for model, _ in models]
+    places = np.ascontiguousarray(np.argwhere(stray))
+    starts, owners, parts = kernels_templates.share_stray(
+        np.ascontiguousarray(image),
+        places,
+        np.ascontiguousarray(peaks, dtype=np.int64),
+        box_table(box for _, box in models),
+        np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        np.concatenate([model.ravel() for model, _ in models]).astype(np.float32),
+        takes,
+        STRAY_RULES[rule],
+        float(clip),
+    )
+    at = tuple(np.repeat(places, np.diff(starts), axis=0).T)
+    noise2 = variance[at] * np.square(parts / image[at], dtype=np.float64)
+    flux, variance_of_flux = (np.bincount(owners, weights=weights, minlength=n_sources) for weights in (parts, noise2))
+    return flux.astype(np.float64), np.sqrt(variance_of_flux)
 
 
 def shared_fluxes(

@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from astropy import units
@@ -22,6 +22,7 @@ from astropy.wcs.utils import proj_plane_pixel_scales
 from numpy.typing import NDArray
 
 from kermes.catalog import (
+    Model,
     Reason,
     candidate_columns,
     empty_columns,
@@ -30,9 +31,16 @@ from kermes.catalog import (
     with_magnitudes,
 )
 from kermes.coadd import Coadd
-from kermes.config import Config
+from kermes.config import Config, StrayRule, StrayToPoints
 from kermes.errors import DataWarning, InputError
-from kermes.flux import LEAST_MODEL, redistribute, redistribution_covariance, replace_neighbors
+from kermes.flux import (
+    LEAST_MODEL,
+    claimed,
+    redistribute,
+    redistribution_covariance,
+    replace_neighbors,
+    stray_fluxes,
+)
 from kermes.geometry import Box, Footprint, Footprints
 from kermes.metrics import registered_metrics
 from kermes.psf import continued, difference_kernels, model_psf
@@ -1107,6 +1115,77 @@ class Result:
         for name, (_, description) in metrics.items():
             for b, band in enumerate(self.bands):
                 table.add_column(Column(values[name][:, b], name=f"{band}_{name}", description=description))
+        return table
+
+    def stray_fluxes(
+        self, rule: StrayRule = "r-to-footprint", to_points: StrayToPoints = "necessary", clip: float = 0.001
+    ) -> Table:
+        """Share the light in footprints that no model claims by the rules of the single-band deblender.
+
+        Of each band the positive valid pixels of a parent where all models together stay below `flux.LEAST_MODEL` times
+        the noise, which belong to nobody otherwise: `flux.stray_fluxes` says how they are shared among the objects of
+        the parent that claim any pixel of the band. Pixels of pure noise that happen to be positive are among them, so
+        that what is given away is positive on average where there is nothing.
+
+        Parameters
+        ----------
+        rule : str, optional
+            "r-to-peak", "r-to-footprint", "nearest-footprint", or "trim" for nobody.
+        to_points : str, optional
+            When objects with the model "point" get some: "never", "always", or "necessary": if the parent has no
+            others.
+        clip : float, optional
+            Smaller shares of a pixel are left out.
+
+        Returns
+        -------
+        table : Table
+            ``object_id``, ``{band}_stray_flux`` and ``{band}_stray_flux_err``: to be added to the redistributed flux.
+            Zero outside of footprints.
+
+        Raises
+        ------
+        InputError
+            If the result has no coadd, a rule is unknown, or clip is not from 0 to 1.
+        """
+        for name, value, kind in (("rule", rule, StrayRule), ("to_points", to_points, StrayToPoints)):
+            if value not in get_args(kind):
+                raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        if not 0 <= clip < 1:
+            raise InputError(f"clip must be from 0 to below 1, got {clip}")
+        coadd = self.need_coadd("stray_fluxes")
+        found = np.zeros((2, len(self), len(self.bands)))
+        parent_ids = np.asarray(self.objects["parent_id"])
+        is_point = np.asarray(self.objects["model"]) == Model.POINT.value
+        for parent_id, footprint in self.footprints.items():
+            rows = np.flatnonzero(parent_ids == parent_id)
+            box = footprint.box & Box.of_shape(self.shape)
+            if not len(rows) or box.is_empty:
+                continue
+            window, inside = (slice(None), box.y, box.x), footprint.mask(box)
+            images, variance, valid = coadd.images[window], coadd.variance[window], coadd.valid[window]
+            taken = claimed(variance, valid, self._sum_of_models(box, positive=True))
+            stray = inside & valid & ~taken & (np.where(valid, images, 0) > 0)
+            handles = [self[number] for number in np.asarray(self.objects["object_id"])[rows].tolist()]
+            claims = []
+            for model, own in (handle._observed for handle in handles):
+                common = own & box
+                light = np.maximum(model[(slice(None), *common.within(own))], 0)
+                claims.append((light * taken[(slice(None), *common.within(box))], common.shift(-box.y0, -box.x0)))
+            peaks = np.array([handle.source.peak for handle in handles]) - box.origin
+            for b in range(len(self.bands)):
+                models = [(light[b], own) for light, own in claims]
+                takes = np.array([bool(light.any()) for light, _ in models])
+                extended = takes & ~is_point[rows]
+                if to_points == "never" or (to_points == "necessary" and extended.any()):
+                    takes = extended
+                found[:, rows, b] = stray_fluxes(images[b], variance[b], stray[b], peaks, models, takes, rule, clip)
+        table = Table({"object_id": np.asarray(self.objects["object_id"])})
+        for b, band in enumerate(self.bands):
+            what = f"light in the footprint that no model claims, band {band}"
+            names = (("stray_flux", f"Share of the {what}"), ("stray_flux_err", f"Standard deviation of the {what}"))
+            for values, (name, description) in zip(found[:, :, b], names, strict=True):
+                table.add_column(Column(values, name=f"{band}_{name}", description=description, unit=self.unit))
         return table
 
     def write(self, path: str | PathLike[str], overwrite: bool = False, tolerance: float | None = TOLERANCE) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from kermes.coadd import Blend
 from kermes.config import TemplatesConfig
 from kermes.errors import InputError, ShapeError
+from kermes.flux import STRAY_RULES
 from kermes.geometry import Box
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import spectra as kernels_spectra
@@ -487,7 +488,6 @@ def share_light(
         takes = extended
     if config.stray != "trim" and takes.any():
         places = np.ascontiguousarray(np.argwhere(footprint & (total == 0) & (image > 0)))
-    rules = {"trim": kernels.TRIM, "r-to-peak": kernels.TO_PEAK, "r-to-footprint": kernels.TO_FOOTPRINT}
     starts, owners, parts = kernels.share_stray(
         np.ascontiguousarray(image),
         places,
@@ -496,7 +496,7 @@ def share_light(
         templates.offsets,
         templates.pixels,
         takes,
-        rules.get(config.stray, kernels.NEAREST),
+        STRAY_RULES[config.stray],
         float(config.stray_clip),
     )
     return Children(
