@@ -224,7 +224,7 @@ def stray_fluxes(
 
 def shared_fluxes(
     coadd: Coadd, box: Box, total: FloatArray, models: SourceModels
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Sum the share of the observed flux that each source of a blend gets.
 
     Parameters
@@ -239,12 +239,13 @@ def shared_fluxes(
 
     Returns
     -------
-    flux, flux_err : ndarray, shape (S, B)
-        Sum of `redistribute` over the pixels of each source [unit], and its error from the variance of the pixels,
-        weighted with the squared share.
+    flux, flux_err, contested : ndarray, shape (S, B)
+        Sum of `redistribute` over the pixels of each source [unit]; its error from the variance of the pixels, weighted
+        with the squared share; and the derivative of that sum by the logarithm of the brightness of the model, the sum
+        of the shares a (1 - a) times the image: what of it depends on the models being right [unit].
     """
     window = (slice(None), box.y, box.x)
-    flux, noise2 = kernels.share_fluxes(
+    flux, noise2, contested = kernels.share_fluxes(
         np.ascontiguousarray(coadd.images[window]),
         np.ascontiguousarray(coadd.variance[window]),
         np.ascontiguousarray(coadd.valid[window]),
@@ -254,4 +255,4 @@ def shared_fluxes(
         models.offsets,
         LEAST_MODEL,
     )
-    return flux, np.sqrt(noise2)
+    return flux, np.sqrt(noise2), contested

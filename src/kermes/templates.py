@@ -199,7 +199,7 @@ class Children:
     def _shares(self) -> tuple[DoubleArray, DoubleArray]:
         """Flux of each child without stray flux, and its variance, each (K,)."""
         of = self.templates
-        flux, variance = kernels_flux.share_fluxes(
+        flux, variance, _ = kernels_flux.share_fluxes(
             self.image[None],
             self.variance[None],
             np.ones((1, *self.image.shape), dtype=np.bool_),

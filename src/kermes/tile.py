@@ -273,19 +273,21 @@ def fill_shared_columns(
         Columns of the table of objects, changed in place.
     """
     here = np.ascontiguousarray(total[:, outer.y, outer.x])
-    flux, flux_err = shared_fluxes(coadd, outer, here, models)
+    flux, flux_err, contested = shared_fluxes(coadd, outer, here, models)
     overlap = observed_metrics(coadd, outer, here, models)
-    columns = {
-        "redistributed_flux": flux,
-        "redistributed_flux_err": flux_err,
-        "observed_max_overlap": overlap.max_overlap,
-        "observed_overlap_fraction": overlap.overlap_fraction,
-        "observed_blendedness": overlap.blendedness,
-    }
     fluxes, errors, correlation = (
         np.array([objects[f"{band}_{name}"][members] for band in coadd.bands])
         for name in ("flux", "flux_err", "flux_correlation")
     )
+    # The models share the pixels, and are not known better than their fluxes are.
+    doubt = np.divide(errors, fluxes, out=np.ones_like(fluxes), where=fluxes > errors)
+    columns = {
+        "redistributed_flux": flux,
+        "redistributed_flux_err": np.hypot(flux_err, contested * doubt.T),
+        "observed_max_overlap": overlap.max_overlap,
+        "observed_overlap_fraction": overlap.overlap_fraction,
+        "observed_blendedness": overlap.blendedness,
+    }
     known = np.isfinite(errors)
     for name, values in columns.items():
         for band, of_band in zip(coadd.bands, np.where(known, values.T, np.nan), strict=True):

@@ -81,34 +81,37 @@ def add_positive_models(total, models, boxes, offsets):
 
 @fast_kernel
 def share_row(image, variance, valid, total, model, least):
-    """Sums over one row of I r and V r^2 with the share r = max(model, 0) / total, where that is above least sigma."""
-    flux, noise2 = np.float32(0.0), np.float32(0.0)
+    """Sums over one row of I r, V r^2 and I r (1 - r), r the share max(model, 0) / total, above least sigma."""
+    flux, noise2, contested = np.float32(0.0), np.float32(0.0), np.float32(0.0)
     for x in range(len(model)):
         # A variance that is not known limits nothing.
         if valid[x] and model[x] > 0 and not total[x] * total[x] <= least * least * variance[x]:
             ratio = model[x] / total[x]
             flux += image[x] * ratio
             noise2 += variance[x] * ratio * ratio
-    return flux, noise2
+            contested += image[x] * ratio * (np.float32(1.0) - ratio)
+    return flux, noise2, contested
 
 
 @kernel
 def share_fluxes(images, variance, valid, total, models, boxes, offsets, least):
-    """Sum what each packed model gets of the observed pixels, and its variance.
+    """Sum what each packed model gets of the observed pixels, its variance, and the part of it that is contested.
 
     images, variance, valid, total (B, H, W) and models (B, n) on boxes (S, 4) of the same pixels; nothing is shared
-    where the total is not above `least` sigma. Returns two (S, B) float64.
+    where the total is not above `least` sigma. What is contested is the sum of I r (1 - r), r the share: by how much
+    the flux changes if all of the model does, relative to that. Returns three (S, B) float64.
     """
     n_bands = len(images)
     flux = np.empty((len(boxes), n_bands))
     noise2 = np.empty((len(boxes), n_bands))
+    contested = np.empty((len(boxes), n_bands))
     for s in range(len(boxes)):
         y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         for b in range(n_bands):
-            total_flux, total_noise2 = 0.0, 0.0
+            total_flux, total_noise2, total_contested = 0.0, 0.0, 0.0
             for y in range(height):
                 start = offsets[s] + y * width
-                part, part2 = share_row(
+                part, part2, part3 = share_row(
                     images[b, y0 + y, x0 : x0 + width],
                     variance[b, y0 + y, x0 : x0 + width],
                     valid[b, y0 + y, x0 : x0 + width],
@@ -118,9 +121,11 @@ def share_fluxes(images, variance, valid, total, models, boxes, offsets, least):
                 )
                 total_flux += part
                 total_noise2 += part2
+                total_contested += part3
             flux[s, b] = total_flux
             noise2[s, b] = total_noise2
-    return flux, noise2
+            contested[s, b] = total_contested
+    return flux, noise2, contested
 
 
 @kernel
