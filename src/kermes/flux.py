@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kermes.coadd import Coadd
-from kermes.config import StrayRule
+from kermes.config import StrayRule, StrayToPoints
 from kermes.geometry import Box, box_table
 from kermes.kernels import flux as kernels
 from kermes.kernels import templates as kernels_templates
@@ -165,6 +165,19 @@ STRAY_RULES = {
 """Rules of the single-band deblender for light that no model claims, as kernels number them."""
 
 
+def takes_stray(
+    has_light: NDArray[np.bool_], is_point: NDArray[np.bool_], to_points: StrayToPoints
+) -> NDArray[np.bool_]:
+    """Say which sources get some of the light that no model claims, all (S,).
+
+    Those that have light; points "never", "always", or if "necessary": if there are no others.
+    """
+    extended = has_light & ~is_point
+    if to_points == "never" or (to_points == "necessary" and extended.any()):
+        return np.asarray(extended)
+    return has_light
+
+
 def stray_fluxes(
     image: FloatArray,
     variance: FloatArray,
@@ -198,7 +211,11 @@ def stray_fluxes(
     -------
     flux, flux_err : ndarray, shape (S,)
         What each source gets [unit], and its standard deviation, from the variance of the pixels times the squared
-        shares.
+        shares; zero for sources that get nothing. A pixel that is shared must be finite and not zero.
+
+    Notes
+    -----
+    The rules of the LSST single-band deblender, as in `kermes.templates`. O(M S) for M pixels.
     """
     n_sources = len(models)
     if rule == "trim" or not takes.any():

@@ -9,7 +9,8 @@ A correction is the most probable one if the expected change of a pixel is propo
 by the PSF of the model frame. First each profile is changed with its own spectrum in all bands together; where what is
 left is still significant, for gradients of colour and for PSFs that are wrong in one band, each band is changed on its
 own. Both are linear problems, solved by a few steps of conjugate gradients (Hestenes and Stiefel 1952), preconditioned
-by the diagonal; what would converge last is noise.
+by the diagonal; what would converge last is noise. The steps are taken as if the weights of a band were all alike, and
+what they leave is found with the weights as they are.
 """
 
 from __future__ import annotations

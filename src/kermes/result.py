@@ -40,6 +40,7 @@ from kermes.flux import (
     redistribution_covariance,
     replace_neighbors,
     stray_fluxes,
+    takes_stray,
 )
 from kermes.geometry import Box, Footprint, Footprints
 from kermes.metrics import registered_metrics
@@ -1140,8 +1141,8 @@ class Result:
         Returns
         -------
         table : Table
-            ``object_id``, ``{band}_stray_flux`` and ``{band}_stray_flux_err``: to be added to the redistributed flux.
-            Zero outside of footprints.
+            ``object_id``, ``{band}_stray_flux`` and ``{band}_stray_flux_err`` [unit]: to be added to the redistributed
+            flux. Zero outside of footprints and in bands without a model; invalid pixels are nobody's.
 
         Raises
         ------
@@ -1153,33 +1154,15 @@ class Result:
                 raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
         if not 0 <= clip < 1:
             raise InputError(f"clip must be from 0 to below 1, got {clip}")
-        coadd = self.need_coadd("stray_fluxes")
+        self.need_coadd("stray_fluxes")
         found = np.zeros((2, len(self), len(self.bands)))
         parent_ids = np.asarray(self.objects["parent_id"])
-        is_point = np.asarray(self.objects["model"]) == Model.POINT.value
+        order = np.argsort(parent_ids, kind="stable")
         for parent_id, footprint in self.footprints.items():
-            rows = np.flatnonzero(parent_ids == parent_id)
-            box = footprint.box & Box.of_shape(self.shape)
-            if not len(rows) or box.is_empty:
-                continue
-            window, inside = (slice(None), box.y, box.x), footprint.mask(box)
-            images, variance, valid = coadd.images[window], coadd.variance[window], coadd.valid[window]
-            taken = claimed(variance, valid, self._sum_of_models(box, positive=True))
-            stray = inside & valid & ~taken & (np.where(valid, images, 0) > 0)
-            handles = [self[number] for number in np.asarray(self.objects["object_id"])[rows].tolist()]
-            claims = []
-            for model, own in (handle._observed for handle in handles):
-                common = own & box
-                light = np.maximum(model[(slice(None), *common.within(own))], 0)
-                claims.append((light * taken[(slice(None), *common.within(box))], common.shift(-box.y0, -box.x0)))
-            peaks = np.array([handle.source.peak for handle in handles]) - box.origin
-            for b in range(len(self.bands)):
-                models = [(light[b], own) for light, own in claims]
-                takes = np.array([bool(light.any()) for light, _ in models])
-                extended = takes & ~is_point[rows]
-                if to_points == "never" or (to_points == "necessary" and extended.any()):
-                    takes = extended
-                found[:, rows, b] = stray_fluxes(images[b], variance[b], stray[b], peaks, models, takes, rule, clip)
+            first, last = np.searchsorted(parent_ids[order], [parent_id, parent_id + 1])
+            if first < last and footprint.area:
+                rows = order[first:last]
+                found[:, rows] = self._stray_of_parent(footprint, rows, rule, to_points, clip)
         table = Table({"object_id": np.asarray(self.objects["object_id"])})
         for b, band in enumerate(self.bands):
             what = f"light in the footprint that no model claims, band {band}"
@@ -1187,6 +1170,30 @@ class Result:
             for values, (name, description) in zip(found[:, :, b], names, strict=True):
                 table.add_column(Column(values, name=f"{band}_{name}", description=description, unit=self.unit))
         return table
+
+    def _stray_of_parent(
+        self, footprint: Footprint, rows: NDArray[np.intp], rule: StrayRule, to_points: StrayToPoints, clip: float
+    ) -> NDArray[np.float64]:
+        """What objects get of the light in a footprint that no model claims, and its error, (2, S, B)."""
+        coadd, box = self.need_coadd("stray_fluxes"), footprint.box
+        window = (slice(None), box.y, box.x)
+        images, variance, valid = coadd.images[window], coadd.variance[window], coadd.valid[window]
+        taken = claimed(variance, valid, self._sum_of_models(box, positive=True))
+        stray = footprint.mask(box) & valid & ~taken & (np.where(valid, images, 0) > 0)
+        handles = [self[number] for number in np.asarray(self.objects["object_id"])[rows].tolist()]
+        is_point = np.asarray(self.objects["model"])[rows] == Model.POINT.value
+        peaks = np.array([handle.source.peak for handle in handles], dtype=np.int64) - np.array(box.origin)
+        claims = []
+        for model, own in (handle._observed for handle in handles):
+            common = own & box
+            light = np.maximum(model[(slice(None), *common.within(own))], 0)
+            claims.append((light * taken[(slice(None), *common.within(box))], common.shift(-box.y0, -box.x0)))
+        found = np.zeros((2, len(rows), len(self.bands)))
+        for b in range(len(self.bands)):
+            models = [(light[b], own) for light, own in claims]
+            takes = takes_stray(np.array([light.any() for light, _ in models]), is_point, to_points)
+            found[:, :, b] = stray_fluxes(images[b], variance[b], stray[b], peaks, models, takes, rule, clip)
+        return found
 
     def write(self, path: str | PathLike[str], overwrite: bool = False, tolerance: float | None = TOLERANCE) -> None:
         """Write everything but the images into a directory; `kermes.open` reads it.

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from kermes.coadd import Blend
 from kermes.config import TemplatesConfig
 from kermes.errors import InputError, ShapeError
-from kermes.flux import STRAY_RULES
+from kermes.flux import STRAY_RULES, takes_stray
 from kermes.geometry import Box
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import spectra as kernels_spectra
@@ -481,11 +481,7 @@ def share_light(
     """
     total = templates.total((image.shape[0], image.shape[1]))
     places = np.zeros((0, 2), dtype=np.int64)
-    takes = templates.has_light
-    is_point = templates.decided("deblended_as_psf")
-    extended = takes & ~is_point
-    if config.stray_to_points == "never" or (config.stray_to_points == "necessary" and extended.any()):
-        takes = extended
+    takes = takes_stray(templates.has_light, templates.decided("deblended_as_psf"), config.stray_to_points)
     if config.stray != "trim" and takes.any():
         places = np.ascontiguousarray(np.argwhere(footprint & (total == 0) & (image > 0)))
     starts, owners, parts = kernels.share_stray(

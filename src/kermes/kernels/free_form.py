@@ -5,13 +5,7 @@ from rocket_fft import c2r, r2c
 
 from kermes.kernels.convolution import copy_plane, multiply_conjugate_into, multiply_into, pad_plane
 from kermes.kernels.decorator import fast_kernel, kernel
-
-
-@kernel
-def add_transform(out, transformed, factor):
-    """Add a flat transform, times a factor."""
-    for i in range(len(out)):
-        out[i] += factor * transformed[i]
+from kermes.kernels.flux import add_scaled
 
 
 @fast_kernel
@@ -42,7 +36,7 @@ def observe(light, spectra, psf_fft, out):
         seen[:] = 0.0
         for k in range(len(light)):
             if spectra[k, b] != 0.0:
-                add_transform(seen.reshape(-1), transformed[k].reshape(-1), spectra[k, b])
+                add_scaled(seen.reshape(-1), transformed[k].reshape(-1), spectra[k, b])
         multiply_into(seen, seen, psf_fft[b])
         c2r(seen, plane, axes, False, 1.0, 1)
         copy_plane(out[b], plane)
@@ -63,7 +57,7 @@ def gather(images, spectra, psf_fft, out):
         multiply_conjugate_into(transformed, transformed, psf_fft[b])
         for k in range(len(out)):
             if spectra[k, b] != 0.0:
-                add_transform(total[k].reshape(-1), transformed.reshape(-1), spectra[k, b])
+                add_scaled(total[k].reshape(-1), transformed.reshape(-1), spectra[k, b])
     for k in range(len(out)):
         c2r(total[k], plane, axes, False, 1.0, 1)
         copy_plane(out[k], plane)
