@@ -86,7 +86,7 @@ def test_gaussian_sums_agree_with_the_slow_twin():
     images, variance, valid = planes(rng.normal(size=(17, 19)))
     valid[0, 8, 8] = False
     state, sums = np.array([8.3, 9.1, 2.0, 3.0, -0.7]), np.empty(7)
-    kernels.gaussian_sums(images[0], variance[0], valid[0], state, sums)
+    kernels.gaussian_sums(images[0], variance[0], valid[0], state, True, sums)
     # From pixel to pixel the weight gathers a rounding each.
     np.testing.assert_allclose(
         sums, reference.gaussian_sums(images[0], variance[0], valid[0], state), rtol=1e-10, atol=1e-10

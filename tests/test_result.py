@@ -370,6 +370,33 @@ def test_an_object_without_light_has_pixels_within_the_margin(result):
     assert stamp.array.shape == (4, 4)
 
 
+def test_objects_that_are_drawn_together_have_the_same_stamps_as_alone(fitted):
+    handles = list(fitted.by_blend())
+    assert sorted(handle.object_id for handle in handles) == sorted(fitted.objects["object_id"])
+    for handle in handles:
+        alone = fitted[handle.object_id]
+        assert (handle.box, handle.center, handle.blend_id) == (alone.box, alone.center, alone.blend_id)
+        np.testing.assert_array_equal(handle.psf_cube(margin=3).array, alone.psf_cube(margin=3).array)
+        for kind in StampKind:
+            np.testing.assert_array_equal(handle.cube(kind, margin=3).array, alone.cube(kind, margin=3).array)
+
+
+def test_objects_come_blend_by_blend(result):
+    blends = [handle.blend_id for handle in result.by_blend()]
+    assert len(set(blends)) > 1
+    assert blends == sorted(blends)
+
+
+@pytest.mark.parametrize("kind", list(StampKind))
+def test_a_cube_holds_the_stamps_of_the_bands_that_are_asked_for(result, kind):
+    cube, stamps = result[7].cube(kind, ["r", "g"], margin=2), result[7].stamps(kind, margin=2)
+    for k, band in enumerate("rg"):
+        assert cube.box == stamps[band].box
+        for name in ("array", "variance", "valid"):
+            part = getattr(cube, name)
+            np.testing.assert_array_equal(None if part is None else part[k], getattr(stamps[band], name))
+
+
 def test_wrong_stamps_are_refused_before_the_first_is_cut(result):
     with pytest.raises(kermes.InputError, match="kind must be one of model, redistributed, .*got 'heavy'"):
         result.stamps("heavy")

@@ -107,8 +107,8 @@ def redistribution_covariance(
         a_1 a_2 V for shares a and the variance V of the pixel [unit^2]; zero where one has no share. The models are
         taken as they are: their own errors are not in it.
     """
-    product = shares(variance, valid, first, total)
-    product *= shares(variance, valid, second, total)
+    share = shares(variance, valid, first, total)
+    product = share * (share if second is first else shares(variance, valid, second, total))
     return np.multiply(product, variance, out=product, where=product > 0)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kermes.catalog import MeasurementFlag, aperture_name, empty_columns, make_measurements, measurement_columns
 from kermes.errors import InputError
 from kermes.kernels import photometry as kernels
-from kermes.result import ObjectHandle, Result, Stamp, StampKind
+from kermes.result import ObjectHandle, Result, StampKind
 from kermes.scene import ProfileComponent, Source
 
 DoubleArray = NDArray[np.float64]
@@ -30,7 +30,6 @@ KRON_FACTOR = 2.5
 _FULL_FIT = 4.0  # the errors of the fit count in full from a blendedness of one over this
 _KRON_REACH = 6.0  # the radial moment is taken, and the Kron radius ends, at this many sigma of the object
 _WIDTHS = (1.0, 3.0)  # radii of the circles of chi2, in widths of the PSF
-_FWHM = 2.0 * np.sqrt(2.0 * np.log(2.0))  # full width at half maximum of a Gaussian of sigma one
 
 
 def measure(
@@ -102,23 +101,19 @@ def measure(
         raise InputError(f"bands must be some of {', '.join(result.bands)}, got none")
     radii = _checked_apertures(apertures)
     result.stamps(kind, bands)  # refuses what cannot be cut, before the work begins
-    if result.coadd is None:
-        raise InputError("measure needs the images: open the result with coadd=")
-    b = [result.bands.index(band) for band in bands]
+    result.need_coadd("measure")
+    b = result.band_indices(None if bands == result.bands else bands)
     model_err = np.nan_to_num([np.asarray(result.objects[f"{band}_flux_err"], dtype=float) for band in bands]).T
     psfs, widths = None, _PsfWidths(trace=np.empty(0), fwhm=np.empty(0))
-    rows = []
-    for index, handle in enumerate(result):
-        own = result.psfs[int(handle.row["blend_id"])]
+    sums = _Sums.empty(len(result), len(bands), len(radii))
+    for handle in result.by_blend():
+        own = result.psfs[handle.blend_id]
         if own is not psfs:
             psfs, widths = own, _psf_widths(own[b])
-        pixels = _cut(handle, kind, bands, radii, widths)
-        y, x = handle.center
-        rows.append({"y": y, "x": x} | _measure_object(pixels, radii, widths, model_err[index]))
+        _sum_up(_cut(handle, StampKind(kind), bands, radii, widths), radii, widths, sums, handle.index)
     columns = empty_columns(measurement_columns(bands, radii), len(result))
     columns["object_id"][:] = result.objects["object_id"]
-    for name in rows[0] if rows else ():
-        values = np.array([row[name] for row in rows])
+    for name, values in _columns(sums, radii, model_err, on_model=StampKind(kind) is StampKind.MODEL).items():
         if values.ndim == 1:
             columns[name] = values
         else:
@@ -156,7 +151,7 @@ def _psf_widths(psfs: DoubleArray) -> _PsfWidths:
     found = kernels.adaptive_moments(stamps, stamps, np.ones(stamps.shape, dtype=bool), *middle, start, states, sums)
     states[~found] = np.nan
     _, _, yy, xx, xy = states.T
-    fwhm = _FWHM * (yy * xx - xy**2) ** 0.25
+    fwhm = kernels.FWHM * (yy * xx - xy**2) ** 0.25
     fwhm[~found] = fwhm[found].mean() if found.any() else 4.0
     return _PsfWidths(trace=yy + xx, fwhm=fwhm)
 
@@ -171,9 +166,6 @@ class _Pixels:
     flux_variance: FloatArray
     """Their variance; zero for models."""
 
-    is_model: bool
-    """Whether they are models."""
-
     usable: BoolArray
     """Which of their pixels can be used."""
 
@@ -187,10 +179,10 @@ class _Pixels:
     """The image less all models; may be NaN where it is not valid."""
 
     model: FloatArray
-    """The model of the object."""
+    """The model of the object as observed."""
 
-    model_sums: DoubleArray
-    """Sums over it, (B, 4); see `kernels.photometry.model_sums`."""
+    light: FloatArray
+    """Those of all objects."""
 
     psf: FloatArray
     """A point source of flux one at the centre."""
@@ -209,46 +201,40 @@ class _Pixels:
 
 
 def _cut(
-    handle: ObjectHandle, kind: StampKind | str, bands: tuple[str, ...], radii: tuple[float, ...], widths: _PsfWidths
+    handle: ObjectHandle, kind: StampKind, bands: tuple[str, ...], radii: tuple[float, ...], widths: _PsfWidths
 ) -> _Pixels:
     """Cut out everything on a box that holds the apertures."""
     (y, x), own = handle.center, handle.box
     reach = max([*radii, _WIDTHS[1] * widths.fwhm.max()]) + 1.0
     nearest = min(y - own.y0, own.y1 - 1 - y, x - own.x0, own.x1 - 1 - x)
     margin = max(0, math.ceil(reach - nearest))
-    result, stamps = handle.result, handle.stamps(kind, bands, margin)
-    coadd, box = result.coadd, stamps[bands[0]].box
-    assert coadd is not None
+    result = handle.result
+    coadd, some = result.need_coadd("measure"), None if bands == result.bands else bands
+    b = result.band_indices(some)
+    cube = handle.cube(kind, some, margin)
+    box = cube.box
     in_image = box.shift(-result.origin[0], -result.origin[1])
-    b = [result.bands.index(band) for band in bands]
-    image, variance, light = (
-        plane[:, in_image.y, in_image.x][b] for plane in (coadd.images, coadd.variance, result.model_image())
-    )
-    valid = coadd.valid[:, in_image.y, in_image.x][b]
-    model = _planes(handle.stamps(StampKind.MODEL, bands, margin), "array")
-    flux = _planes(stamps, "array")
-    is_model = StampKind(kind) is StampKind.MODEL
+    window = (b, in_image.y, in_image.x)
+    # Kernels are compiled for whole arrays, not for windows of larger ones.
+    light = np.ascontiguousarray(result.model_image()[window])
+    variance = np.ascontiguousarray(coadd.variance[window])
+    valid = np.ascontiguousarray(coadd.valid[window]) if cube.valid is None else cube.valid
+    model = cube.array if kind is StampKind.MODEL else handle.cube(StampKind.MODEL, some, margin).array
     return _Pixels(
-        flux=flux,
-        flux_variance=np.zeros_like(flux) if is_model else _planes(stamps, "variance"),
-        is_model=is_model,
-        usable=np.ones_like(valid) if is_model else valid,
+        flux=cube.array,
+        flux_variance=np.zeros_like(cube.array) if cube.variance is None else cube.variance,
+        usable=np.ones_like(valid) if cube.valid is None else valid,
         variance=variance,
         valid=valid,
-        residual=image - light,
+        residual=coadd.images[window] - light,
         model=model,
-        model_sums=kernels.model_sums(model, light, variance, valid),
-        psf=_planes(handle.psf_stamps(bands, margin), "array"),
+        light=light,
+        psf=handle.psf_cube(some, margin).array,
         center=(y - box.y0, x - box.x0),
         origin=box.origin,
         own=own.within(box),
         n_parameters=_n_parameters(handle.source, len(result.bands)),
     )
-
-
-def _planes(stamps: dict[str, Stamp], name: str) -> NDArray[Any]:
-    """Stack one array of the stamps of all bands."""
-    return np.stack([getattr(stamp, name) for stamp in stamps.values()])
 
 
 def _n_parameters(source: Source, n_bands: int) -> float:
@@ -260,34 +246,122 @@ def _n_parameters(source: Source, n_bands: int) -> float:
     return len(source.components) + n_shape / n_bands
 
 
-def _measure_object(
-    pixels: _Pixels, radii: tuple[float, ...], widths: _PsfWidths, model_err: DoubleArray
-) -> dict[str, Any]:
-    """Measure one object: a value for the columns of the object, (B,) for those of its bands.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Sums:
+    """What the stamps of N objects are summed up to, in B bands and A apertures; all else follows from it."""
 
-    model_err (B,) is the error of the total flux of its model, zero where it is not known.
-    """
-    states, sums = np.empty((len(pixels.flux), 5)), np.empty((len(pixels.flux), 7))
-    found = kernels.adaptive_moments(
-        pixels.flux, pixels.flux_variance, pixels.usable, *pixels.center, widths.fwhm / _FWHM, states, sums
+    center: DoubleArray
+    """Centre of the model in the coadd's coordinates, (N, 2)."""
+
+    found: BoolArray
+    """Whether there are adaptive moments, (N, B)."""
+
+    moments: DoubleArray
+    """Centre y, x in the coadd's coordinates, and second moments yy, xx, xy, (N, B, 5); NaN where not found."""
+
+    under_moments: DoubleArray
+    """Sums under that Gaussian as in `kernels.photometry.gaussian_sums`, (N, B, 7); NaN where not found."""
+
+    kron_radius: DoubleArray
+    """Kron radius, NaN where there is none, (N,)."""
+
+    flag_kron: BoolArray
+    """Whether there is none, or it met a limit, (N,)."""
+
+    fluxes: DoubleArray
+    """Flux, variance, norm and flux of the model, in the apertures, the circle of Kron, the box of the model and the
+    PSF, (N, A + 3, B, 4)."""
+
+    model: DoubleArray
+    """As in `kernels.photometry.model_sums`, (N, B, 4)."""
+
+    residual: DoubleArray
+    """As in `kernels.photometry.residual_sums`, (N, B, 10)."""
+
+    has_psf: BoolArray
+    """Whether there is a PSF on the stamp, (N, B)."""
+
+    psf_trace: DoubleArray
+    """As `_PsfWidths.trace`, (N, B)."""
+
+    n_parameters: DoubleArray
+    """Parameters of the model per band, (N,)."""
+
+    @classmethod
+    def empty(cls, n: int, n_bands: int, n_apertures: int) -> _Sums:
+        """Make arrays to be written."""
+        per_band = n, n_bands
+        return cls(
+            center=np.empty((n, 2)),
+            found=np.empty(per_band, dtype=bool),
+            moments=np.empty((*per_band, 5)),
+            under_moments=np.empty((*per_band, 7)),
+            kron_radius=np.empty(n),
+            flag_kron=np.empty(n, dtype=bool),
+            fluxes=np.empty((n, n_apertures + 3, n_bands, 4)),
+            model=np.empty((*per_band, 4)),
+            residual=np.empty((*per_band, 10)),
+            has_psf=np.empty(per_band, dtype=bool),
+            psf_trace=np.empty(per_band),
+            n_parameters=np.empty(n),
+        )
+
+
+def _sum_up(pixels: _Pixels, radii: tuple[float, ...], widths: _PsfWidths, sums: _Sums, i: int) -> None:
+    """Sum up the stamps of one object, the one of row `i`."""
+    y, x = pixels.center
+    planes = pixels.flux, pixels.flux_variance, pixels.model
+    moments, start = sums.moments[i], widths.fwhm / kernels.FWHM
+    found = kernels.adaptive_moments(*planes[:2], pixels.usable, y, x, start, moments, sums.under_moments[i])
+    sums.found[i] = found
+    moments[:, :2] += pixels.origin
+    moments[~found] = sums.under_moments[i][~found] = np.nan
+    kron, sums.flag_kron[i] = kernels.kron_radius(
+        pixels.flux, pixels.variance, pixels.valid, y, x, widths.fwhm.mean(), _KRON_REACH, KRON_FACTOR
     )
-    states[~found], sums[~found] = np.nan, np.nan
-    y, x, yy, xx, xy = states.T
-    kron_radius, flag_kron = _kron_radius(pixels, widths)
-    columns: dict[str, Any] = {
-        "kron_radius": kron_radius,
-        "flag_kron": flag_kron,
-        "centroid_y": y + pixels.origin[0],
-        "centroid_x": x + pixels.origin[1],
+    sums.kron_radius[i] = kron
+    # A circle of radius zero has no pixel, so its flux is NaN.
+    circles = np.array([*radii, 0.0 if math.isnan(kron) else kron])
+    rows, columns = pixels.own
+    fluxes = sums.fluxes[i]
+    fluxes[:-2] = kernels.aperture_sums(*planes, pixels.usable, y, x, circles)
+    fluxes[-2] = kernels.box_sums(*planes, pixels.usable, rows.start, rows.stop, columns.start, columns.stop)
+    fluxes[-1] = kernels.psf_sums(*planes, pixels.valid, pixels.psf, pixels.variance)
+    sums.model[i] = kernels.model_sums(pixels.model, pixels.light, pixels.variance, pixels.valid)
+    circles_of_psf = widths.fwhm[:, None] * np.array(_WIDTHS)
+    sums.residual[i] = kernels.residual_sums(
+        pixels.residual, pixels.variance, pixels.valid, pixels.model, y, x, circles_of_psf
+    )
+    sums.center[i] = y + pixels.origin[0], x + pixels.origin[1]
+    sums.has_psf[i] = pixels.psf.any(axis=(1, 2))
+    sums.psf_trace[i] = widths.trace
+    sums.n_parameters[i] = pixels.n_parameters
+
+
+def _columns(
+    sums: _Sums, radii: tuple[float, ...], model_err: DoubleArray, *, on_model: bool
+) -> dict[str, NDArray[Any]]:
+    """Find the values of the columns: (N,) for those of the objects, (N, B) for those of the bands.
+
+    model_err (N, B) is the error of the total flux of the model, zero where it is not known.
+    """
+    y, x, yy, xx, xy = np.moveaxis(sums.moments, 2, 0)
+    columns: dict[str, NDArray[Any]] = {
+        "y": sums.center[:, 0],
+        "x": sums.center[:, 1],
+        "kron_radius": sums.kron_radius,
+        "flag_kron": sums.flag_kron,
+        "centroid_y": y,
+        "centroid_x": x,
         "moment_yy": yy,
         "moment_xx": xx,
         "moment_xy": xy,
-        "size_ratio": (yy + xx) / widths.trace,
-        "snr": _over(sums[:, 0], np.sqrt(sums[:, 6])),
-        MeasurementFlag.MOMENTS: ~found,
+        "size_ratio": (yy + xx) / sums.psf_trace,
+        "snr": _over(sums.under_moments[..., 0], np.sqrt(sums.under_moments[..., 6])),
+        MeasurementFlag.MOMENTS: ~sums.found,
     }
-    columns |= _fluxes(pixels, radii, kron_radius, model_err) | _goodness(pixels, widths)
-    columns[MeasurementFlag.NO_DATA] = (columns["coverage"] == 0) | ~pixels.psf.any(axis=(1, 2))
+    columns |= _fluxes(sums, radii, model_err, on_model=on_model) | _goodness(sums)
+    columns[MeasurementFlag.NO_DATA] = (columns["coverage"] == 0) | ~sums.has_psf
     return columns
 
 
@@ -296,74 +370,53 @@ def _over(numerator: DoubleArray, denominator: DoubleArray) -> DoubleArray:
     return np.asarray(np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0))
 
 
-def _kron_radius(pixels: _Pixels, widths: _PsfWidths) -> tuple[float, bool]:
-    """Find the Kron radius in the mean of the bands; NaN without one, and whether there is none or it met a limit."""
-    mean, used = np.empty(pixels.flux.shape[1:], dtype=np.float32), np.empty(pixels.flux.shape[1:], dtype=bool)
-    kernels.mean_of_bands(pixels.flux, pixels.variance, pixels.valid, mean, used)
-    state, sums = np.empty((1, 5)), np.empty((1, 7))
-    fwhm = widths.fwhm.mean()
-    start = np.array([fwhm / _FWHM])
-    if not kernels.adaptive_moments(mean[None], mean[None], used[None], *pixels.center, start, state, sums)[0]:
-        return np.nan, True
-    reach = _KRON_REACH * math.sqrt(0.5 * (state[0, 2] + state[0, 3]))
-    flux, moment = kernels.radial_sums(mean, used, *pixels.center, reach)
-    if not (flux > 0 and moment > 0):
-        return np.nan, True
-    kron = KRON_FACTOR * moment / flux
-    return float(np.clip(kron, fwhm, reach)), not fwhm <= kron <= reach
-
-
 def _fluxes(
-    pixels: _Pixels, radii: tuple[float, ...], kron_radius: float, model_err: DoubleArray
+    sums: _Sums, radii: tuple[float, ...], model_err: DoubleArray, *, on_model: bool
 ) -> dict[str, NDArray[Any]]:
-    """Measure all fluxes, and their errors from the noise of the pixels and from the fit."""
-    # A circle of radius zero has no pixel, so its flux is NaN.
-    circles = np.array([*radii, np.nan_to_num(kron_radius)])
-    planes = pixels.flux, pixels.flux_variance, pixels.model
-    rows, columns = pixels.own
-    in_circles = kernels.aperture_sums(*planes, pixels.usable, *pixels.center, circles)
-    in_box = kernels.box_sums(*planes, pixels.usable, rows.start, rows.stop, columns.start, columns.stop)
-    in_psf = kernels.psf_sums(*planes, pixels.valid, pixels.psf, pixels.variance)
-    flux, variance, norm, of_model = np.moveaxis(np.concatenate([in_circles, in_box[None], in_psf[None]]), 2, 0)
-    for sums, power in ((flux, 1), (variance, 2), (of_model, 1)):
-        sums[-1] = _over(sums[-1], norm[-1] ** power)
-    error = np.sqrt(variance + _variance_of_fit(pixels, of_model, model_err))
+    """Find all fluxes, and their errors from the noise of the pixels and from the fit."""
+    flux, variance, norm, of_model = np.moveaxis(sums.fluxes, 3, 0).copy()
+    for values, power in ((flux, 1), (variance, 2), (of_model, 1)):
+        values[:, -1] = _over(values[:, -1], norm[:, -1] ** power)
+    error = np.sqrt(variance + _variance_of_fit(sums, of_model, model_err, on_model=on_model))
     flux[norm <= 0] = error[norm <= 0] = np.nan
     measured: dict[str, NDArray[Any]] = {}
     for k, name in enumerate((*map(aperture_name, radii), "kron", "total", "psf")):
-        measured[f"{name}_flux"], measured[f"{name}_flux_err"] = flux[k], error[k]
+        measured[f"{name}_flux"], measured[f"{name}_flux_err"] = flux[:, k], error[:, k]
+    circles = np.concatenate(
+        [np.broadcast_to(radii, (len(flux), len(radii))), np.nan_to_num(sums.kron_radius)[:, None]], axis=1
+    )
     # Areas are exact but for rounding.
-    missing = norm[: len(circles)] < (1 - 1e-6) * np.pi * circles[:, None] ** 2
-    measured[MeasurementFlag.INCOMPLETE] = np.asarray(missing.any(axis=0))
+    missing = norm[:, :-2] < (1 - 1e-6) * np.pi * circles[:, :, None] ** 2
+    measured[MeasurementFlag.INCOMPLETE] = np.asarray(missing.any(axis=1))
     return measured
 
 
-def _variance_of_fit(pixels: _Pixels, of_model: DoubleArray, model_err: DoubleArray) -> DoubleArray:
-    """Find what the errors of the models add to the variance of fluxes, (..., B).
+def _variance_of_fit(sums: _Sums, of_model: DoubleArray, model_err: DoubleArray, *, on_model: bool) -> DoubleArray:
+    """Find what the errors of the models add to the variance of fluxes, (N, K, B).
 
     `of_model` are the same fluxes measured on the model: the error of its total flux is in them in that proportion.
     """
-    flux, square, overlap, signal = pixels.model_sums.T
+    total, square, overlap, signal = np.moveaxis(sums.model, 2, 0)
+    flux = np.broadcast_to(total[:, None], of_model.shape)
     part = np.divide(of_model, flux, out=np.ones_like(of_model), where=flux > 0).clip(0, 1)
     excess = model_err**2
-    if not pixels.is_model:
-        excess -= np.divide(flux**2, signal, out=np.zeros_like(flux), where=signal > 0)
-        blendedness = 1 - np.divide(square, overlap, out=np.zeros_like(flux), where=overlap > 0)
+    if not on_model:
+        excess -= np.divide(total**2, signal, out=np.zeros_like(total), where=signal > 0)
+        blendedness = 1 - np.divide(square, overlap, out=np.zeros_like(total), where=overlap > 0)
         excess *= np.clip(_FULL_FIT * blendedness, 0, 1)
-    return np.asarray(part**2 * np.maximum(excess, 0))
+    return np.asarray(part**2 * np.maximum(excess, 0)[:, None])
 
 
-def _goodness(pixels: _Pixels, widths: _PsfWidths) -> dict[str, NDArray[Any]]:
-    radii = widths.fwhm[:, None] * np.array(_WIDTHS)
-    sums = kernels.residual_sums(pixels.residual, pixels.variance, pixels.valid, pixels.model, *pixels.center, radii)
+def _goodness(sums: _Sums) -> dict[str, NDArray[Any]]:
+    """Find how well the models fit, and how much of the object was seen."""
     columns: dict[str, NDArray[Any]] = {}
-    signal = pixels.model_sums[:, 3]
+    signal, of_residual = sums.model[..., 3], np.moveaxis(sums.residual, 2, 0)
     for circle, name in enumerate(("1fwhm", "3fwhm")):
-        chi2, n_pixels, inside = sums[:, 3 * circle : 3 * circle + 3].T
+        chi2, n_pixels, inside = of_residual[3 * circle : 3 * circle + 3]
         share = np.divide(inside, signal, out=np.zeros_like(inside), where=signal > 0)
-        dof = n_pixels - pixels.n_parameters * share
+        dof = n_pixels - sums.n_parameters[:, None] * share
         columns[f"chi2_{name}"], columns[f"dof_{name}"] = _over(chi2, dof), dof
-    columns["asymmetry"] = _over(sums[:, 6], sums[:, 7])
-    columns["coverage"] = sums[:, 4] / sums[:, 9]
-    columns["edge_fraction"] = sums[:, 8] / sums[:, 9]
+    columns["asymmetry"] = _over(of_residual[6], of_residual[7])
+    columns["coverage"] = of_residual[4] / of_residual[9]
+    columns["edge_fraction"] = of_residual[8] / of_residual[9]
     return columns

@@ -218,10 +218,16 @@ class SourceModels:
 
     def by_source(self, origin: tuple[int, int] = (0, 0)) -> Iterator[tuple[FloatArray, Box]]:
         """Give the pixels (B, h, w) of one source after the other, and their box moved by `origin`; none if empty."""
-        for s, (y0, x0, height, width) in enumerate(self.boxes.tolist()):
-            if height and width:
-                pixels = self.pixels[:, self.offsets[s] : self.offsets[s + 1]].reshape(-1, height, width)
-                yield pixels, Box(y0, x0, height, width).shift(*origin)
+        for s in range(len(self.boxes)):
+            pixels, box = self.of_source(s, origin)
+            if not box.is_empty:
+                yield pixels, box
+
+    def of_source(self, s: int, origin: tuple[int, int] = (0, 0)) -> tuple[FloatArray, Box]:
+        """Give the pixels (B, h, w) of one source, and their box moved by `origin`."""
+        box = Box(*self.boxes[s].tolist())
+        pixels = self.pixels[:, self.offsets[s] : self.offsets[s + 1]]
+        return pixels.reshape(len(pixels), *box.shape), box.shift(*origin)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -45,7 +45,7 @@ from kermes.flux import (
 from kermes.geometry import Box, Footprint, Footprints
 from kermes.metrics import registered_metrics
 from kermes.psf import continued, difference_kernels, model_psf
-from kermes.rendering import KernelSet, frame_models, outer_box, render_scene, render_source
+from kermes.rendering import KernelSet, frame_models, outer_box, render_scene
 from kermes.scene import ProfileComponent, Scene, Source
 
 FloatArray = NDArray[np.float32]
@@ -80,7 +80,7 @@ class StampKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stamp:
-    """Pixels of one object in one band, and where they lie."""
+    """Pixels of one object in one band, and where they lie; or in several bands, (B, h, w) instead of (h, w)."""
 
     array: FloatArray
     """Flux per pixel [unit of the coadd], shape of `box`."""
@@ -154,7 +154,7 @@ class ObjectHandle:
         """Its peak (y, x), in the coadd's coordinates."""
         return self.source.peak[0] + self.result.origin[0], self.source.peak[1] + self.result.origin[1]
 
-    @property
+    @cached_property
     def center(self) -> tuple[float, float]:
         """Fitted centre (y, x), in the coadd's coordinates; where none was fitted, its position in the table."""
         y, x = float(self.row["center_y"]), float(self.row["center_x"])
@@ -168,23 +168,32 @@ class ObjectHandle:
     @cached_property
     def _observed(self) -> tuple[FloatArray, Box]:
         """Convolved model (B, h, w), and its box as array index."""
-        if self.source.box.is_empty:
-            return np.zeros((len(self.bands), 0, 0), dtype=np.float32), Box(*self.source.peak, 0, 0)
-        kernels = self.result.kernels(self.result.psfs[self.blend_id])
-        return render_source(self.source, kernels, self.result.outer_box_of_blend(self.blend_id))
+        return self.result._observe([self.source], self.blend_id)[0]
+
+    @cached_property
+    def _observed_point(self) -> tuple[FloatArray, Box]:
+        """A point source of flux one at its centre, as observed (B, h, w), and its box as array index."""
+        return self.result._observe_points([self], self.blend_id)[0]
+
+    @cached_property
+    def _point(self) -> Source:
+        """A point source of flux one at its centre."""
+        y, x = (value - origin for value, origin in zip(self.center, self.result.origin, strict=True))
+        half = max(self.result.psfs[self.blend_id].shape[1:]) // 2 + 1
+        point = ProfileComponent(
+            spectrum=np.ones(len(self.bands), dtype=np.float32),
+            center=np.array([y, x]),
+            shear=np.zeros(2),
+            sigma=self.result.config.model_psf_sigma,
+            box=Box(round(y) - half, round(x) - half, 2 * half, 2 * half),
+        )
+        return Source(peak=self.source.peak, components=(point,))
 
     def _box(self, margin: int) -> Box:
         """Pixels of its stamps, as array index."""
         if margin < 0:
             raise InputError(f"margin must be >= 0, got {margin}")
         return self._observed[1].grow(margin) & Box.of_shape(self.result.shape)
-
-    def _on(self, box: Box, b: Sequence[int]) -> FloatArray:
-        """Convolved model in some bands, on the pixels of a box; new pixels."""
-        model, own = self._observed
-        out = np.zeros((len(b), *box.shape), dtype=np.float32)
-        out[(slice(None), *own.within(box))] = model[(list(b), *box.within(own))]
-        return out
 
     def _noise(self, bands: Sequence[str], box: Box) -> FloatArray:
         """White noise of one; it follows from the object, the band and the offset from the peak, not from the box."""
@@ -196,6 +205,19 @@ class ObjectHandle:
 
     def stamps(self, kind: StampKind | str, bands: Sequence[str] | None = None, margin: int = 0) -> dict[str, Stamp]:
         """Cut out one kind of stamp in several bands.
+
+        All is as in `cube`, but that there is a `Stamp` by band.
+        """
+        return self._by_band(bands, self.cube(kind, bands, margin))
+
+    def _by_band(self, bands: Sequence[str] | None, cube: Stamp) -> dict[str, Stamp]:
+        """Take a cube apart."""
+        parts: list[Any] = [[None] * len(cube.array) if part is None else part for part in (cube.variance, cube.valid)]
+        planes = zip(self.bands if bands is None else bands, cube.array, *parts, strict=True)
+        return {band: Stamp(array, cube.box, variance, valid) for band, array, variance, valid in planes}
+
+    def cube(self, kind: StampKind | str, bands: Sequence[str] | None = None, margin: int = 0) -> Stamp:
+        """Cut out one kind of stamp in several bands, all in one array.
 
         Parameters
         ----------
@@ -212,12 +234,12 @@ class ObjectHandle:
 
         Returns
         -------
-        stamps : dict
-            A `Stamp` by band, all with the same box, cut at the edge of the image; new pixels. Where all models
-            together stay below `flux.LEAST_MODEL` times the noise, a pixel belongs to nobody: "redistributed" is zero
-            and "noise_replaced" is the image there. Invalid pixels are zero in "redistributed"; in
-            "neighbor_subtracted" and "noise_replaced" they are as in the image, NaN included. The variance is that of
-            the image, and the share squared times it for "redistributed".
+        cube : Stamp
+            Its arrays have the shape (B, h, w), in the order of `bands`; cut at the edge of the image; new pixels.
+            Where all models together stay below `flux.LEAST_MODEL` times the noise, a pixel belongs to nobody:
+            "redistributed" is zero and "noise_replaced" is the image there. Invalid pixels are zero in "redistributed";
+            in "neighbor_subtracted" and "noise_replaced" they are as in the image, NaN included. The variance is that
+            of the image, and the share squared times it for "redistributed".
 
         Raises
         ------
@@ -230,26 +252,25 @@ class ObjectHandle:
         The noise is drawn from `object_id`, the name of the band and the offset from the peak: it does not depend on
         the order in which stamps are cut, on other bands or on the margin.
         """
-        kind, bands = _checked_kind(kind), self.bands if bands is None else tuple(bands)
-        b = [self.result._band_index(band) for band in bands]
-        box = self._box(margin)
-        model = self._on(box, b)
+        kind = _checked_kind(kind)
+        b, box = self.result.band_indices(bands), self._box(margin)
+        model = _on(box, *self._observed)[b]
         in_coadd = box.shift(*self.result.origin)
         if kind is StampKind.MODEL:
-            return {band: Stamp(array, in_coadd) for band, array in zip(bands, model, strict=True)}
+            return Stamp(model, in_coadd)
         coadd = self.result.need_coadd(kind)
         images, variance, valid = (_cut(plane, b, box) for plane in (coadd.images, coadd.variance, coadd.valid))
         if kind is StampKind.NEIGHBOR_SUBTRACTED:
             images -= self.result._sum_of_models(box)[b] - model
+            return Stamp(images, in_coadd, variance, valid)
+        total = self.result._sum_of_models(box, positive=True)[b]
+        if kind is StampKind.REDISTRIBUTED:
+            images = redistribute(images, variance, valid, model, total)
+            variance = redistribution_covariance(variance, valid, model, model, total)
         else:
-            total = self.result._sum_of_models(box, positive=True)[b]
-            if kind is StampKind.REDISTRIBUTED:
-                images = redistribute(images, variance, valid, model, total)
-                variance = redistribution_covariance(variance, valid, model, model, total)
-            else:
-                images = replace_neighbors(images, variance, valid, model, total, self._noise(bands, box))
-        planes = zip(bands, images, variance, valid, strict=True)
-        return {band: Stamp(array, in_coadd, noise2, used) for band, array, noise2, used in planes}
+            noise = self._noise(self.bands if bands is None else bands, box)
+            images = replace_neighbors(images, variance, valid, model, total, noise)
+        return Stamp(images, in_coadd, variance, valid)
 
     def stamp(self, kind: StampKind | str, band: str, margin: int = 0) -> Stamp:
         """Cut out one kind of stamp in one band; kind, margin and errors as in `stamps`."""
@@ -274,26 +295,12 @@ class ObjectHandle:
         InputError
             If a band is unknown or the margin negative.
         """
-        bands = self.bands if bands is None else tuple(bands)
-        b = [self.result._band_index(band) for band in bands]
-        box = self._box(margin)
-        psfs = self.result.psfs[self.blend_id]
-        out = np.zeros((len(b), *box.shape), dtype=np.float32)
-        y, x = (value - origin for value, origin in zip(self.center, self.result.origin, strict=True))
-        half = max(psfs.shape[1:]) // 2 + 1
-        point = ProfileComponent(
-            spectrum=np.ones(len(self.bands), dtype=np.float32),
-            center=np.array([y, x]),
-            shear=np.zeros(2),
-            sigma=self.result.config.model_psf_sigma,
-            box=Box(round(y) - half, round(x) - half, 2 * half, 2 * half),
-        )
-        if psfs.any():
-            source = Source(peak=self.source.peak, components=(point,))
-            light, own = render_source(source, self.result.kernels(psfs), Box.of_shape(self.result.shape))
-            out[(slice(None), *own.within(box))] = light[(b, *box.within(own))]
-        in_coadd = box.shift(*self.result.origin)
-        return {band: Stamp(array, in_coadd) for band, array in zip(bands, out, strict=True)}
+        return self._by_band(bands, self.psf_cube(bands, margin))
+
+    def psf_cube(self, bands: Sequence[str] | None = None, margin: int = 0) -> Stamp:
+        """Draw a point source of flux one at its centre, all bands in one array; else as `psf_stamps`."""
+        b, box = self.result.band_indices(bands), self._box(margin)
+        return Stamp(_on(box, *self._observed_point)[b], box.shift(*self.result.origin))
 
     def model(self, band: str, convolved: bool = True) -> Stamp:
         """Evaluate its model in one band.
@@ -395,13 +402,13 @@ class ObjectHandle:
         InputError
             If the object or the band is unknown, or the result has no coadd.
         """
-        b = [self.result._band_index(band)]
+        b = self.result.band_indices([band])
         other = self.result[object_id]
         coadd = self.result.need_coadd("redistribution_covariance")
         box = self._observed[1] & other._observed[1]
         variance, valid = (_cut(plane, b, box) for plane in (coadd.variance, coadd.valid))
         total = self.result._sum_of_models(box, positive=True)[b]
-        models = self._on(box, b), other._on(box, b)
+        models = _on(box, *self._observed)[b], _on(box, *other._observed)[b]
         covariance = redistribution_covariance(variance, valid, *models, total)
         return Stamp(covariance[0], box.shift(*self.result.origin))
 
@@ -434,9 +441,16 @@ def _whole_numbers(given: int | Iterable[int] | None, name: str) -> NDArray[np.i
     return numbers.astype(np.int64)
 
 
-def _cut(planes: NDArray[Any], b: Sequence[int], box: Box) -> NDArray[Any]:
+def _cut(planes: NDArray[Any], b: slice | list[int], box: Box) -> NDArray[Any]:
     """Cut some of the planes (B, H, W) to a box; new pixels."""
-    return np.asarray(planes[:, box.y, box.x][list(b)])
+    return np.array(planes[b, box.y, box.x])
+
+
+def _on(box: Box, model: FloatArray, own: Box) -> FloatArray:
+    """Place a model (B, h, w), which lies on a box of its own, on the pixels of another one; new pixels."""
+    out = np.zeros((len(model), *box.shape), dtype=np.float32)
+    out[(slice(None), *own.within(box))] = model[(slice(None), *box.within(own))]
+    return out
 
 
 def _outwards(box: Box) -> NDArray[np.int64]:
@@ -498,6 +512,16 @@ def model_ids(objects: Table, candidates: Table) -> NDArray[np.int64]:
     of_objects = np.array([objects["object_id"], objects["blend_id"]], dtype=np.int64)
     of_candidates = np.array([candidates["candidate_id"], candidates["blend_id"]], dtype=np.int64)
     return np.concatenate([of_objects, of_candidates * [[-1], [1]]], axis=1)
+
+
+def _together(pairs: NDArray[np.int64]) -> Iterator[tuple[int, list[int]]]:
+    """Group keys and blends (N, 2) by blend, a limited number of keys at a time."""
+    order = np.argsort(pairs[:, 1], kind="stable")
+    keys, blends = pairs[order].T
+    bounds = np.append(np.flatnonzero(np.diff(blends, prepend=-1)), len(blends)).tolist()
+    for first, end in pairwise(bounds):
+        for k in range(first, end, _DRAWN_TOGETHER):
+            yield int(blends[first]), keys[k : min(k + _DRAWN_TOGETHER, end)].tolist()
 
 
 def _no_candidates(result: Result) -> Table:
@@ -619,6 +643,16 @@ class Result:
             raise InputError(f"band must be one of {', '.join(self.bands)}, got {band!r}")
         return self.bands.index(band)
 
+    def band_indices(self, bands: Sequence[str] | None = None) -> slice | list[int]:
+        """Give the index of some bands along the first axis of images; all of them need no copy.
+
+        Raises
+        ------
+        InputError
+            If a band is unknown.
+        """
+        return slice(None) if bands is None else [self._band_index(band) for band in bands]
+
     def need_coadd(self, what: str) -> Coadd:
         """Give the coadd; an InputError names what needs it if there is none."""
         if self.coadd is None:
@@ -737,23 +771,55 @@ class Result:
         Blend by blend, whose models lie together in a file, and some sources at a time: one by one, most of the time
         would go into the calls.
         """
-        order = np.argsort(pairs[:, 1], kind="stable")
-        model_ids, blends = pairs[order].T
-        bounds = np.append(np.flatnonzero(np.diff(blends, prepend=-1)), len(blends)).tolist()
-        for first, end in pairwise(bounds):
-            blend_id = int(blends[first])
-            for k in range(first, end, _DRAWN_TOGETHER):
-                models = (self.models[number] for number in model_ids[k : min(k + _DRAWN_TOGETHER, end)].tolist())
-                sources = tuple(source for source in models if not source.box.is_empty)
-                if sources:  # a blend without light may have no PSF
-                    outer = self.outer_box_of_blend(blend_id)
-                    scene = Scene(sources=sources, box=outer)
-                    drawn = (
-                        render_scene(scene, self.kernels(self.psfs[blend_id]))
-                        if convolved
-                        else frame_models(scene, len(self.bands))
-                    )
-                    yield from drawn.by_source(outer.origin)
+        for blend_id, numbers in _together(pairs):
+            sources = [self.models[number] for number in numbers]
+            if convolved:
+                drawn = self._observe(sources, blend_id)
+                yield from ((array, box) for array, box in drawn if not box.is_empty)
+                continue
+            lit = tuple(source for source in sources if not source.box.is_empty)
+            outer = self.outer_box_of_blend(blend_id)
+            yield from frame_models(Scene(sources=lit, box=outer), len(self.bands)).by_source(outer.origin)
+
+    def _observe(
+        self, sources: Sequence[Source], blend_id: int, within: Box | None = None
+    ) -> list[tuple[FloatArray, Box]]:
+        """Draw sources of one blend as observed: pixels (B, h, w) and their box as array index, empty without light.
+
+        within: the pixels that are drawn; None: those that models of the blend can reach.
+        """
+        drawn = [(np.zeros((len(self.bands), 0, 0), dtype=np.float32), Box(*s.peak, 0, 0)) for s in sources]
+        lit = [k for k, source in enumerate(sources) if not source.box.is_empty]
+        if lit:  # a blend without light may have no PSF
+            box = self.outer_box_of_blend(blend_id) if within is None else within
+            scene = Scene(sources=tuple(sources[k] for k in lit), box=box)
+            models = render_scene(scene, self.kernels(self.psfs[blend_id]))
+            for s, k in enumerate(lit):
+                if models.offsets[s + 1] > models.offsets[s]:
+                    drawn[k] = models.of_source(s, box.origin)
+        return drawn
+
+    def _observe_points(self, handles: Sequence[ObjectHandle], blend_id: int) -> list[tuple[FloatArray, Box]]:
+        """Draw a point source of flux one at the centre of objects of one blend, as `_observe` does."""
+        points = [handle._point for handle in handles]
+        if not self.psfs[blend_id].any():
+            points = [Source(peak=point.peak, components=()) for point in points]
+        return self._observe(points, blend_id, Box.of_shape(self.shape))
+
+    def by_blend(self) -> Iterator[ObjectHandle]:
+        """Yield all objects, those of a blend one after another, with their models drawn.
+
+        For work on the pixels of every object, in whatever order: models and PSFs of some objects of a blend are drawn
+        in one go, which takes half as long as one by one.
+        """
+        pairs = np.array([self.objects["object_id"], self.objects["blend_id"]], dtype=np.int64).T
+        for blend_id, numbers in _together(pairs):
+            handles = [ObjectHandle(self, number) for number in numbers]
+            models = self._observe([handle.source for handle in handles], blend_id)
+            points = self._observe_points(handles, blend_id)
+            for handle, model, point in zip(handles, models, points, strict=True):
+                vars(handle).update(blend_id=blend_id, _observed=model, _observed_point=point)
+                yield handle
 
     @cached_property
     def _sums(self) -> tuple[FloatArray, FloatArray]:

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import fast_kernel, kernel
 
 MAX_ITERATIONS = 50
 TOLERANCE = 1e-4
+FWHM = 2.0 * np.sqrt(2.0 * np.log(2.0))  # full width at half maximum of a Gaussian of sigma one
 
 
 @kernel
@@ -79,7 +80,7 @@ def aperture_sums(images, variance, model, valid, y, x, radii):
     return sums
 
 
-@kernel
+@fast_kernel
 def box_sums(images, variance, model, valid, y0, y1, x0, x1):
     """Sums of the valid pixels of a part of images (B, h, w).
 
@@ -87,17 +88,19 @@ def box_sums(images, variance, model, valid, y0, y1, x0, x1):
     """
     sums = np.zeros((len(images), 4))
     for b in range(len(images)):
+        flux, noise, count, light = 0.0, 0.0, 0.0, 0.0
         for i in range(y0, y1):
             for j in range(x0, x1):
                 if valid[b, i, j]:
-                    sums[b, 0] += images[b, i, j]
-                    sums[b, 1] += variance[b, i, j]
-                    sums[b, 2] += 1.0
-                    sums[b, 3] += model[b, i, j]
+                    flux += images[b, i, j]
+                    noise += variance[b, i, j]
+                    count += 1.0
+                    light += model[b, i, j]
+        sums[b, 0], sums[b, 1], sums[b, 2], sums[b, 3] = flux, noise, count, light
     return sums
 
 
-@kernel
+@fast_kernel
 def model_sums(model, light, variance, valid):
     """Sums of m, m^2 and A m for a model m and the light A of all models, and of m^2 / V over valid pixels.
 
@@ -106,18 +109,20 @@ def model_sums(model, light, variance, valid):
     n_bands, height, width = model.shape
     sums = np.zeros((n_bands, 4))
     for b in range(n_bands):
+        flux, square, overlap, signal = 0.0, 0.0, 0.0, 0.0
         for i in range(height):
             for j in range(width):
                 m = float(model[b, i, j])
-                sums[b, 0] += m
-                sums[b, 1] += m * m
-                sums[b, 2] += light[b, i, j] * m
+                flux += m
+                square += m * m
+                overlap += light[b, i, j] * m
                 if valid[b, i, j]:
-                    sums[b, 3] += m * m / variance[b, i, j]
+                    signal += m * m / variance[b, i, j]
+        sums[b, 0], sums[b, 1], sums[b, 2], sums[b, 3] = flux, square, overlap, signal
     return sums
 
 
-@kernel
+@fast_kernel
 def psf_sums(images, variance, model, valid, psf, weight_variance):
     """Sums for the flux of a point source, with its image P (B, h, w), over the valid pixels.
 
@@ -127,14 +132,16 @@ def psf_sums(images, variance, model, valid, psf, weight_variance):
     n_bands, height, width = images.shape
     sums = np.zeros((n_bands, 4))
     for b in range(n_bands):
+        flux, noise, norm, light = 0.0, 0.0, 0.0, 0.0
         for i in range(height):
             for j in range(width):
                 if valid[b, i, j] and psf[b, i, j] != 0.0:
-                    weight = psf[b, i, j] / weight_variance[b, i, j]
-                    sums[b, 0] += weight * images[b, i, j]
-                    sums[b, 1] += weight * weight * variance[b, i, j]
-                    sums[b, 2] += weight * psf[b, i, j]
-                    sums[b, 3] += weight * model[b, i, j]
+                    weight = float(psf[b, i, j]) / weight_variance[b, i, j]
+                    flux += weight * images[b, i, j]
+                    noise += weight * weight * variance[b, i, j]
+                    norm += weight * psf[b, i, j]
+                    light += weight * model[b, i, j]
+        sums[b, 0], sums[b, 1], sums[b, 2], sums[b, 3] = flux, noise, norm, light
     return sums
 
 
@@ -178,11 +185,11 @@ def radial_sums(image, valid, y, x, radius):
 
 
 @kernel
-def gaussian_sums(image, variance, valid, state, sums):
+def gaussian_sums(image, variance, valid, state, with_noise, sums):
     """Sums of w I times 1, dy, dx, dy^2, dx^2, dy dx, and of w^2 V, over the valid pixels of an image (h, w).
 
     w is a Gaussian of peak one, cut at five sigma; state (5,) its centre y, x and its covariance yy, xx, xy; d is
-    counted from the centre. sums (7,) is written.
+    counted from the centre. sums (7,) is written, the last one only `with_noise`.
     """
     height, width = image.shape
     y, x, yy, xx, xy = state[0], state[1], state[2], state[3], state[4]
@@ -200,14 +207,15 @@ def gaussian_sums(image, variance, valid, state, sums):
         u = first - x - middle
         weight = np.exp(-0.5 * (u * u / narrow + dy * dy / yy))
         factor = np.exp(-(u + 0.5) / narrow)
-        light, light_x, light_xx = 0.0, 0.0, 0.0
+        light, light_x, light_xx, noise = 0.0, 0.0, 0.0, 0.0
         for j in range(first, min(width, int(np.floor(x + middle + half)) + 1)):
             if valid[i, j]:
                 part, dx = weight * image[i, j], j - x
                 light += part
                 light_x += part * dx
                 light_xx += part * dx * dx
-                sums[6] += weight * weight * variance[i, j]
+                if with_noise:
+                    noise += weight * weight * variance[i, j]
             weight *= factor
             factor *= ratio
         sums[0] += light
@@ -216,6 +224,7 @@ def gaussian_sums(image, variance, valid, state, sums):
         sums[3] += light * dy * dy
         sums[4] += light_xx
         sums[5] += light_x * dy
+        sums[6] += noise
 
 
 @kernel
@@ -231,7 +240,7 @@ def fit_gaussian(image, variance, valid, state, sums):
     height, width = image.shape
     start_y, start_x, farthest = state[0], state[1], 9.0 * (state[2] + state[3]) / 2.0
     for _ in range(MAX_ITERATIONS):
-        gaussian_sums(image, variance, valid, state, sums)
+        gaussian_sums(image, variance, valid, state, False, sums)
         if not sums[0] > 0.0:
             return False
         my, mx = sums[1] / sums[0], sums[2] / sums[0]
@@ -259,7 +268,7 @@ def fit_gaussian(image, variance, valid, state, sums):
         if not (0.01 < yy * xx - xy * xy and max(yy, xx) < (0.25 * max(height, width)) ** 2):
             return False
         if change < TOLERANCE and shift < TOLERANCE:
-            gaussian_sums(image, variance, valid, state, sums)
+            gaussian_sums(image, variance, valid, state, True, sums)
             return sums[0] > 0.0
     return False
 
@@ -276,6 +285,27 @@ def adaptive_moments(images, variance, valid, y, x, sigmas, states, sums):
         states[b, 2] = states[b, 3] = sigmas[b] * sigmas[b]
         converged[b] = fit_gaussian(images[b], variance[b], valid[b], states[b], sums[b])
     return converged
+
+
+@kernel
+def kron_radius(images, variance, valid, y, x, fwhm, reach, factor):
+    """Kron radius in the mean of images (B, h, w), which `mean_of_bands` makes.
+
+    A factor times the mean radius of the light within `reach` sigma of its adaptive moments, which are begun at a width
+    fwhm; not less than fwhm and not more than that reach. Returns it, NaN where there are no moments or no light, and
+    whether there is none or it met a limit.
+    """
+    mean, used = np.empty(images.shape[1:], np.float32), np.empty(images.shape[1:], np.bool_)
+    mean_of_bands(images, variance, valid, mean, used)
+    state, sums = np.array([y, x, (fwhm / FWHM) ** 2, (fwhm / FWHM) ** 2, 0.0]), np.empty(7)
+    if not fit_gaussian(mean, mean, used, state, sums):
+        return np.nan, True
+    farthest = reach * np.sqrt(0.5 * (state[2] + state[3]))
+    flux, moment = radial_sums(mean, used, y, x, farthest)
+    if not (flux > 0.0 and moment > 0.0):
+        return np.nan, True
+    radius = factor * moment / flux
+    return min(max(radius, fwhm), farthest), not fwhm <= radius <= farthest
 
 
 @kernel
