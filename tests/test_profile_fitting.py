@@ -584,6 +584,29 @@ def test_modes_and_pixels_leave_the_same(visits):
     np.testing.assert_allclose(one, other, rtol=0, atol=0.01)
 
 
+def in_the_noise_of_its_photons(seed=2):
+    """A bright galaxy with peaks on its arms, whose pixels count far less than those around: images and weights."""
+    galaxy = [(48.0, 47.0, 9.0, 0.3, -0.2, 1.0, (4e5, 6e5)), (44.0, 52.0, 4.0, -0.4, 0.3, 1.0, (5e4, 4e4))]
+    images = draw([*galaxy, (53.0, 41.0, 5.0, 0.5, 0.5, 1.0, (3e4, 6e4))], shape=(96, 96))
+    weights = 1 / (1 + images / 20)
+    return images + np.random.default_rng(seed).normal(size=images.shape) / np.sqrt(weights), weights
+
+
+def test_no_visit_makes_the_fit_worse_whatever_the_weights():
+    images, weights = in_the_noise_of_its_photons()
+    assert weights.max() > 30 * weights.min()
+    engine = engine_of(images, [(48, 47), (44, 52), (53, 41)], weights=weights)
+    engine.snr[:] = 3000.0
+    losses = [engine.loss()]
+    for _ in range(6):
+        # As large groups are, whose pixels would take too much memory.
+        visit(engine, exact=False)
+        losses.append(engine.loss())
+    # Each image is drawn on its stamp in float32, and the loss of a million is known to a few units in the last digit.
+    assert (np.diff(losses) < 1e-6 * losses[0]).all()
+    assert losses[-1] < 1.5 * images.size / 2
+
+
 def weights_near(case):
     """Weights of two bands around a point in the middle of 21 x 21 pixels."""
     weights = np.ones((2, 21, 21), dtype=np.float32)

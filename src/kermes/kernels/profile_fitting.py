@@ -49,6 +49,13 @@ SMALL_CHANGE = 1e-4
 """Groups are visited again when the model of one that touches theirs has changed by more than this chi2, a hundredth of
 a standard deviation of a flux that is all theirs: in many such steps neighbours that hang together reach their fit."""
 
+MOST_ATTEMPTS = 4
+"""A visit is given up when so many fits, each with a larger curvature than the last, have gone too far."""
+
+LEAST_GAIN = (0.1, 0.05)
+"""A fit went too far when the loss of the pixels falls by less than this share of what its curvature promised, and
+more than this above it."""
+
 MOST_PIXELS = 40000
 """Products are not formed from the pixels of more than so many stamps together, for the memory it takes."""
 
@@ -372,23 +379,38 @@ def fit_group(
 
 
 @kernel
-def propose_kind(sources, members, i, kind, may, kept_shapes, kept_fluxes):
-    """Take member i of a group for another kind, if it may become that.
+def keep_members(sources, members, kinds, shapes, fluxes):
+    """Note what the members of a group are: kinds (G,), shapes (G, N_SHAPE), fluxes (G, 2, B)."""
+    for k in range(len(members)):
+        s = members[k]
+        kinds[k] = sources.kinds[s]
+        for p in range(N_SHAPE):
+            shapes[k, p] = sources.shapes[s, p]
+        for part in range(2):
+            for b in range(sources.fluxes.shape[2]):
+                fluxes[k, part, b] = sources.fluxes[s, part, b]
 
-    may (N_KINDS,): which kinds it may become. kept_shapes (G, N_SHAPE), kept_fluxes
-    (G, 2, B) take the state of the members before. Returns whether it is another kind now.
-    """
-    s = members[i]
+
+@kernel
+def take_back(sources, members, kinds, shapes, fluxes):
+    """Make the members of a group what `keep_members` has noted."""
+    for k in range(len(members)):
+        s = members[k]
+        sources.kinds[s] = kinds[k]
+        for p in range(N_SHAPE):
+            sources.shapes[s, p] = shapes[k, p]
+        for part in range(2):
+            for b in range(sources.fluxes.shape[2]):
+                sources.fluxes[s, part, b] = fluxes[k, part, b]
+
+
+@kernel
+def propose_kind(sources, s, kind, may):
+    """Take a source for another kind, if it may become that, may (N_KINDS,); returns whether it is another kind now."""
     kinds, shapes = sources.kinds, sources.shapes
     before = kinds[s]
     if not may[kind] or kind == before:
         return False
-    for k in range(len(members)):
-        for p in range(N_SHAPE):
-            kept_shapes[k, p] = shapes[members[k], p]
-        for part in range(2):
-            for b in range(sources.fluxes.shape[2]):
-                kept_fluxes[k, part, b] = sources.fluxes[members[k], part, b]
     kinds[s] = kind
     if kind == DOUBLE:
         # The bulge starts, and is expected, at half the radius of the whole; that of a Sersic profile is most
@@ -402,18 +424,6 @@ def propose_kind(sources, members, i, kind, may, kept_shapes, kept_fluxes):
     elif kind == SERSIC:
         shapes[s, 5] = 0.0
     return True
-
-
-@kernel
-def take_back(sources, members, i, kind, kept_shapes, kept_fluxes):
-    """Make member i of a group what it was, and all members what `propose_kind` has kept."""
-    sources.kinds[members[i]] = kind
-    for k in range(len(members)):
-        for p in range(N_SHAPE):
-            sources.shapes[members[k], p] = kept_shapes[k, p]
-        for part in range(2):
-            for b in range(sources.fluxes.shape[2]):
-                sources.fluxes[members[k], part, b] = kept_fluxes[k, part, b]
 
 
 @kernel
@@ -613,6 +623,52 @@ def collect_data(residual, weights, mean_weights, lengths, psf, model, side, y0,
     return uniform
 
 
+@fast_kernel
+def weigh_row_of_change(residual, weights, change):
+    """Sums over a row of w r d, w d^2 and d^2 for a residual r, weights w and a change d of the model."""
+    slope = bend = square = np.float32(0.0)
+    for x in range(len(change)):
+        weighted = weights[x] * change[x]
+        slope += weighted * residual[x]
+        bend += weighted * change[x]
+        square += change[x] * change[x]
+    return slope, bend, square
+
+
+@kernel
+def goes_too_far(residual, weights, planes, y0, x0, mean_weights):
+    """Whether a change of the model, planes (B, side, side), fits the pixels much worse than its surrogate.
+
+    The surrogate has `mean_weights` (B,) instead of the weights (B, H, W). Where it takes the change for too cheap, its
+    weights are raised to what the pixels say about this change.
+    """
+    n_bands, height, width = residual.shape
+    side = planes.shape[1]
+    left, right = max(0, -x0), max(0, -x0, min(side, width - x0))
+    promised = excess = 0.0
+    factors = np.ones(n_bands)
+    for b in range(n_bands):
+        slope = bend = square = 0.0
+        for i in range(max(0, -y0), min(side, height - y0)):
+            row, first, last = y0 + i, x0 + left, x0 + right
+            of_row = weigh_row_of_change(
+                residual[b, row, first:last], weights[b, row, first:last], planes[b, i, left:right]
+            )
+            slope += of_row[0]
+            bend += of_row[1]
+            square += of_row[2]
+        expected = mean_weights[b] * square
+        promised += 0.5 * expected - slope
+        excess += 0.5 * (bend - expected)
+        if bend > expected > 0.0:
+            factors[b] = bend / expected
+    if excess <= (1.0 - LEAST_GAIN[0]) * abs(promised) + LEAST_GAIN[1]:
+        return False
+    for b in range(n_bands):
+        mean_weights[b] *= factors[b]
+    return True
+
+
 @inlined_kernel
 def visit_group(
     residual,
@@ -637,11 +693,12 @@ def visit_group(
 
     residual, weights (B, H, W). What the data say enters exactly, pixel by pixel, through the transform of the weighted
     residual; the curvature is that of uniform weights, `mean_weights` (B,), so that visits converge on the same answer
-    whatever the weights are, in one visit if they are uniform. Where they are `uneven` near the sources all products
-    are formed from the pixels instead. Then each member in turn is taken for other kinds, and what lowers the penalised
-    loss is kept: candidates (S, N_KINDS) says which kinds a source may become, penalties (N_KINDS,) what each adds to
-    the loss. With `errors` nothing is fitted but the variances. Returns the loss, the number of steps, whether one
-    visit suffices, and the chi2 of the change of the model.
+    whatever the weights are, in one visit if they are uniform. If that lets the fit go too far, as it does where most
+    of the weight lies away from the sources, it is taken back and begun anew with more curvature. Where weights are
+    `uneven` near the sources all products are formed from the pixels instead. Then each member in turn is taken for
+    other kinds, and what lowers the penalised loss is kept: candidates (S, N_KINDS) says which kinds a source may
+    become, penalties (N_KINDS,) what each adds to the loss. With `errors` nothing is fitted but the variances. Returns
+    the loss, the number of steps, whether one visit suffices, and the chi2 of the change of the model.
     """
     n_bands = len(residual)
     side, y0, x0 = sides[stamp[0]], stamp[1], stamp[2]
@@ -658,109 +715,123 @@ def visit_group(
             for j in range(4):
                 sources.stamps[s, j] = stamp[j]
             draw_source(table, modes, sides, sources, s, -1.0, residual)
-    model = np.zeros(psf.shape, np.float32)
-    for s in members:
-        add_model(table, lengths, frequencies, sources, s, y0, x0, 1.0, model)
-    shift_group(sources, members, y0, x0)
     exact = uneven and len(members) * side * side <= MOST_PIXELS
     n_values = side * side if exact else psf.shape[2]
+    model = np.empty(psf.shape, np.float32)
     data = np.empty((n_bands, 1 if exact else 2, n_values), np.float32)
     power = np.empty((n_bands, n_values), np.float32)
-    uniform = collect_data(
-        residual, weights, mean_weights, lengths, psf, model, side, y0, x0, exact, errors, data, power
-    )
     strength = np.empty(n_bands)
-    for b in range(n_bands):
-        strength[b] = np.sqrt(mean_weights[b])
-    kept_shapes, kept_fluxes = np.empty((len(members), N_SHAPE)), np.empty((len(members), 2, n_bands))
+    # What the members were before this visit, and before the last kind that was tried.
+    kinds_before, kept_kinds = np.empty(len(members), np.int64), np.empty(len(members), np.int64)
+    shapes_before, kept_shapes = np.empty((len(members), N_SHAPE)), np.empty((len(members), N_SHAPE))
+    fluxes_before, kept_fluxes = np.empty((len(members), 2, n_bands)), np.empty((len(members), 2, n_bands))
+    keep_members(sources, members, kinds_before, shapes_before, fluxes_before)
     losses, possible, noted = np.empty(N_KINDS), np.empty(N_KINDS), np.empty((N_KINDS, len(members), n_bands))
-    for i in range(len(members)):
-        if not errors and may_choose(candidates, members[i : i + 1]):
-            for b in range(n_bands):
-                sources.doubt[members[i], b] = 0.0
-    negative = False
-    loss, steps = 0.0, 0
-    # First all members as they are, then one after the other as something else.
-    for turn in range(-1, len(TRIALS) * len(members) if choosing else 0):
-        i, kind, before = max(turn, 0) // len(TRIALS), POINT, POINT
-        s = members[i]
-        if turn >= 0:
-            kind, before = TRIALS[turn % len(TRIALS)], sources.kinds[s]
-            if turn % len(TRIALS) == 0:
-                negative = False
-                for j in range(N_KINDS):
-                    losses[j] = possible[j] = np.nan
-                losses[before] = possible[before] = loss + penalties[before]
-                note_fluxes(sources, members, noted[before])
-            again = kind != DOUBLE or np.isnan(losses[DOUBLE]) or (before == SERSIC and negative)
-            if again and propose_kind(sources, members, i, kind, candidates[s], kept_shapes, kept_fluxes):
-                pass
-            else:
-                kind = -1
-        # Before all members are fitted with it, a kind has to show with the other shapes held that it may be better.
-        n_fits = 0 if kind < 0 else 1 if turn < 0 or len(members) == 1 else 2
-        trial, done = 0.0, 0
-        for left in range(n_fits, 0, -1):
-            limit = np.inf if turn < 0 else loss + penalties[before] - penalties[kind]
-            if left == 2:
-                limit += HOPELESS[int(kind > before)]
-            trial, done = fit_group(
-                table,
-                lengths,
-                frequencies,
-                side,
-                exact,
-                psf,
-                data,
-                power,
-                members,
-                sources,
-                i if left == 2 else -1,
-                largest,
-                n_steps,
-                tolerance,
-                limit,
-                errors,
-                variances,
-            )
-            if trial > limit:
-                break
-        if turn < 0:
-            loss, steps = trial, done
-        elif n_fits > 0:
-            worse = not trial + penalties[kind] < loss + penalties[before]
-            if kind == DOUBLE:
-                negative = has_dark_part(sources.fluxes[s], strength)
-                worse = worse or negative
-            if np.isnan(losses[kind]) or not worse:
-                losses[kind] = trial + penalties[kind]
-                # Negative light is no alternative.
-                possible[kind] = np.nan if kind == DOUBLE and negative else losses[kind]
-                note_fluxes(sources, members, noted[kind])
-            if worse:
-                take_back(sources, members, i, before, kept_shapes, kept_fluxes)
-            else:
+    loss, change, steps, uniform = 0.0, 0.0, 0, True
+    for _ in range(MOST_ATTEMPTS):
+        for b in range(n_bands):
+            strength[b] = np.sqrt(mean_weights[b])
+            for k in range(2):
+                for m in range(psf.shape[2]):
+                    model[b, k, m] = 0.0
+        for s in members:
+            add_model(table, lengths, frequencies, sources, s, y0, x0, 1.0, model)
+        shift_group(sources, members, y0, x0)
+        uniform = collect_data(
+            residual, weights, mean_weights, lengths, psf, model, side, y0, x0, exact, errors, data, power
+        )
+        for i in range(len(members)):
+            if not errors and may_choose(candidates, members[i : i + 1]):
+                for b in range(n_bands):
+                    sources.doubt[members[i], b] = 0.0
+        negative = False
+        loss, steps = 0.0, 0
+        # First all members as they are, then one after the other as something else.
+        for turn in range(-1, len(TRIALS) * len(members) if choosing else 0):
+            i, kind, before = max(turn, 0) // len(TRIALS), POINT, POINT
+            s = members[i]
+            if turn >= 0:
+                kind, before = TRIALS[turn % len(TRIALS)], sources.kinds[s]
+                if turn % len(TRIALS) == 0:
+                    negative = False
+                    for j in range(N_KINDS):
+                        losses[j] = possible[j] = np.nan
+                    losses[before] = possible[before] = loss + penalties[before]
+                    note_fluxes(sources, members, noted[before])
+                again = kind != DOUBLE or np.isnan(losses[DOUBLE]) or (before == SERSIC and negative)
+                keep_members(sources, members, kept_kinds, kept_shapes, kept_fluxes)
+                if not again or not propose_kind(sources, s, kind, candidates[s]):
+                    kind = -1
+            # Before all members are fitted with it, a kind has to show that it may be better with other shapes held.
+            n_fits = 0 if kind < 0 else 1 if turn < 0 or len(members) == 1 else 2
+            trial, done = 0.0, 0
+            for left in range(n_fits, 0, -1):
+                limit = np.inf if turn < 0 else loss + penalties[before] - penalties[kind]
+                if left == 2:
+                    limit += HOPELESS[int(kind > before)]
+                trial, done = fit_group(
+                    table,
+                    lengths,
+                    frequencies,
+                    side,
+                    exact,
+                    psf,
+                    data,
+                    power,
+                    members,
+                    sources,
+                    i if left == 2 else -1,
+                    largest,
+                    n_steps,
+                    tolerance,
+                    limit,
+                    errors,
+                    variances,
+                )
+                if trial > limit:
+                    break
+            if turn < 0:
                 loss, steps = trial, done
-                if kind != DOUBLE:
-                    for b in range(n_bands):
-                        sources.fluxes[s, 1, b] = 0.0
-        if turn % len(TRIALS) == len(TRIALS) - 1 and turn >= 0:
-            for j in range(N_KINDS):
-                sources.evidence[s, j] = losses[j] - losses[sources.kinds[s]]
-            add_doubt(sources, members, possible, sources.kinds[s], noted)
-    shift_group(sources, members, -y0, -x0)
-    change = 0.0
-    if not errors:
+            elif n_fits > 0:
+                worse = not trial + penalties[kind] < loss + penalties[before]
+                if kind == DOUBLE:
+                    negative = has_dark_part(sources.fluxes[s], strength)
+                    worse = worse or negative
+                if np.isnan(losses[kind]) or not worse:
+                    losses[kind] = trial + penalties[kind]
+                    # Negative light is no alternative.
+                    possible[kind] = np.nan if kind == DOUBLE and negative else losses[kind]
+                    note_fluxes(sources, members, noted[kind])
+                if worse:
+                    take_back(sources, members, kept_kinds, kept_shapes, kept_fluxes)
+                else:
+                    loss, steps = trial, done
+                    if kind != DOUBLE:
+                        for b in range(n_bands):
+                            sources.fluxes[s, 1, b] = 0.0
+            if turn % len(TRIALS) == len(TRIALS) - 1 and turn >= 0:
+                for j in range(N_KINDS):
+                    sources.evidence[s, j] = losses[j] - losses[sources.kinds[s]]
+                add_doubt(sources, members, possible, sources.kinds[s], noted)
+        shift_group(sources, members, -y0, -x0)
+        if errors:
+            break
         for b in range(n_bands):
             for m in range(psf.shape[2]):
                 model[b, 0, m] = -model[b, 0, m]
                 model[b, 1, m] = -model[b, 1, m]
         for s in members:
             add_model(table, lengths, frequencies, sources, s, y0, x0, 1.0, model)
-        for b in range(n_bands):
-            # Each mode stands for two.
-            change += 2.0 * mean_weights[b] / (side * side) * seen_power(model[b], psf[b])
-        add_planes(residual, see_modes(lengths, psf, model, side), y0, x0, -1.0)
+        planes = see_modes(lengths, psf, model, side)
+        if uniform or exact or not goes_too_far(residual, weights, planes, y0, x0, mean_weights):
+            change = 0.0
+            for b in range(n_bands):
+                # Each mode stands for two.
+                change += 2.0 * mean_weights[b] / (side * side) * seen_power(model[b], psf[b])
+            add_planes(residual, planes, y0, x0, -1.0)
+            break
+        take_back(sources, members, kinds_before, shapes_before, fluxes_before)
+        steps = 0
     return loss, steps, (uniform or exact) and not errors, change
 
 
