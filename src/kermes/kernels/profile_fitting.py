@@ -56,6 +56,12 @@ LEAST_GAIN = (0.1, 0.05)
 """A fit went too far when the loss of the pixels falls by less than this share of what its curvature promised, and
 more than this above it."""
 
+EVEN, UNEVEN, BROKEN = 0, 1, 2
+"""Weights near the sources of a group are alike; some pixels count much more than others; some are not valid."""
+
+ROUNDS = 4
+"""A group with uneven weights is fitted up to so many times in a row; in the second all kinds are tried."""
+
 MOST_PIXELS = 40000
 """Products are not formed from the pixels of more than so many stamps together, for the memory it takes."""
 
@@ -205,6 +211,9 @@ def fit_group(
     limit,
     errors,
     variances,
+    waves,
+    columns,
+    pixels,
 ):
     """Fit the sources of a group to the data of a stamp.
 
@@ -213,10 +222,11 @@ def fit_group(
     step. Shapes and fluxes of the members are replaced; with `only` >= 0 the shapes of that member alone. The fit is
     given up when even three times of what a step promises would not bring the loss below a limit; the loss is then what
     that step promises. With `errors` nothing is fitted, and data need not be there: the variances are filled, see
-    `fill_variances`. Returns the loss relative to no model, with that of the priors, and the number of steps.
+    `fill_variances`. waves (C, 2, M), columns (C, N_COLUMNS, M) and, if `exact`, pixels (C, N_COLUMNS, B, side * side)
+    are room to work in, for at least as many components as there are. Returns the loss relative to no model, with that
+    of the priors, and the number of steps.
     """
-    n_bands, n_modes = len(power), psf.shape[2]
-    n = len(members)
+    n_bands, n = len(power), len(members)
     kinds, mean, weight = sources.kinds, sources.mean, sources.weight
     owner, part = np.empty(2 * n, np.int64), np.empty(2 * n, np.int64)
     slots = np.empty((2 * n, N_COLUMNS), np.int64)
@@ -227,9 +237,6 @@ def fit_group(
     for i in range(n):
         for p in range(N_SHAPE):
             theta[i, p] = sources.shapes[members[i], p]
-    waves = np.empty((n_components, 2, n_modes), np.float32)
-    columns = np.empty((n_components, N_COLUMNS, n_modes), np.float32)
-    pixels = np.empty((n_components if exact else 0, N_COLUMNS, n_bands, side * side), np.float32)
     matrix = np.empty((n_bands, n_components, n_components))
     factors = np.empty((n_bands, n_components, n_components))
     fluxes, trial_fluxes = np.empty((n_components, n_bands)), np.empty((n_components, n_bands))
@@ -489,10 +496,10 @@ def shift_group(sources, members, y, x):
 def mean_weight(weights, sources, members, out):
     """Mean weight of the valid pixels near the members of a group in each band, out (B,).
 
-    Returns whether the weights there are uneven: some pixels are not valid, or count much more than others.
+    Returns whether the weights there are even, some pixels count much more than others, or some are not valid.
     """
     n_bands, height, width = weights.shape
-    uneven = False
+    evenness = EVEN
     for b in range(n_bands):
         total, n = 0.0, 0
         for s in members:
@@ -511,10 +518,12 @@ def mean_weight(weights, sources, members, out):
                     else:
                         n_bad += 1
             everything = n_bad == (2 * reach + 1) ** 2
-            if (n_bad > 1 and not everything) or most > 1.3 * least:
-                uneven = True
+            if n_bad > 1 and not everything:
+                evenness = BROKEN
+            elif most > 1.3 * least:
+                evenness = max(evenness, UNEVEN)
         out[b] = total / max(n, 1)
-    return uneven
+    return evenness
 
 
 @kernel
@@ -639,8 +648,9 @@ def weigh_row_of_change(residual, weights, change):
 def goes_too_far(residual, weights, planes, y0, x0, mean_weights):
     """Whether a change of the model, planes (B, side, side), fits the pixels much worse than its surrogate.
 
-    The surrogate has `mean_weights` (B,) instead of the weights (B, H, W). Where it takes the change for too cheap, its
-    weights are raised to what the pixels say about this change.
+    The surrogate has `mean_weights` (B,) instead of the weights (B, H, W). They become those for which both agree on
+    what this change costs: so the next fit has the curvature along the last one (Barzilai and Borwein 1988). After a
+    change that goes too far they only grow.
     """
     n_bands, height, width = residual.shape
     side = planes.shape[1]
@@ -660,13 +670,12 @@ def goes_too_far(residual, weights, planes, y0, x0, mean_weights):
         expected = mean_weights[b] * square
         promised += 0.5 * expected - slope
         excess += 0.5 * (bend - expected)
-        if bend > expected > 0.0:
+        if expected > 0.0:
             factors[b] = bend / expected
-    if excess <= (1.0 - LEAST_GAIN[0]) * abs(promised) + LEAST_GAIN[1]:
-        return False
+    too_far = excess > (1.0 - LEAST_GAIN[0]) * abs(promised) + LEAST_GAIN[1]
     for b in range(n_bands):
-        mean_weights[b] *= factors[b]
-    return True
+        mean_weights[b] *= min(max(factors[b], 1.0 if too_far else 0.25), 4.0)
+    return too_far
 
 
 @inlined_kernel
@@ -680,7 +689,7 @@ def visit_group(
     members,
     stamp,
     mean_weights,
-    uneven,
+    evenness,
     largest,
     n_steps,
     tolerance,
@@ -694,11 +703,12 @@ def visit_group(
     residual, weights (B, H, W). What the data say enters exactly, pixel by pixel, through the transform of the weighted
     residual; the curvature is that of uniform weights, `mean_weights` (B,), so that visits converge on the same answer
     whatever the weights are, in one visit if they are uniform. If that lets the fit go too far, as it does where most
-    of the weight lies away from the sources, it is taken back and begun anew with more curvature. Where weights are
-    `uneven` near the sources all products are formed from the pixels instead. Then each member in turn is taken for
-    other kinds, and what lowers the penalised loss is kept: candidates (S, N_KINDS) says which kinds a source may
-    become, penalties (N_KINDS,) what each adds to the loss. With `errors` nothing is fitted but the variances. Returns
-    the loss, the number of steps, whether one visit suffices, and the chi2 of the change of the model.
+    of the weight lies away from the sources, it is taken back and begun anew with more curvature. With some pixels that
+    are not valid near the sources, and for errors with uneven weights, all products are formed from the pixels instead;
+    see EVEN for `evenness`. Then each member in turn is taken for other kinds, and what lowers the penalised loss is
+    kept: candidates (S, N_KINDS) says which kinds a source may become, penalties (N_KINDS,) what each adds to the loss.
+    With `errors` nothing is fitted but the variances. Returns the loss, the number of steps, whether one visit
+    suffices, and the chi2 of the change of the model.
     """
     n_bands = len(residual)
     side, y0, x0 = sides[stamp[0]], stamp[1], stamp[2]
@@ -715,7 +725,8 @@ def visit_group(
             for j in range(4):
                 sources.stamps[s, j] = stamp[j]
             draw_source(table, modes, sides, sources, s, -1.0, residual)
-    exact = uneven and len(members) * side * side <= MOST_PIXELS
+    exact = evenness == BROKEN or (evenness == UNEVEN and errors)
+    exact = exact and len(members) * side * side <= MOST_PIXELS
     n_values = side * side if exact else psf.shape[2]
     model = np.empty(psf.shape, np.float32)
     data = np.empty((n_bands, 1 if exact else 2, n_values), np.float32)
@@ -727,6 +738,11 @@ def visit_group(
     fluxes_before, kept_fluxes = np.empty((len(members), 2, n_bands)), np.empty((len(members), 2, n_bands))
     keep_members(sources, members, kinds_before, shapes_before, fluxes_before)
     losses, possible, noted = np.empty(N_KINDS), np.empty(N_KINDS), np.empty((N_KINDS, len(members), n_bands))
+    # Room for twice as many components as members, of which only what is used takes memory: handed out once, as large
+    # arrays come from the system and go back to it each time.
+    waves = np.empty((2 * len(members), 2, psf.shape[2]), np.float32)
+    columns = np.empty((2 * len(members), N_COLUMNS, psf.shape[2]), np.float32)
+    pixels = np.empty((2 * len(members) if exact else 0, N_COLUMNS, n_bands, side * side), np.float32)
     loss, change, steps, uniform = 0.0, 0.0, 0, True
     for _ in range(MOST_ATTEMPTS):
         for b in range(n_bands):
@@ -787,6 +803,9 @@ def visit_group(
                     limit,
                     errors,
                     variances,
+                    waves,
+                    columns,
+                    pixels,
                 )
                 if trial > limit:
                     break
@@ -866,36 +885,43 @@ def sweep(
     out, unless they have kinds to choose from or errors are asked for.
     """
     mean_weights = np.empty(len(residual))
+    nothing = np.zeros(candidates.shape, np.bool_)
     steps = 0
     for g in order:
         members = groups[offsets[g] : offsets[g + 1]]
         if settled[g] and not errors and not may_choose(candidates, members):
             continue
         seen = soft_weights if soft[g] else weights
-        uneven = mean_weight(seen, sources, members, mean_weights)
-        _, n, suffices, change = visit_group(
-            residual,
-            seen,
-            table,
-            modes,
-            sides,
-            sources,
-            members,
-            stamps[g],
-            mean_weights,
-            uneven,
-            largest,
-            n_steps[g],
-            tolerance,
-            candidates,
-            penalties,
-            variances,
-            errors,
-        )
-        steps += n * len(members)
+        evenness = mean_weight(seen, sources, members, mean_weights)
+        n, suffices, change, last = 0, True, 0.0, 0.0
+        for turn in range(ROUNDS if evenness == UNEVEN and not errors else 1):
+            choosing = turn == (1 if evenness == UNEVEN else 0)
+            _, n, suffices, last = visit_group(
+                residual,
+                seen,
+                table,
+                modes,
+                sides,
+                sources,
+                members,
+                stamps[g],
+                mean_weights,
+                evenness,
+                largest,
+                n_steps[g],
+                tolerance,
+                candidates if choosing else nothing,
+                penalties,
+                variances,
+                errors,
+            )
+            steps += n * len(members)
+            change += last
+            if turn > 0 and last < max(0.01 * change, SMALL_CHANGE):
+                break
         if errors:
             continue
-        settled[g] = n < n_steps[g] and (suffices or change < SMALL_CHANGE)
+        settled[g] = n < n_steps[g] and (suffices or last < SMALL_CHANGE)
         if change > SMALL_CHANGE:
             for h in range(len(settled)):
                 if settled[h] and h != g and touch(stamps, sides, g, h):
