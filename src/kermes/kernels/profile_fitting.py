@@ -60,7 +60,7 @@ EVEN, UNEVEN, BROKEN = 0, 1, 2
 """Weights near the sources of a group are alike; some pixels count much more than others; some are not valid."""
 
 ROUNDS = 4
-"""A group with uneven weights is fitted up to so many times in a row; in the second all kinds are tried."""
+"""A group with uneven weights is fitted up to so many times in a row."""
 
 MOST_PIXELS = 40000
 """Products are not formed from the pixels of more than so many stamps together, for the memory it takes."""
@@ -645,12 +645,12 @@ def weigh_row_of_change(residual, weights, change):
 
 
 @kernel
-def goes_too_far(residual, weights, planes, y0, x0, mean_weights):
+def goes_too_far(residual, weights, planes, y0, x0, mean_weights, most):
     """Whether a change of the model, planes (B, side, side), fits the pixels much worse than its surrogate.
 
-    The surrogate has `mean_weights` (B,) instead of the weights (B, H, W). They become those for which both agree on
-    what this change costs: so the next fit has the curvature along the last one (Barzilai and Borwein 1988). After a
-    change that goes too far they only grow.
+    Or raises their loss by more than `most`. The surrogate has `mean_weights` (B,) instead of the weights (B, H, W).
+    They become those for which both agree on what this change costs: so the next fit has the curvature along the last
+    one (Barzilai and Borwein 1988). After a change that goes too far they only grow.
     """
     n_bands, height, width = residual.shape
     side = planes.shape[1]
@@ -672,7 +672,7 @@ def goes_too_far(residual, weights, planes, y0, x0, mean_weights):
         excess += 0.5 * (bend - expected)
         if expected > 0.0:
             factors[b] = bend / expected
-    too_far = excess > (1.0 - LEAST_GAIN[0]) * abs(promised) + LEAST_GAIN[1]
+    too_far = excess > (1.0 - LEAST_GAIN[0]) * abs(promised) + LEAST_GAIN[1] or promised + excess > most
     for b in range(n_bands):
         mean_weights[b] *= min(max(factors[b], 1.0 if too_far else 0.25), 4.0)
     return too_far
@@ -842,7 +842,13 @@ def visit_group(
         for s in members:
             add_model(table, lengths, frequencies, sources, s, y0, x0, 1.0, model)
         planes = see_modes(lengths, psf, model, side)
-        if uniform or exact or not goes_too_far(residual, weights, planes, y0, x0, mean_weights):
+        # A kind that the surrogate has chosen is one that the pixels would choose.
+        spared, changed = 0.0, False
+        for k in range(len(members)):
+            spared += penalties[kinds_before[k]] - penalties[sources.kinds[members[k]]]
+            changed = changed or kinds_before[k] != sources.kinds[members[k]]
+        most = spared if changed else np.inf
+        if uniform or exact or not goes_too_far(residual, weights, planes, y0, x0, mean_weights, most):
             change = 0.0
             for b in range(n_bands):
                 # Each mode stands for two.
@@ -894,8 +900,15 @@ def sweep(
         seen = soft_weights if soft[g] else weights
         evenness = mean_weight(seen, sources, members, mean_weights)
         n, suffices, change, last = 0, True, 0.0, 0.0
-        for turn in range(ROUNDS if evenness == UNEVEN and not errors else 1):
-            choosing = turn == (1 if evenness == UNEVEN else 0)
+        n_rounds = ROUNDS if evenness == UNEVEN and not errors else 1
+        to_choose = may_choose(candidates, members)
+        for turn in range(n_rounds):
+            # Kinds are compared when the fit has come to rest: a wrong one takes up what is left to be done.
+            at_rest = turn > 0 and last < max(0.01 * change, SMALL_CHANGE)
+            if at_rest and not to_choose:
+                break
+            choosing = to_choose and (at_rest or turn >= n_rounds - 2)
+            to_choose = to_choose and not choosing
             _, n, suffices, last = visit_group(
                 residual,
                 seen,
@@ -917,8 +930,6 @@ def sweep(
             )
             steps += n * len(members)
             change += last
-            if turn > 0 and last < max(0.01 * change, SMALL_CHANGE):
-                break
         if errors:
             continue
         settled[g] = n < n_steps[g] and (suffices or last < SMALL_CHANGE)
