@@ -899,7 +899,7 @@ def sweep(
             continue
         seen = soft_weights if soft[g] else weights
         evenness = mean_weight(seen, sources, members, mean_weights)
-        n, suffices, change, last = 0, True, 0.0, 0.0
+        n, most, suffices, change, last = 0, 0, True, 0.0, 0.0
         n_rounds = ROUNDS if evenness == UNEVEN and not errors else 1
         to_choose = may_choose(candidates, members)
         for turn in range(n_rounds):
@@ -909,6 +909,8 @@ def sweep(
                 break
             choosing = to_choose and (at_rest or turn >= n_rounds - 2)
             to_choose = to_choose and not choosing
+            # Between rounds the surrogate changes more than its last steps would.
+            most = min(n_steps[g], 2) if evenness == UNEVEN and not choosing else n_steps[g]
             _, n, suffices, last = visit_group(
                 residual,
                 seen,
@@ -921,7 +923,7 @@ def sweep(
                 mean_weights,
                 evenness,
                 largest,
-                n_steps[g],
+                most,
                 tolerance,
                 candidates if choosing else nothing,
                 penalties,
@@ -932,7 +934,7 @@ def sweep(
             change += last
         if errors:
             continue
-        settled[g] = n < n_steps[g] and (suffices or last < SMALL_CHANGE)
+        settled[g] = n < most and (suffices or last < SMALL_CHANGE)
         if change > SMALL_CHANGE:
             for h in range(len(settled)):
                 if settled[h] and h != g and touch(stamps, sides, g, h):
