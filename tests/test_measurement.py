@@ -63,6 +63,11 @@ def test_flux_errors_are_as_large_as_the_scatter_of_the_fluxes():
     # The scatter of a standard deviation from n numbers is 1 / sqrt(2 n) = 0.035; four times that, for nine of them.
     assert pulls.std(axis=0) == pytest.approx(np.ones((3, 3)), abs=4 * 0.035)
     assert pulls.mean(axis=0) == pytest.approx(np.zeros((3, 3)), abs=4 / np.sqrt(n))
+    # The first and the last overlap with the one between them, and it more with the last.
+    for b in range(3):
+        expected = np.corrcoef(pulls[:, :, b], rowvar=False)
+        np.testing.assert_array_equal(fluxes.neighbor[:, b], [1, 0, 1])
+        np.testing.assert_allclose(fluxes.correlation[:, b], expected[range(3), [1, 0, 1]], atol=4 / np.sqrt(n))
 
 
 def test_the_error_of_a_source_alone_is_that_of_its_matched_filter():

@@ -194,6 +194,13 @@ def test_a_band_without_weights_gets_no_flux_and_leaves_the_others_alone():
 # ---------------------------------------------------------------- errors
 
 
+def marginal(starts, columns, values, max_neighbours):
+    """Variance, strongest correlation and with which component that is, by the kernel."""
+    strongest, neighbor = np.empty(len(starts) - 1), np.empty(len(starts) - 1, dtype=np.int64)
+    variance = marginal_variance(starts, columns, values, max_neighbours, strongest, neighbor)
+    return variance, strongest, neighbor
+
+
 @pytest.mark.nojit
 @given(problems)
 def test_marginal_variance_is_the_corner_of_the_inverse_with_all_partners_free(problem):
@@ -205,13 +212,24 @@ def test_marginal_variance_is_the_corner_of_the_inverse_with_all_partners_free(p
         others = [j for j in columns[starts[i] + 1 : starts[i + 1]] if matrix[j, j] > 0]
         free = [i, *others]
         expected[i] = np.linalg.inv(matrix[np.ix_(free, free)])[0, 0]
-    np.testing.assert_allclose(marginal_variance(starts, columns, values, len(matrix)), expected, rtol=1e-9)
+    found, strongest, neighbor = marginal(starts, columns, values, len(matrix))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    if len(columns) == len(matrix) ** 2 and np.isfinite(expected).all():
+        inverse = np.linalg.inv(matrix)
+        scale = np.sqrt(np.outer(inverse.diagonal(), inverse.diagonal()))
+        correlation = np.where(np.eye(len(matrix), dtype=bool), 0.0, inverse / scale)
+        rows = np.arange(len(matrix))
+        np.testing.assert_allclose(abs(strongest), abs(correlation).max(axis=1), rtol=1e-6, atol=1e-9)
+        with_one = neighbor >= 0
+        np.testing.assert_allclose(strongest[with_one], correlation[rows, neighbor][with_one], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.nojit
 def test_equal_components_have_a_large_but_finite_variance():
     starts, columns = np.array([0, 2, 4]), np.array([0, 1, 1, 0])
-    variance = marginal_variance(starts, columns, np.full(4, 2.0), 1)
+    variance, strongest, neighbor = marginal(starts, columns, np.full(4, 2.0), 1)
+    np.testing.assert_allclose(strongest, -1, atol=1e-5)
+    np.testing.assert_array_equal(neighbor, [1, 0])
     # With the prior, the inverse of [[1 + e, 1], [1, 1 + e]] has 1 / (2 e) on its diagonal.
     np.testing.assert_allclose(variance, 0.5 / 2e-6, rtol=1e-3)
 
@@ -222,7 +240,7 @@ def test_more_free_neighbours_never_make_an_error_smaller(problem):
     starts, columns, values, _ = problem.equations()
     diagonal = values[starts[:-1]]
     alone = np.divide(1, diagonal, out=np.full(len(diagonal), np.inf), where=diagonal > 0)
-    variances = [alone / (1 + 1e-6), *(marginal_variance(starts, columns, values, m) for m in range(7))]
+    variances = [alone / (1 + 1e-6), *(marginal(starts, columns, values, m)[0] for m in range(7))]
     for fewer, more in pairwise(variances):
         assert (more >= fewer * (1 - 1e-12)).all()
 

@@ -85,7 +85,10 @@ def _contrast_kernel(psf: FloatArray) -> FloatArray:
 
 
 def _core(psfs: FloatArray) -> FloatArray:
-    """Cut PSFs (B, P, Q) to the central square that loses less than a ten-thousandth of the power of any band, half as much of a signal-to-noise."""
+    """Cut PSFs (B, P, Q) to the central square that loses less than a ten-thousandth of the power of any band.
+
+    Signal-to-noise is lower by half of that.
+    """
     power = sums_beyond(psfs**2)
     # Cut at a radius, what lies farther out is lost.
     enough = (power[:, 2:] <= 1e-4 * power[:, :1]).all(axis=0)

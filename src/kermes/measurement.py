@@ -33,13 +33,20 @@ class Fluxes:
     flux_err: DoubleArray
     """Its standard deviation with the neighbours free [unit], shape (S, B); NaN without valid pixels."""
 
+    correlation: DoubleArray
+    """Correlation of the flux with that of the source with which it is largest, (S, B); 0: alone, NaN: unknown."""
+
+    neighbor: NDArray[np.int64]
+    """Number of that source, shape (S, B); -1: none."""
+
 
 def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, kernels: KernelSet) -> Fluxes:
     """Solve the fluxes of all components jointly and work out the errors of those of whole sources.
 
     Shapes are held; fluxes are weighted by the variance, masked pixels left out, and non-negative. The error of a
     source is that of a linear fit of its model together with those of its neighbours: the diagonal of the inverse
-    of the normal matrix of the band, restricted to the source and its `MAX_NEIGHBOURS` most degenerate neighbours.
+    of the normal matrix of the band, restricted to the source and its `MAX_NEIGHBOURS` most degenerate neighbours. The
+    correlation with one of these comes from the same inverse.
 
     Parameters
     ----------
@@ -66,7 +73,9 @@ def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, kernels: Kernel
     normal = kernels_spectra.solve_spectra(
         rendered.pixels, rendered.boxes, rendered.offsets, blend.images, blend.weights, spectra, 100, 1e-2
     )
-    variance = kernels_spectra.flux_variance(*normal, packed.sources, n_sources, spectra, sums, MAX_NEIGHBOURS)
+    variance, correlation, neighbor = kernels_spectra.flux_variance(
+        *normal, packed.sources, n_sources, spectra, sums, MAX_NEIGHBOURS
+    )
     variance[~np.isfinite(variance)] = np.nan
     flux = np.zeros((n_sources, len(blend.images)))
     np.add.at(flux, packed.sources, spectra * sums[:, None])
@@ -80,6 +89,8 @@ def measure_fluxes(packed: Packed, n_sources: int, blend: Blend, kernels: Kernel
         ),
         flux=flux,
         flux_err=np.sqrt(variance),
+        correlation=np.where(np.isnan(variance), np.nan, correlation),
+        neighbor=neighbor,
     )
 
 

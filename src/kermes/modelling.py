@@ -277,6 +277,9 @@ def _with_model(
     everything = combine_sources(packed, render_packed(packed, task.kernels, task.outer.shape), n_fitted)
     models = _select(everything, np.arange(n_sources))
     n_components = np.bincount(packed.sources, minlength=n_fitted)[:n_sources]
+    correlations = Correlations(
+        strongest=fluxes.correlation, neighbor=fluxes.neighbor, condition=np.full(n_fitted, np.nan)
+    )
     return _describe(
         plan,
         task,
@@ -298,6 +301,7 @@ def _with_model(
             "n_components": n_components,
             "outcome": modelled.rung.value,
             "reason": reason.value,
+            **_correlation_columns(correlations, task, plan.coadd.bands),
         },
         blend_columns={"n_components": n_components.sum(), f"n_{modelled.rung}": n_sources},
     )

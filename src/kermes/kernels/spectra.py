@@ -155,23 +155,29 @@ def solve_spectra(rendered, boxes, offsets, images, weights, spectra, max_sweeps
 
 
 @inlined_kernel
-def inverse_corner(block, size):
-    """First element of the inverse of the positive definite block[:size, :size], which is overwritten.
+def inverse_column(block, size, column):
+    """First column of the inverse of the positive definite block[:size, :size], which is overwritten.
 
-    Cholesky factorisation with the order reversed, so that the corner is the last pivot: the answer is its inverse
-    square.
+    Cholesky factorisation with the order reversed, block = U U^T with U upper triangular, so that the corner is the
+    last pivot and the column follows from it downwards. Returns whether the block is positive definite.
     """
     for j in range(size - 1, -1, -1):
         for k in range(j + 1, size):
             block[j, j] -= block[j, k] * block[j, k]
         if not block[j, j] > 0:
-            return np.inf
+            return False
         block[j, j] = np.sqrt(block[j, j])
         for i in range(j):
             for k in range(j + 1, size):
                 block[i, j] -= block[i, k] * block[j, k]
             block[i, j] /= block[j, j]
-    return 1.0 / (block[0, 0] * block[0, 0])
+    column[0] = 1.0 / (block[0, 0] * block[0, 0])
+    for j in range(1, size):
+        total = 0.0
+        for i in range(j):
+            total += block[i, j] * column[i]
+        column[j] = -total / block[j, j]
+    return True
 
 
 @inlined_kernel
@@ -202,24 +208,29 @@ def strongest_partners(starts, columns, values, i, members):
 
 
 @inlined_kernel
-def marginal_variance(starts, columns, values, max_neighbours):
+def marginal_variance(starts, columns, values, max_neighbours, strongest, neighbor):
     """Variance of every flux with those of its neighbours free: the diagonal of the inverse of A.
 
     For component i, from the inverse of the block of i and the `max_neighbours` components that are most
     degenerate with it; exact when all are among them. Infinite for a component without pixels. A prior of 1e-6 of
-    the diagonal keeps equal components solvable. Cost O(K max_neighbours^3).
+    the diagonal keeps equal components solvable. strongest, neighbor (K,) take the correlation with the component with
+    which it is largest, and which one that is, 0 and -1 if there is none. Cost O(K max_neighbours^3).
     """
     n = len(starts) - 1
     out = np.empty(n)
+    partners = np.empty((n, max_neighbours + 1), dtype=np.int64)
+    covariances = np.empty((n, max_neighbours + 1))
+    sizes = np.empty(n, dtype=np.int64)
     place = np.empty(n, dtype=np.int64)  # position in the block plus one; 0: not in it
     for i in range(n):
         place[i] = 0
-    members = np.empty(max_neighbours + 1, dtype=np.int64)
     block = np.empty((max_neighbours + 1, max_neighbours + 1))
     for i in range(n):
+        sizes[i] = 1
         if values[starts[i]] <= 0:
             out[i] = np.inf
             continue
+        members = partners[i]
         size = strongest_partners(starts, columns, values, i, members)
         for m in range(size):
             place[members[m]] = m + 1
@@ -233,7 +244,17 @@ def marginal_variance(starts, columns, values, max_neighbours):
             block[m, m] *= 1.0 + 1e-6
         for m in range(size):
             place[members[m]] = 0
-        out[i] = inverse_corner(block, size)
+        if inverse_column(block, size, covariances[i]):
+            out[i], sizes[i] = covariances[i, 0], size
+        else:
+            out[i] = np.inf
+    for i in range(n):
+        strongest[i], neighbor[i] = 0.0, -1
+        for m in range(1, sizes[i]):
+            # Each variance is that of a block of its own.
+            correlation = covariances[i, m] / np.sqrt(out[i] * out[partners[i, m]])
+            if abs(correlation) > abs(strongest[i]):
+                strongest[i], neighbor[i] = min(max(correlation, -1.0), 1.0), partners[i, m]
     return out
 
 
@@ -285,13 +306,15 @@ def source_matrix(starts, columns, values, sources, n_sources, weights):
 
 @kernel
 def flux_variance(starts, columns, equations, sources, n_sources, spectra, sums, max_neighbours):
-    """Variance of the total flux of each source in each band (S, B).
+    """Variance of the total flux of each source in each band (S, B), and its strongest correlation.
 
     Shapes and colours of its components are held, its neighbours free. starts, columns and equations from
-    `solve_spectra`, which left `spectra` (K, B).
+    `solve_spectra`, which left `spectra` (K, B). Returns also the correlation with the source with which it is largest,
+    and which one that is, (S, B); 0 and -1 if there is none.
     """
     n, n_bands = spectra.shape
     variance = np.empty((n_sources, n_bands))
+    correlation, neighbor = np.empty((n_bands, n_sources)), np.empty((n_bands, n_sources), dtype=np.int64)
     mixture = np.empty(n)
     flux = np.empty(n_sources)
     for b in range(n_bands):
@@ -305,7 +328,7 @@ def flux_variance(starts, columns, equations, sources, n_sources, spectra, sums,
             mixture[k] = max(spectra[k, b], top)
             flux[sources[k]] += mixture[k] * sums[k]
         s_starts, s_columns, s_values = source_matrix(starts, columns, equations[b], sources, n_sources, mixture)
-        marginal = marginal_variance(s_starts, s_columns, s_values, max_neighbours)
+        marginal = marginal_variance(s_starts, s_columns, s_values, max_neighbours, correlation[b], neighbor[b])
         for s in range(n_sources):
             variance[s, b] = marginal[s] * flux[s] * flux[s]
-    return variance
+    return variance, correlation.T, neighbor.T
