@@ -67,7 +67,7 @@ def true_values(scene: SimulatedScene, k: int) -> tuple[FloatArray, FloatArray]:
     y, x = float(scene.truth["y"][k]) - box.y0, float(scene.truth["x"][k]) - box.x0
     valid, ones = np.ones(light.shape, dtype=bool), np.ones_like(light)
     flux = kernels.aperture_sums(light, ones, light, valid, y, x, np.array([APERTURE]))[0, :, 0]
-    states, sums = np.empty((len(BANDS), 5)), np.empty((len(BANDS), 7))
+    states, sums = np.empty((len(BANDS), 5)), np.empty((len(BANDS), kernels.N_SUMS))
     kernels.adaptive_moments(light, ones, valid, y, x, np.full(len(BANDS), 1.8), states, sums)
     return flux, states[:, 2] + states[:, 3]
 

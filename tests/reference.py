@@ -385,7 +385,7 @@ def aperture_sums(images, variance, model, valid, y, x, radii):
 
 
 def gaussian_sums(image, variance, valid, state):
-    """Sums of w I times 1, dy, dx, dy^2, dx^2, dy dx and of w^2 V under a Gaussian cut at five sigma."""
+    """Sums of w I and of w^2 V, times powers of dy and dx, under a Gaussian cut at five sigma."""
     y, x, yy, xx, xy = state
     dy, dx = np.indices(image.shape)
     dy, dx = dy - y, dx - x
@@ -393,7 +393,9 @@ def gaussian_sums(image, variance, valid, state):
     weight = np.where((square <= 25) & valid, np.exp(-0.5 * square), 0)
     light = weight * image
     moments = [(light * factor).sum() for factor in (1, dy, dx, dy**2, dx**2, dy * dx)]
-    return np.array([*moments, (weight**2 * variance).sum()])
+    noise = weight**2 * variance
+    powers = (1, dy**2, dx**2, dy * dx, dy**4, dx**4, dy**2 * dx**2)
+    return np.array([*moments, *((noise * factor).sum() for factor in powers)])
 
 
 def residual_sums(residual, variance, valid, model, y, x, radii):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import kermes
 import reference
 from kermes.catalog import measurement_columns
 from kermes.kernels import photometry as kernels
-from kermes.photometry import APERTURES, KRON_FACTOR, measure
+from kermes.photometry import APERTURES, KRON_FACTOR, _errors_of_moments, measure
 from kermes.scene import Source
 from kermes.simulation import render_truth, simulate_scene
 from results import BANDS, ORIGIN, fitted_result, make_result, profile, psfs
@@ -85,7 +86,7 @@ def test_gaussian_sums_agree_with_the_slow_twin():
     rng = np.random.default_rng(2)
     images, variance, valid = planes(rng.normal(size=(17, 19)))
     valid[0, 8, 8] = False
-    state, sums = np.array([8.3, 9.1, 2.0, 3.0, -0.7]), np.empty(7)
+    state, sums = np.array([8.3, 9.1, 2.0, 3.0, -0.7]), np.empty(kernels.N_SUMS)
     kernels.gaussian_sums(images[0], variance[0], valid[0], state, True, sums)
     # From pixel to pixel the weight gathers a rounding each.
     np.testing.assert_allclose(
@@ -139,17 +140,36 @@ def test_moments_of_a_gaussian_are_its_own(y, x, major, ratio, angle):
     c, s = np.cos(angle), np.sin(angle)
     true = along * s * s + across * c * c, along * c * c + across * s * s, (along - across) * s * c
     images, variance, valid = planes(gaussian(y, x, *true, flux=1000.0))
-    states, sums = np.empty((1, 5)), np.empty((1, 7))
+    states, sums = np.empty((1, 5)), np.empty((1, kernels.N_SUMS))
     assert kernels.adaptive_moments(images, variance, valid, 20.0, 23.0, np.array([1.7]), states, sums)[0]
     # Converged to 1e-4 of the size; the sum over pixels of a Gaussian this wide is its integral.
     np.testing.assert_allclose(states[0, :2], [y, x], atol=1e-3)
     np.testing.assert_allclose(states[0, 2:], true, atol=1e-3 * major)
 
 
+def test_errors_of_moments_are_as_large_as_their_scatter():
+    true, center, n = (6.0, 9.0, 2.0), (20.2, 23.4), 600
+    image, variance, valid = planes(gaussian(*center, *true, flux=1000.0))
+    variance[:, :, 25:] = 4  # deeper on one side
+    noise = np.random.default_rng(3).normal(size=(n, *image.shape)) * np.sqrt(variance)
+    states, sums = np.empty((n, 1, 5)), np.empty((n, 1, kernels.N_SUMS))
+    for k in range(n):
+        images = (image + noise[k]).astype(np.float32)
+        assert kernels.adaptive_moments(images, variance, valid, *center, np.array([2.5]), states[k], sums[k])[0]
+    errors = _errors_of_moments(SimpleNamespace(moments=states, under_moments=sums, psf_trace=1.0), False)
+    trace = states[..., 2] + states[..., 3]
+    found = dict(zip(("centroid_y", "centroid_x", "moment_yy", "moment_xx", "moment_xy"), states.T, strict=True))
+    found["size_ratio"] = trace.T
+    for name, values in found.items():
+        # The scatter of n numbers is known to 1 / sqrt(2 n) = 3 %; at this signal-to-noise of 60 errors are linear.
+        expected = np.median(errors[f"{name}_err"])
+        assert values.std() == pytest.approx(expected, rel=0.12), name
+
+
 def test_moments_of_noise_and_of_nothing_do_not_converge():
     for image in (np.zeros(SHAPE), -gaussian(20, 20, 4, 4, 0, 100.0)):
         images, variance, valid = planes(image)
-        states, sums = np.empty((1, 5)), np.empty((1, 7))
+        states, sums = np.empty((1, 5)), np.empty((1, kernels.N_SUMS))
         assert not kernels.adaptive_moments(images, variance, valid, 20.0, 23.0, np.array([1.7]), states, sums)[0]
 
 

@@ -109,7 +109,7 @@ def redistribution_covariance(
     """
     share = shares(variance, valid, first, total)
     product = share * (share if second is first else shares(variance, valid, second, total))
-    return np.multiply(product, variance, out=product, where=product > 0)
+    return np.asarray(np.multiply(product, variance, out=product, where=product > 0))
 
 
 def replace_neighbors(

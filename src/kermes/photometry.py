@@ -87,6 +87,9 @@ def measure(
 
     *Adaptive moments* (Bernstein and Jarvis 2002; Hirata and Seljak 2003): those of the elliptical Gaussian that is its
     own best weight. `snr` is that of the flux under it, by the noise of the pixels; NaN on "model", which has none.
+    Their errors follow from how the noise moves the weight that solves ``M(W) = W / 2``, M the moments under W, as for
+    a Gaussian image: the centre by twice its mean under W, W by four times what M changes. Errors of the models of
+    neighbours are not in them.
 
     *chi2*: of the image less the models of all objects, whatever the kind, in circles of one and three widths of the
     PSF (of a Gaussian with the PSF's adaptive moments). From the number of pixels the parameters of the object are
@@ -145,7 +148,7 @@ class _PsfWidths:
 
 def _psf_widths(psfs: DoubleArray) -> _PsfWidths:
     stamps = psfs.astype(np.float32)
-    states, sums = np.empty((len(psfs), 5)), np.empty((len(psfs), 7))
+    states, sums = np.empty((len(psfs), 5)), np.empty((len(psfs), kernels.N_SUMS))
     middle = [float(side // 2) for side in stamps.shape[1:]]
     start = np.full(len(psfs), 1.5)
     found = kernels.adaptive_moments(stamps, stamps, np.ones(stamps.shape, dtype=bool), *middle, start, states, sums)
@@ -260,7 +263,7 @@ class _Sums:
     """Centre y, x in the coadd's coordinates, and second moments yy, xx, xy, (N, B, 5); NaN where not found."""
 
     under_moments: DoubleArray
-    """Sums under that Gaussian as in `kernels.photometry.gaussian_sums`, (N, B, 7); NaN where not found."""
+    """Sums under that Gaussian as in `kernels.photometry.gaussian_sums`, (N, B, N_SUMS); NaN where not found."""
 
     kron_radius: DoubleArray
     """Kron radius, NaN where there is none, (N,)."""
@@ -295,7 +298,7 @@ class _Sums:
             center=np.empty((n, 2)),
             found=np.empty(per_band, dtype=bool),
             moments=np.empty((*per_band, 5)),
-            under_moments=np.empty((*per_band, 7)),
+            under_moments=np.empty((*per_band, kernels.N_SUMS)),
             kron_radius=np.empty(n),
             flag_kron=np.empty(n, dtype=bool),
             fluxes=np.empty((n, n_apertures + 3, n_bands, 4)),
@@ -360,9 +363,28 @@ def _columns(
         "snr": _over(sums.under_moments[..., 0], np.sqrt(sums.under_moments[..., 6])),
         MeasurementFlag.MOMENTS: ~sums.found,
     }
-    columns |= _fluxes(sums, radii, model_err, on_model=on_model) | _goodness(sums)
+    columns |= _fluxes(sums, radii, model_err, on_model=on_model) | _errors_of_moments(sums, on_model) | _goodness(sums)
     columns[MeasurementFlag.NO_DATA] = (columns["coverage"] == 0) | ~sums.has_psf
     return columns
+
+
+def _errors_of_moments(sums: _Sums, on_model: bool) -> dict[str, DoubleArray]:
+    """Find the errors of adaptive moments from the noise of the pixels; NaN on models, which have none."""
+    flux, noise, of_yy, of_xx, of_xy, of_y4, of_x4, of_y2x2 = np.moveaxis(sums.under_moments, 2, 0)[[0, *range(6, 13)]]
+    # Under the weight the moments of a Gaussian image are half its own.
+    yy, xx, xy = 0.5 * np.moveaxis(sums.moments[..., 2:], 2, 0)
+    var_yy = of_y4 - 2 * yy * of_yy + yy**2 * noise
+    var_xx = of_x4 - 2 * xx * of_xx + xx**2 * noise
+    both = of_y2x2 - xx * of_yy - yy * of_xx + yy * xx * noise
+    scaled = {
+        "centroid_y_err": 2 * np.sqrt(of_yy),
+        "centroid_x_err": 2 * np.sqrt(of_xx),
+        "moment_yy_err": 4 * np.sqrt(np.maximum(var_yy, 0)),
+        "moment_xx_err": 4 * np.sqrt(np.maximum(var_xx, 0)),
+        "moment_xy_err": 4 * np.sqrt(np.maximum(of_y2x2 - 2 * xy * of_xy + xy**2 * noise, 0)),
+        "size_ratio_err": 4 * np.sqrt(np.maximum(var_yy + var_xx + 2 * both, 0)) / sums.psf_trace,
+    }
+    return {name: np.full_like(flux, np.nan) if on_model else _over(values, flux) for name, values in scaled.items()}
 
 
 def _over(numerator: DoubleArray, denominator: DoubleArray) -> DoubleArray:

@@ -6,6 +6,9 @@ from kermes.kernels.decorator import fast_kernel, kernel
 
 MAX_ITERATIONS = 50
 TOLERANCE = 1e-4
+N_SUMS = 13
+"""Sums that are taken under an adaptive Gaussian."""
+
 FWHM = 2.0 * np.sqrt(2.0 * np.log(2.0))  # full width at half maximum of a Gaussian of sigma one
 
 
@@ -186,17 +189,18 @@ def radial_sums(image, valid, y, x, radius):
 
 @kernel
 def gaussian_sums(image, variance, valid, state, with_noise, sums):
-    """Sums of w I times 1, dy, dx, dy^2, dx^2, dy dx, and of w^2 V, over the valid pixels of an image (h, w).
+    """Sums of w I times 1, dy, dx, dy^2, dx^2, dy dx over the valid pixels of an image (h, w), and of w^2 V.
 
-    w is a Gaussian of peak one, cut at five sigma; state (5,) its centre y, x and its covariance yy, xx, xy; d is
-    counted from the centre. sums (7,) is written, the last one only `with_noise`.
+    The latter, only `with_noise`, times 1, dy^2, dx^2, dy dx, dy^4, dx^4, dy^2 dx^2. w is a Gaussian of peak one, cut
+    at five sigma; state (5,) its centre y, x and its covariance yy, xx, xy; d is counted from the centre. sums
+    (N_SUMS,) is written.
     """
     height, width = image.shape
     y, x, yy, xx, xy = state[0], state[1], state[2], state[3], state[4]
     determinant = yy * xx - xy * xy
     narrow = determinant / yy  # variance along x at a given y
     ratio = np.exp(-1.0 / narrow)
-    for k in range(7):
+    for k in range(N_SUMS):
         sums[k] = 0.0
     reach = 5.0 * np.sqrt(yy)
     for i in range(max(0, int(np.ceil(y - reach))), min(height, int(np.floor(y + reach)) + 1)):
@@ -207,7 +211,8 @@ def gaussian_sums(image, variance, valid, state, with_noise, sums):
         u = first - x - middle
         weight = np.exp(-0.5 * (u * u / narrow + dy * dy / yy))
         factor = np.exp(-(u + 0.5) / narrow)
-        light, light_x, light_xx, noise = 0.0, 0.0, 0.0, 0.0
+        light, light_x, light_xx = 0.0, 0.0, 0.0
+        noise, noise_x, noise_xx, noise_xxxx = 0.0, 0.0, 0.0, 0.0
         for j in range(first, min(width, int(np.floor(x + middle + half)) + 1)):
             if valid[i, j]:
                 part, dx = weight * image[i, j], j - x
@@ -215,7 +220,11 @@ def gaussian_sums(image, variance, valid, state, with_noise, sums):
                 light_x += part * dx
                 light_xx += part * dx * dx
                 if with_noise:
-                    noise += weight * weight * variance[i, j]
+                    part, square = weight * weight * variance[i, j], dx * dx
+                    noise += part
+                    noise_x += part * dx
+                    noise_xx += part * square
+                    noise_xxxx += part * square * square
             weight *= factor
             factor *= ratio
         sums[0] += light
@@ -224,7 +233,14 @@ def gaussian_sums(image, variance, valid, state, with_noise, sums):
         sums[3] += light * dy * dy
         sums[4] += light_xx
         sums[5] += light_x * dy
+        square = dy * dy
         sums[6] += noise
+        sums[7] += noise * square
+        sums[8] += noise_xx
+        sums[9] += noise_x * dy
+        sums[10] += noise * square * square
+        sums[11] += noise_xxxx
+        sums[12] += noise_xx * square
 
 
 @kernel
@@ -277,7 +293,7 @@ def fit_gaussian(image, variance, valid, state, sums):
 def adaptive_moments(images, variance, valid, y, x, sigmas, states, sums):
     """`fit_gaussian` in each band, from a round weight of width sigmas (B,) at (y, x).
 
-    states (B, 5) and sums (B, 7) are written. Returns whether each converged (B,).
+    states (B, 5) and sums (B, N_SUMS) are written. Returns whether each converged (B,).
     """
     converged = np.zeros(len(images), np.bool_)
     for b in range(len(images)):
@@ -297,7 +313,7 @@ def kron_radius(images, variance, valid, y, x, fwhm, reach, factor):
     """
     mean, used = np.empty(images.shape[1:], np.float32), np.empty(images.shape[1:], np.bool_)
     mean_of_bands(images, variance, valid, mean, used)
-    state, sums = np.array([y, x, (fwhm / FWHM) ** 2, (fwhm / FWHM) ** 2, 0.0]), np.empty(7)
+    state, sums = np.array([y, x, (fwhm / FWHM) ** 2, (fwhm / FWHM) ** 2, 0.0]), np.empty(N_SUMS)
     if not fit_gaussian(mean, mean, used, state, sums):
         return np.nan, True
     farthest = reach * np.sqrt(0.5 * (state[2] + state[3]))
