@@ -118,7 +118,7 @@ def _checked_workers(workers: int) -> int:
     return workers
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _cached_filters(psfs: bytes, shape: tuple[int, ...], with_contrast: bool, longest: int, cell: int) -> _Filters:
     stamps = np.pad(np.frombuffer(psfs).reshape(shape), ((0, 0), (1, 1), (1, 1)))  # a PSF of one pixel has surroundings
     core = _core(stamps)

@@ -16,6 +16,7 @@ what they leave is found with the weights as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,8 @@ from kermes.geometry import Box
 from kermes.kernels import free_form as kernels_free_form
 from kermes.kernels import metrics as kernels_metrics
 from kermes.psf import model_psf, sufficient_reach
-from kermes.rendering import KernelSet, transform_side
-from kermes.scene import FactorizedComponent, ProfileComponent, Scene, move_pixels
+from kermes.rendering import KernelSet, render_scene, transform_side
+from kermes.scene import FactorizedComponent, ProfileComponent, Scene, Source, move_pixels
 
 DoubleArray = NDArray[np.float64]
 FloatArray = NDArray[np.float32]
@@ -127,6 +128,7 @@ def with_free_form(
     """
     if config.strength == 0:
         return scene
+    _load_kernels()
     rows = _promising(scene, residual, snr, blend, config)
     if not len(rows):
         return scene
@@ -159,6 +161,28 @@ def with_free_form(
     if all(new is old for new, old in zip(sources, scene.sources, strict=True)):
         return scene
     return replace(scene, sources=tuple(sources))
+
+
+@cache
+def _load_kernels() -> None:
+    """Load the code that only corrections need, or compile it, with the first blend whether that needs it or not.
+
+    It takes more memory than a blend does, which would be that of some blend in the middle of the work, and while one
+    thread compiles all others wait.
+    """
+    box, ones = Box(0, 0, 8, 8), np.ones((1, 8, 8), dtype=np.float32)
+    side = transform_side(8)
+    window = _Window(
+        box=box,
+        residual=100 * ones,
+        weights=ones,
+        transforms=np.ones((1, side, side // 2 + 1), dtype=np.complex64),
+        squares=ones[0, 0, :1].copy(),
+    )
+    _solve(window, ones[0, :1, :1].copy(), ones, ones, FreeFormConfig())
+    component = FactorizedComponent(spectrum=np.ones(1, dtype=np.float32), morphology=ones[0], box=box)
+    source = Source(peak=(4, 4), components=(component,))
+    render_scene(Scene(sources=(source,), box=box), KernelSet(np.ones((1, 3, 3))))
 
 
 def _promising(

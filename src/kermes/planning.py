@@ -403,7 +403,7 @@ def _psfs_of_blends(
     return [(psfs, kernels, bank) for psfs, kernels, bank, _ in found]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def _prepare_psfs(
     content: bytes, shape: tuple[int, int, int], sigma: float, regularization: float, model: str
 ) -> tuple[DoubleArray, KernelSet, ModeBank | None, NDArray[np.bool_]]:

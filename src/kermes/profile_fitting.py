@@ -9,7 +9,7 @@ linear problem, eliminated (variable projection, Golub & Pereyra 1973, with the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from threading import Lock
 from typing import Any
 
@@ -578,6 +578,7 @@ def fit_profiles(
     -------
     fit : ProfileFit
     """
+    _load_kernels()
     if _is_crowded(weights, bank, len(peaks), config.crowded_sources, config.crowded_areas):
         return _fit_crowded(images, weights, bank, peaks, config, most)
     fit = _fit_in_groups(images, weights, bank, peaks, config, most)
@@ -589,6 +590,17 @@ def fit_profiles(
             if _chi2(points.residual, weights) < chi2:
                 return points
     return fit
+
+
+@cache
+def _load_kernels() -> None:
+    """Load the code that only blends with bright sources need, or compile it, with the first blend.
+
+    It takes more memory than a blend does, which would be that of some blend in the middle of the work.
+    """
+    image = np.zeros((1, 8, 8), dtype=np.float32)
+    engine = _Engine(image, np.ones_like(image), ModeBank(np.ones((1, 3, 3))), np.full((1, 2), 4.0), ProfileConfig())
+    engine.draw(np.zeros(1, dtype=np.int64), 1.0)
 
 
 def _chi2(residual: FloatArray, weights: FloatArray) -> float:
