@@ -592,18 +592,19 @@ def test_modes_and_pixels_leave_the_same(visits):
     np.testing.assert_allclose(one, other, rtol=0, atol=0.01)
 
 
-def in_the_noise_of_its_photons(seed=2):
-    """A bright galaxy with peaks on its arms, whose pixels count far less than those around: images and weights."""
-    galaxy = [(48.0, 47.0, 9.0, 0.3, -0.2, 1.0, (4e5, 6e5)), (44.0, 52.0, 4.0, -0.4, 0.3, 1.0, (5e4, 4e4))]
-    images = draw([*galaxy, (53.0, 41.0, 5.0, 0.5, 0.5, 1.0, (3e4, 6e4))], shape=(96, 96))
+def in_the_noise_of_its_photons():
+    """A bright galaxy and one on its arm, whose pixels count far less than those around: peaks, images and weights."""
+    galaxies = [(48.0, 47.0, 9.0, 0.3, -0.2, 1.0, (4e5, 6e5)), (38.0, 58.0, 3.0, -0.4, 0.3, 1.0, (5e4, 4e4))]
+    images = draw(galaxies, shape=(96, 96))
     weights = 1 / (1 + images / 20)
-    return images + np.random.default_rng(seed).normal(size=images.shape) / np.sqrt(weights), weights
+    noise = np.random.default_rng(2).normal(size=images.shape) / np.sqrt(weights)
+    return [(48, 47), (38, 58)], images + noise, weights
 
 
 def test_no_visit_makes_the_fit_worse_whatever_the_weights():
-    images, weights = in_the_noise_of_its_photons()
-    assert weights.max() > 30 * weights.min()
-    engine = engine_of(images, [(48, 47), (44, 52), (53, 41)], weights=weights)
+    peaks, images, weights = in_the_noise_of_its_photons()
+    assert weights.max() > 100 * weights.min()
+    engine = engine_of(images, peaks, weights=weights)
     engine.snr[:] = 3000.0
     losses = [engine.loss()]
     for _ in range(6):
@@ -613,15 +614,16 @@ def test_no_visit_makes_the_fit_worse_whatever_the_weights():
     assert (np.diff(losses) < 1e-6 * losses[0]).all()
 
 
-def test_uneven_weights_lead_to_the_best_fit():
-    images, weights = in_the_noise_of_its_photons()
-    engine = engine_of(images, [(48, 47), (44, 52), (53, 41)], weights=weights)
-    engine.snr[:] = 3000.0
-    assert mean_weight(engine.weights, engine.sources, np.arange(3), np.empty(2)) == UNEVEN
-    for _ in range(15):
-        engine.sweep(25)
-    # Half the number of pixels, to three standard deviations.
-    assert engine.loss() == pytest.approx(images.size / 2, abs=3 * np.sqrt(images.size / 2))
+def test_uneven_weights_lead_to_the_fit_that_all_pixels_give():
+    peaks, images, weights = in_the_noise_of_its_photons()
+    modes, pixels = (engine_of(images, peaks, weights=weights) for _ in range(2))
+    modes.snr[:] = pixels.snr[:] = 3000.0
+    assert mean_weight(modes.weights, modes.sources, np.arange(2), np.empty(2)) == UNEVEN
+    for _ in range(16):
+        modes.sweep(25)
+        visit(pixels, exact=True)
+    # From 1e8, so many sweeps are enough for a tenth of a standard deviation of what is worst known.
+    assert modes.loss() == pytest.approx(pixels.loss(), abs=0.1)
 
 
 def weights_near(case):
