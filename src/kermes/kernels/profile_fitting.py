@@ -900,7 +900,8 @@ def sweep(
         seen = soft_weights if soft[g] else weights
         evenness = mean_weight(seen, sources, members, mean_weights)
         n, most, suffices, change, last = 0, 0, True, 0.0, 0.0
-        n_rounds = ROUNDS if evenness == UNEVEN and not errors else 1
+        large = len(members) * sides[stamps[g, 0]] ** 2 > MOST_PIXELS
+        n_rounds = 1 if evenness != UNEVEN or errors else 2 if large else ROUNDS
         to_choose = may_choose(candidates, members)
         for turn in range(n_rounds):
             # Kinds are compared when the fit has come to rest: a wrong one takes up what is left to be done.
