@@ -21,6 +21,7 @@ from kermes.kernels.profile_fitting import (
     add_doubt,
     evaluate_group,
     fit_group,
+    goes_too_far,
     list_components,
     mean_weight,
     see_column,
@@ -624,6 +625,33 @@ def test_uneven_weights_lead_to_the_fit_that_all_pixels_give():
         visit(pixels, exact=True)
     # From 1e8, so many sweeps are enough for a tenth of a standard deviation of what is worst known.
     assert modes.loss() == pytest.approx(pixels.loss(), abs=0.1)
+
+
+@pytest.mark.nojit
+@settings(max_examples=40)
+@given(
+    st.integers(0, 1000), st.integers(-9, 14), st.integers(-9, 16), st.floats(0.1, 3), st.sampled_from([1, 30, np.inf])
+)
+def test_what_goes_too_far_agrees_with_the_slow_twin(seed, y0, x0, size, most):
+    rng = np.random.default_rng(seed)
+    residual, change = (rng.normal(size=(2, *shape)).astype(np.float32) for shape in ((15, 17), (8, 8)))
+    weights = rng.uniform(0, 3, (2, 15, 17)).astype(np.float32)
+    change *= np.float32(size)
+    mean = rng.uniform(0.3, 2, 2)
+    # The change on the pixels of the image, in a frame that holds both.
+    whole = np.zeros((2, 60, 60))
+    whole[:, y0 + 20 : y0 + 28, x0 + 20 : x0 + 28] = change
+    seen = whole[:, 20:35, 20:37]
+    square, bend, slope = (
+        (factor * seen).sum(axis=(1, 2), dtype=np.float64) for factor in (seen, weights * seen, weights * residual)
+    )
+    promised = float((mean * square / 2 - slope).sum())
+    rise = float((bend / 2 - slope).sum())
+    too_far = rise - promised > 0.9 * abs(promised) + 0.05 or rise > most
+    ratio = np.divide(bend, mean * square, out=np.ones(2), where=square > 0)
+    expected = mean * np.clip(ratio, 1 if too_far else 0.25, 4)
+    assert goes_too_far(residual, weights, change, y0, x0, mean, float(most)) == too_far
+    np.testing.assert_allclose(mean, expected, rtol=1e-4)
 
 
 def weights_near(case):
