@@ -73,6 +73,9 @@ LEAST_RADIUS = 0.3
 FEW = 32
 """Of so many sources all pairs are looked at: a tree takes longer to grow."""
 
+OUTSHONE = 3.0
+"""The brightest source of a blend is fitted before those that have less than one over this of its signal-to-noise."""
+
 MOST_SHEAR = 1.6
 """Largest of each component of the log-shear."""
 
@@ -347,6 +350,8 @@ class _Engine:
         if most == POINT:
             self.sources.kinds[:] = POINT
         self.n_listed = len(peaks)
+        # Which are held to the size of faint ones; those that were found later are not.
+        self.small = np.zeros(len(peaks), dtype=bool)
         total = weights.sum(axis=(1, 2), dtype=np.float64)
         n_valid = np.array([np.count_nonzero(plane) for plane in weights])
         self.noise = np.sqrt(np.divide(n_valid, total, out=np.zeros(len(total)), where=total > 0))
@@ -383,6 +388,7 @@ class _Engine:
         config = self.config
         if config.largest_radius > 0:
             cap = np.log(config.largest_radius * np.maximum(self.snr / 10, 0.8) ** 0.3)
+            cap[: len(self.small)][self.small] = np.log(config.largest_radius)
             shapes = self.sources.shapes
             self.sources.high[:, 2] = self.sources.high[:, 6] = cap
             too_large = np.flatnonzero((shapes[:, 2] > cap) | (shapes[:, 6] > cap))
@@ -797,7 +803,17 @@ def _fit_bright_first(engine: _Engine, bright: NDArray[np.bool_]) -> None:
     first = np.zeros(len(bright), dtype=bool)
     first[engine.members] = np.repeat(joined, np.diff(engine.offsets))
     first &= ~faint
-    # What the bright ones are is settled first: their neighbours would take up what a wrong profile leaves.
+    # What the bright ones are is settled first: their neighbours would take up what a wrong profile leaves. Likewise
+    # those that the brightest outshines stay small at first: of a large galaxy they would take its disc, and keep it.
+    outshone = OUTSHONE * engine.snr < engine.snr.max()
+    if (first & outshone).any() and engine.config.largest_radius > 0:
+        engine.small = outshone
+        engine.sources.high[outshone, 2] = np.log(engine.config.largest_radius)
+        engine.sweep(8, first & ~outshone)
+        engine.update()
+        engine.sweep(5, first & ~outshone, engine.candidates(~first | outshone))
+        engine.small = np.zeros_like(outshone)
+        engine.update()
     engine.sweep(8, first)
     engine.update()
     engine.sweep(5, first, engine.candidates())
