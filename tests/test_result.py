@@ -381,6 +381,14 @@ def test_objects_that_are_drawn_together_have_the_same_stamps_as_alone(fitted):
             np.testing.assert_array_equal(handle.cube(kind, margin=3).array, alone.cube(kind, margin=3).array)
 
 
+@pytest.mark.parametrize("convolved", [True, False])
+def test_a_blend_without_light_needs_no_psf_to_be_drawn(convolved):
+    result = make_result()
+    dark = {number: replace(source, components=()) for number, source in result.models.items()}
+    nothing = replace(result, models=dark, psfs={}, total=None)
+    assert not nothing.model_image(convolved=convolved).any()
+
+
 def test_objects_come_blend_by_blend(result):
     blends = [handle.blend_id for handle in result.by_blend()]
     assert len(set(blends)) > 1

@@ -644,7 +644,17 @@ class Result:
         return self.bands.index(band)
 
     def band_indices(self, bands: Sequence[str] | None = None) -> slice | list[int]:
-        """Give the index of some bands along the first axis of images; all of them need no copy.
+        """Give the index of some bands along the first axis of images (B, H, W).
+
+        Parameters
+        ----------
+        bands : sequence of str, optional
+            Left out: all.
+
+        Returns
+        -------
+        indices : slice or list of int
+            A slice for all of them, which needs no copy.
 
         Raises
         ------
@@ -778,8 +788,9 @@ class Result:
                 yield from ((array, box) for array, box in drawn if not box.is_empty)
                 continue
             lit = tuple(source for source in sources if not source.box.is_empty)
-            outer = self.outer_box_of_blend(blend_id)
-            yield from frame_models(Scene(sources=lit, box=outer), len(self.bands)).by_source(outer.origin)
+            if lit:  # a blend without light may have no PSF
+                outer = self.outer_box_of_blend(blend_id)
+                yield from frame_models(Scene(sources=lit, box=outer), len(self.bands)).by_source(outer.origin)
 
     def _observe(
         self, sources: Sequence[Source], blend_id: int, within: Box | None = None
@@ -811,6 +822,11 @@ class Result:
 
         For work on the pixels of every object, in whatever order: models and PSFs of some objects of a blend are drawn
         in one go, which takes half as long as one by one.
+
+        Yields
+        ------
+        handle : ObjectHandle
+            As ``result[object_id]``, to the bit; what was drawn is held as long as it is.
         """
         pairs = np.array([self.objects["object_id"], self.objects["blend_id"]], dtype=np.int64).T
         for blend_id, numbers in _together(pairs):
