@@ -3,9 +3,9 @@
 Two measurements of resident memory:
 
 * Peak growth while one HSC blend with 3 to 10 peaks is deblended, the result included, each in a process of its own.
-  Another blend is deblended first, so that code and tables are loaded; freed memory is handed back to the system,
-  so that it cannot be used again unseen; the high-water mark is reset (a 5 written to /proc/self/clear_refs) and read
-  afterwards (VmHWM). tracemalloc would not see what compiled code allocates.
+  Other blends, a small, a medium and a large one, are deblended first, so that code and tables are loaded; freed
+  memory is handed back to the system, so that it cannot be used again unseen; the high-water mark is reset (a 5 written
+  to /proc/self/clear_refs) and read afterwards (VmHWM). tracemalloc would not see what compiled code allocates.
 * Growth over many fits in one process, blends of several sizes in turn.
 
 Linux only.
@@ -61,9 +61,10 @@ def peak_growth(case: Case, config: kermes.Config) -> dict[str, float]:
     return {"peak_mb": peak - before, "kept_mb": after - before, "chi2": check(case, result)}
 
 
-def measure_alone(shared: Path, path: str, warm_up: str, model: str) -> dict[str, float]:
+def measure_alone(shared: Path, path: str, warm_up: list[str], model: str) -> dict[str, float]:
     """Measure one blend in a fresh process."""
-    command = [sys.executable, __file__, "--shared", str(shared), "--one", path, "--warm-up", warm_up, "--model", model]
+    command = [sys.executable, __file__, "--shared", str(shared), "--one", path, "--model", model]
+    command += ["--warm-up", *warm_up]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(done.stderr)
@@ -95,13 +96,14 @@ def main() -> None:
     options.add_argument("--all", action="store_true", help=f"all blends with 3 to 10 peaks, not only {N_SAMPLE}")
     options.add_argument("--fits", type=int, help=f"fits of the growth test; default {N_FITS}, --quick 500")
     options.add_argument("--one", help="measure this blend only, in this process; print JSON")
-    options.add_argument("--warm-up", help="blend to deblend first")
+    options.add_argument("--warm-up", nargs="*", default=[], help="blends to deblend first")
     args = options.parse_args()
     config = config_of(args.model)
     scorer = load_scorer(args.shared, "hsc_fakes")
     if args.one:
-        warm_up = hsc_case(scorer, args.warm_up)
-        check(warm_up, warm_up.deblend(config=config))
+        for path in args.warm_up:
+            case = hsc_case(scorer, path)
+            check(case, case.deblend(config=config))
         print(json.dumps(peak_growth(hsc_case(scorer, args.one), config)))
         return
 
@@ -114,7 +116,8 @@ def main() -> None:
         # Evenly over the sizes, the largest included.
         chosen = np.linspace(0, len(wanted) - 1, 4 if args.quick else N_SAMPLE).round().astype(int)
         wanted = [wanted[k] for k in np.unique(chosen)]
-    warm_up = min((p for p in sizes if p not in wanted), key=lambda p: sizes[p].coadd.images.size)
+    others = sorted((p for p in sizes if p not in wanted), key=lambda p: sizes[p].coadd.images.size)
+    warm_up = [others[0], others[len(others) // 2], others[-1]]
     rows: list[dict[str, Any]] = []
     for path in wanted:
         case = sizes[path]

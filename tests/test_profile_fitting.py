@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from scipy.optimize import least_squares
 
 from kermes.config import ProfileConfig
-from kermes.kernels.normal_equations import BLOCK, RIDGE, cholesky, normal_equations, solve_fluxes, substitute
+from kermes.kernels.normal_equations import (
+    BLOCK,
+    RIDGE,
+    cholesky,
+    clear_equations,
+    eliminate_fluxes,
+    fill_modes,
+    fill_pixels,
+    solve_fluxes,
+    substitute,
+)
 from kermes.kernels.profile_fitting import (
     BROKEN,
     EVEN,
@@ -187,14 +197,15 @@ def problem(kinds, exact, *, uniform=False, seed=0, side=12):
     table = kernel_table()
     cells = np.empty((table.values.shape[1] - 1, 6), dtype=np.float32)
     frequencies = frequencies_of(lengths)
-    theta = sources.shapes[members]
+    theta, inside = sources.shapes[members], (0, side, 0, side)
     evaluate_group(
-        table, lengths, frequencies, side, False, psf, members, sources.kinds, theta, owner, part, slots, n_components,
-        True, cells, waves, columns, np.empty((0, N_COLUMNS, 2, side * side), dtype=np.float32),
+        table, lengths, frequencies, side, inside, False, psf, members, sources.kinds, theta, owner, part, slots,
+        n_components, True, cells, waves, columns, np.empty((0, 2, side * side), dtype=np.float32),
     )  # fmt: skip
     transforms = np.zeros((n_components, N_COLUMNS, 2, *kept.shape), dtype=complex)
     transforms[..., kept] = complex_columns(waves, columns)[:, :, None] * windows
     pixels = np.fft.irfft2(transforms, (side, side)).reshape(n_components, N_COLUMNS, 2, -1).astype(np.float32)
+    images = np.ascontiguousarray(pixels[:, 0])
     return SimpleNamespace(**{name: value for name, value in locals().items() if name != "rng"})
 
 
@@ -224,33 +235,39 @@ def solved(p):
     c = p.n_components
     matrix, factors, fluxes = np.empty((2, c, c)), np.empty((2, c, c)), np.empty((c, 2))
     gain = solve_fluxes(
-        p.exact, p.waves, p.columns, p.pixels, p.data, p.power, c, p.owner, matrix, fluxes, factors
+        p.exact, p.waves, p.columns, p.images, p.data, p.power, c, p.owner, matrix, fluxes, factors
     )  # fmt: skip
     return gain, matrix, fluxes, factors
 
 
-def normal(p, fluxes):
-    """Normal equations by the kernel: Hessian, gradient, coupling."""
+def normal(p, fluxes, together=2):
+    """Normal equations by the kernel: Hessian, gradient, coupling; pixels of so many bands at once."""
     _, _, _, factors = solved(p)
     hessian, gradient = np.empty((p.n_free, p.n_free)), np.empty(p.n_free)
     coupling = np.empty((2, p.n_components, p.n_free))
-    normal_equations(
-        p.exact, p.waves, p.columns, p.pixels, p.data, p.power, p.n_components, p.n_free, p.owner, p.slots, factors,
-        fluxes, hessian, gradient, coupling,
-    )  # fmt: skip
+    clear_equations(hessian, gradient, coupling)
+    equations = p.slots, fluxes, hessian, gradient, coupling
+    if p.exact:
+        for first in range(0, 2, together):
+            derivatives = np.ascontiguousarray(p.pixels[:, 1:, first : first + together])
+            fill_pixels(first, p.images, derivatives, p.data, p.power, p.n_components, *equations)
+    else:
+        fill_modes(p.waves, p.columns, p.data, p.power, p.n_components, p.owner, *equations)
+    eliminate_fluxes(factors, coupling, hessian)
     return hessian, gradient, coupling
 
 
 def room(p):
     """Make arrays for a fit to work in."""
-    return [np.full((2 * p.n, *array.shape[1:]), np.nan, np.float32) for array in (p.waves, p.columns, p.pixels)]
+    arrays = p.waves, p.columns, p.images, p.pixels[:, 1:]
+    return [np.full((2 * p.n, *array.shape[1:]), np.nan, np.float32) for array in arrays]
 
 
 def fitted_group(p, n_steps):
     """Fit by the kernel: loss, number of steps."""
     unused = _unknown_variances(p.n + 1, 2, p.n)
     return fit_group(
-        p.table, p.lengths, p.frequencies, p.side, p.exact, p.psf, p.data, p.power, p.members, p.sources, -1,
+        p.table, p.lengths, p.frequencies, p.side, p.inside, p.exact, p.psf, p.data, p.power, p.members, p.sources, -1,
         LONGEST_STEP, n_steps, 1e-6, np.inf, False, unused, *room(p),
     )  # fmt: skip
 
@@ -262,7 +279,7 @@ def variances(p):
     for c in range(p.n_components):
         p.sources.fluxes[p.members[p.owner[c]], p.part[c]] = fluxes[c]
     fit_group(
-        p.table, p.lengths, p.frequencies, p.side, p.exact, p.psf, p.data, p.power, p.members, p.sources, -1,
+        p.table, p.lengths, p.frequencies, p.side, p.inside, p.exact, p.psf, p.data, p.power, p.members, p.sources, -1,
         LONGEST_STEP, 0, 1e-6, np.inf, True, found, *room(p),
     )  # fmt: skip
     p.sources.fluxes[:] = fitted
@@ -329,9 +346,12 @@ def test_columns_are_seen_through_the_psf(kinds):
     p = problem(kinds, exact=True)
     for c, q in [*np.argwhere(p.slots[: p.n_components] >= 0), (0, 0)]:
         seen = np.full((2, p.side**2), np.nan, dtype=np.float32)
-        see_column(p.columns[c, q], p.waves[c], q, p.lengths, p.psf, p.side, seen)
+        see_column(p.columns[c, q], p.waves[c], q, p.lengths, p.psf, p.side, p.inside, seen)
         # A transform in single precision.
         np.testing.assert_allclose(seen, p.pixels[c, q], rtol=0, atol=1e-6 * abs(p.columns).max())
+        part = np.full((2, 7 * 4), np.nan, dtype=np.float32)
+        see_column(p.columns[c, q], p.waves[c], q, p.lengths, p.psf, p.side, (2, 9, 5, 9), part)
+        np.testing.assert_array_equal(part, seen.reshape(2, p.side, p.side)[:, 2:9, 5:9].reshape(2, -1))
 
 
 @pytest.mark.nojit
@@ -358,6 +378,15 @@ def test_fluxes_are_those_of_a_dense_linear_fit(kinds, exact):
 @every_group
 def test_normal_equations_are_those_with_the_fluxes_eliminated(kinds, exact):
     check_normal_equations(problem(kinds, exact))
+
+
+@pytest.mark.nojit
+@every_group
+def test_pixels_of_one_band_after_the_other_give_the_same_normal_equations(kinds):
+    p = problem(kinds, exact=True)
+    _, _, fluxes, _ = solved(p)
+    for found, expected in zip(normal(p, fluxes, together=1), normal(p, fluxes), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @every_group

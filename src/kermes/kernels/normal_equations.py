@@ -230,14 +230,13 @@ def collect_modes(waves, columns, data, power, n_components, owner, matrix, vect
 
 
 @kernel
-def solve_fluxes(exact, waves, columns, pixels, data, power, n_components, owner, matrix, fluxes, factors):
+def solve_fluxes(exact, waves, columns, images, data, power, n_components, owner, matrix, fluxes, factors):
     """Solve the fluxes of all components jointly in each band; returns the gain in loss.
 
     waves (C, 2, M) and columns (C, N_COLUMNS, M): see `profiles.evaluate_factors`; owner (C,): components of one source
     have the same wave. data (B, 2, M), power (B, M): see `profile_fitting.fit_group`; if `exact`, data[:, 0] and power
-    are instead the images and weights of the stamp, (B, side * side), and pixels (C, N_COLUMNS, B, side * side) the
-    components. matrix (B, C, C) takes the normal matrices, factors (B, C, C) their Cholesky factors, fluxes (C, B) the
-    answer.
+    are instead the pixels of the stamp and their weights, (B, P), and images (C, B, P) the components. matrix (B, C, C)
+    takes the normal matrices, factors (B, C, C) their Cholesky factors, fluxes (C, B) the answer.
     """
     n_bands = len(power)
     vectors = np.empty((n_bands, n_components))
@@ -249,9 +248,9 @@ def solve_fluxes(exact, waves, columns, pixels, data, power, n_components, owner
     if exact:
         for b in range(n_bands):
             for c in range(n_components):
-                vectors[b, c] = weighted_dot(pixels[c, 0, b], data[b, 0], power[b])
+                vectors[b, c] = weighted_dot(images[c, b], data[b, 0], power[b])
                 for d in range(c + 1):
-                    matrix[b, c, d] = weighted_dot(pixels[c, 0, b], pixels[d, 0, b], power[b])
+                    matrix[b, c, d] = weighted_dot(images[c, b], images[d, b], power[b])
     else:
         collect_modes(waves, columns, data, power, n_components, owner, matrix, vectors)
     gain = 0.0
@@ -355,7 +354,11 @@ def fill_pair(
 
 @kernel
 def fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, hessian, gradient, coupling):
-    """Products of the derivatives of a group at the modes of its stamp, see `normal_equations`."""
+    """Add the products of the derivatives of a group at the modes of its stamp to cleared equations.
+
+    Normal matrix (F, F) and gradient (F,) of the free shape parameters; coupling (B, C, F): products of amplitudes and
+    derivatives. All other arguments as in `solve_fluxes`; slots (C, N_COLUMNS): see `profile_fitting.list_components`.
+    """
     n_bands, n_modes = power.shape
     flat = data.reshape(2 * n_bands, n_modes)
     ends = np.empty(n_components, np.int64)
@@ -418,29 +421,33 @@ def fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, 
 
 
 @kernel
-def fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradient, coupling):
-    """The same from the pixels of the stamp with a weight each; data[:, 0], power (B, side * side)."""
-    n_bands, n_pixels = power.shape
+def fill_pixels(first, images, derivatives, data, power, n_components, slots, fluxes, hessian, gradient, coupling):
+    """The same of some bands, from `first` on, from the pixels of the stamp, with a weight each.
+
+    images (C, B, P); derivatives (C, N_COLUMNS - 1, K, P) of these K bands; data[:, 0], power (B, P).
+    """
+    n_pixels = power.shape[1]
     residual = np.empty(n_pixels, np.float32)
-    weighted = np.empty((N_COLUMNS, n_pixels), np.float32)
+    weighted = np.empty((N_COLUMNS - 1, n_pixels), np.float32)
     sums, places = np.empty(N_COLUMNS), np.empty(N_COLUMNS, np.int64)
-    for b in range(n_bands):
+    for k in range(derivatives.shape[2]):
+        b = first + k
         for m in range(n_pixels):
             residual[m] = data[b, 0, m]
         for d in range(n_components):
-            add_to(residual, pixels[d, 0, b], np.float32(-fluxes[d, b]))
+            add_to(residual, images[d, b], np.float32(-fluxes[d, b]))
         for d in range(n_components):
             n = 0
             for q in range(1, N_COLUMNS):
                 if slots[d, q] >= 0:
-                    multiply(pixels[d, q, b], power[b], weighted[n])
+                    multiply(derivatives[d, q - 1, k], power[b], weighted[n])
                     places[n] = slots[d, q]
                     gradient[slots[d, q]] += fluxes[d, b] * dot(weighted[n], residual)
                     n += 1
             if n == 0:
                 continue
             for c in range(n_components):
-                dot_rows(pixels[c, 0, b], weighted, n, sums)
+                dot_rows(images[c, b], weighted, n, sums)
                 for q in range(n):
                     coupling[b, c, places[q]] += fluxes[d, b] * sums[q]
                 if c > d:
@@ -449,7 +456,7 @@ def fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradi
                     i = slots[c, p]
                     if i < 0:
                         continue
-                    dot_rows(pixels[c, p, b], weighted, n, sums)
+                    dot_rows(derivatives[c, p - 1, k], weighted, n, sums)
                     for q in range(n):
                         j = places[q]
                         if c != d or j <= i:
@@ -460,40 +467,17 @@ def fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradi
 
 
 @kernel
-def normal_equations(
-    exact,
-    waves,
-    columns,
-    pixels,
-    data,
-    power,
-    n_components,
-    n_free,
-    owner,
-    slots,
-    factors,
-    fluxes,
-    hessian,
-    gradient,
-    coupling,
-):
-    """Normal matrix (F, F) and gradient (F,) of the free shape parameters with the fluxes eliminated.
+def clear_equations(hessian, gradient, coupling):
+    """Set the equations of no data; see `fill_modes`."""
+    hessian[:, :] = 0.0
+    gradient[:] = 0.0
+    coupling[:, :, :] = 0.0
 
-    Arguments as in `solve_fluxes`; slots (C, N_COLUMNS): see `profile_fitting.list_components`. coupling (B, C, F)
-    takes the products of amplitudes and derivatives.
-    """
-    n_bands = len(power)
-    for p in range(n_free):
-        gradient[p] = 0.0
-        for q in range(n_free):
-            hessian[p, q] = 0.0
-        for b in range(n_bands):
-            for c in range(n_components):
-                coupling[b, c, p] = 0.0
-    if exact:
-        fill_pixels(pixels, data, power, n_components, slots, fluxes, hessian, gradient, coupling)
-    else:
-        fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, hessian, gradient, coupling)
+
+@kernel
+def eliminate_fluxes(factors, coupling, hessian):
+    """Turn the normal matrix of the shapes into that with the fluxes free, from the Cholesky factors of theirs."""
+    n_bands, n_components, n_free = coupling.shape
     vectors = np.empty((n_free, n_components))
     for b in range(n_bands):
         for p in range(n_free):

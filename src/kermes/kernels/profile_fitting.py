@@ -7,8 +7,11 @@ from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
 from kermes.kernels.normal_equations import (
     add_products,
     cholesky,
+    clear_equations,
+    eliminate_fluxes,
+    fill_modes,
+    fill_pixels,
     fill_variances,
-    normal_equations,
     solve_fluxes,
     substitute,
 )
@@ -30,7 +33,9 @@ from kermes.kernels.stamps import (
     SERSIC,
     add_model,
     add_planes,
+    bands_together,
     draw_source,
+    part_inside,
     see_modes,
     set_of_frequencies,
     set_of_psfs,
@@ -63,7 +68,7 @@ ROUNDS = 4
 """A group with uneven weights is fitted up to so many times in a row."""
 
 MOST_PIXELS = 40000
-"""Products are not formed from the pixels of more than so many stamps together, for the memory it takes."""
+"""Products are not formed from the pixels of more than so many stamps together, for the time it takes."""
 
 
 @kernel
@@ -100,19 +105,24 @@ def shape_index(part, j):
 
 
 @kernel
-def see_column(factors, wave, j, lengths, psf, side, out):
+def see_column(factors, wave, j, lengths, psf, side, inside, out):
     """Turn column j of a component, factors (M,) of a wave (2, M), into images seen through the PSFs (B, 2, M).
 
-    out (B, side * side).
+    inside: the part of the stamp that is kept, see `part_inside`; out (B, P) with the P pixels of that part.
     """
     n_bands, _, n_modes = psf.shape
-    model = np.empty((n_bands, 2, n_modes), np.float32)
-    for b in range(n_bands):
-        fill_column(factors, wave, j, model[b])
-    planes = see_modes(lengths, psf, model, side).reshape(n_bands, side * side)
-    for b in range(n_bands):
-        for m in range(side * side):
-            out[b, m] = planes[b, m]
+    top, bottom, left, right = inside
+    width = right - left
+    model = np.empty((1, 2, n_modes), np.float32)
+    fill_column(factors, wave, j, model[0])
+    together = bands_together(n_bands, side)
+    for first in range(0, n_bands, together):
+        planes = see_modes(lengths, psf[first : first + together], model, side)
+        for k in range(together):
+            for i in range(top, bottom):
+                row = out[first + k, (i - top) * width : (i - top + 1) * width]
+                for m in range(width):
+                    row[m] = planes[k, i, left + m]
 
 
 @kernel
@@ -121,6 +131,7 @@ def evaluate_group(
     lengths,
     frequencies,
     side,
+    inside,
     exact,
     psf,
     members,
@@ -134,11 +145,11 @@ def evaluate_group(
     cells,
     waves,
     columns,
-    pixels,
+    images,
 ):
     """Evaluate the components of a group with their derivatives, and with `exact` the images of those of flux one.
 
-    theta (G, N_SHAPE); waves (C, 2, M), columns (C, N_COLUMNS, M), pixels (C, N_COLUMNS, B, side * side).
+    theta (G, N_SHAPE); waves (C, 2, M), columns (C, N_COLUMNS, M), images (C, B, P).
     Unless `everything`, what has no free parameter is left as it is.
     """
     shape = np.empty(5)
@@ -164,7 +175,7 @@ def evaluate_group(
         if exact:
             # A loop, so that q is no literal, for which see_column would be compiled once more.
             for q in range(1):
-                see_column(columns[c, q], waves[c], q, lengths, psf, side, pixels[c, q])
+                see_column(columns[c, q], waves[c], q, lengths, psf, side, inside, images[c])
 
 
 @kernel
@@ -198,6 +209,7 @@ def fit_group(
     lengths,
     frequencies,
     side,
+    inside,
     exact,
     psf,
     data,
@@ -213,18 +225,20 @@ def fit_group(
     variances,
     waves,
     columns,
-    pixels,
+    images,
+    derivatives,
 ):
     """Fit the sources of a group to the data of a stamp.
 
     data (B, 2, M): conj(P) times the transform of the weighted data; power (B, M): |P|^2 times the weight; or, if
-    `exact`, the images (B, 1, side * side) and weights (B, side * side); psf (B, 2, M); largest (N_SHAPE,): longest
-    step. Shapes and fluxes of the members are replaced; with `only` >= 0 the shapes of that member alone. The fit is
-    given up when even three times of what a step promises would not bring the loss below a limit; the loss is then what
-    that step promises. With `errors` nothing is fitted, and data need not be there: the variances are filled, see
-    `fill_variances`. waves (C, 2, M), columns (C, N_COLUMNS, M) and, if `exact`, pixels (C, N_COLUMNS, B, side * side)
-    are room to work in, for at least as many components as there are. Returns the loss relative to no model, with that
-    of the priors, and the number of steps.
+    `exact`, the pixels (B, 1, P) and their weights (B, P) of the part of the stamp that is inside the image, see
+    `part_inside`; psf (B, 2, M); largest (N_SHAPE,): longest step. Shapes and fluxes of the members are replaced; with
+    `only` >= 0 the shapes of that member alone. The fit is given up when even three times of what a step promises would
+    not bring the loss below a limit; the loss is then what that step promises. With `errors` nothing is fitted, and
+    data need not be there: the variances are filled, see `fill_variances`. waves (C, 2, M), columns (C, N_COLUMNS, M)
+    and, if `exact`, images (C, B, P) and derivatives (C, N_COLUMNS - 1, K, P) of the K bands that are transformed
+    together are room to work in, for at least as many components as there are. Returns the loss relative to no model,
+    with that of the priors, and the number of steps.
     """
     n_bands, n = len(power), len(members)
     kinds, mean, weight = sources.kinds, sources.mean, sources.weight
@@ -245,6 +259,7 @@ def fit_group(
         lengths,
         frequencies,
         side,
+        inside,
         exact,
         psf,
         members,
@@ -258,9 +273,9 @@ def fit_group(
         cells,
         waves,
         columns,
-        pixels,
+        images,
     )
-    loss = -solve_fluxes(exact, waves, columns, pixels, data, power, n_components, owner, matrix, fluxes, factors)
+    loss = -solve_fluxes(exact, waves, columns, images, data, power, n_components, owner, matrix, fluxes, factors)
     loss += prior_loss(theta, members, kinds, mean, weight)
     hessian, damped = np.empty((n_free, n_free)), np.empty((n_free, n_free))
     gradient, step = np.empty(n_free), np.empty(n_free)
@@ -272,28 +287,22 @@ def fit_group(
             for b in range(n_bands):
                 fluxes[c, b] = sources.fluxes[members[owner[c]], part[c], b]
     for _ in range(1 if errors else n_steps):
+        clear_equations(hessian, gradient, coupling)
         if exact:
-            for c in range(n_components):
-                for q in range(1, N_COLUMNS):
-                    if slots[c, q] >= 0:
-                        see_column(columns[c, q], waves[c], q, lengths, psf, side, pixels[c, q])
-        normal_equations(
-            exact,
-            waves,
-            columns,
-            pixels,
-            data,
-            power,
-            n_components,
-            n_free,
-            owner,
-            slots,
-            factors,
-            fluxes,
-            hessian,
-            gradient,
-            coupling,
-        )
+            together = bands_together(n_bands, side)
+            for first in range(0, n_bands, together):
+                some = psf[first : first + together]
+                for c in range(n_components):
+                    for q in range(1, N_COLUMNS):
+                        if slots[c, q] >= 0:
+                            out = derivatives[c, q - 1]
+                            see_column(columns[c, q], waves[c], q, lengths, some, side, inside, out)
+                fill_pixels(
+                    first, images, derivatives, data, power, n_components, slots, fluxes, hessian, gradient, coupling
+                )
+        else:
+            fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, hessian, gradient, coupling)
+        eliminate_fluxes(factors, coupling, hessian)
         add_priors(theta, members, owner, part, slots, n_components, mean, weight, hessian, gradient)
         if errors:
             fill_variances(
@@ -343,6 +352,7 @@ def fit_group(
                 lengths,
                 frequencies,
                 side,
+                inside,
                 exact,
                 psf,
                 members,
@@ -356,10 +366,10 @@ def fit_group(
                 cells,
                 waves,
                 columns,
-                pixels,
+                images,
             )
             trial_loss = -solve_fluxes(
-                exact, waves, columns, pixels, data, power, n_components, owner, matrix, trial_fluxes, factors
+                exact, waves, columns, images, data, power, n_components, owner, matrix, trial_fluxes, factors
             )
             trial_loss += prior_loss(trial, members, kinds, mean, weight)
             if trial_loss <= loss:
@@ -586,49 +596,53 @@ def collect_data(residual, weights, mean_weights, lengths, psf, model, side, y0,
 
     model (B, 2, M) is that of the members, which the residual (B, H, W) lacks. With `errors` data are left alone.
     """
-    n_bands, height, width = residual.shape
-    planes = np.zeros((n_bands, side, side), np.float32)
-    transformed = np.zeros((n_bands, side, side // 2 + 1), np.complex64)
-    left, right = max(0, -x0), min(side, width - x0)
-    top, bottom = max(0, -y0), min(side, height - y0)
-    inside = left <= 0 and top <= 0 and right >= side and bottom >= side
+    n_bands = len(residual)
+    top, bottom, left, right = part_inside(residual.shape[1:], y0, x0, side)
+    inside = bottom - top == side and right - left == side
     uniform = True
-    if exact:
-        own = see_modes(lengths, psf, model, side)
     for b in range(n_bands):
         uniform = uniform and (inside or not mean_weights[b] > 0.0)
-        if exact:
-            for i in range(side):
-                for j in range(side):
-                    here = left <= j < right and top <= i < bottom
-                    data[b, 0, i * side + j] = own[b, i, j] + (residual[b, y0 + i, x0 + j] if here else 0.0)
-                    power[b, i * side + j] = weights[b, y0 + i, x0 + j] if here else 0.0
-        elif left < right and not errors:
-            for i in range(top, bottom):
-                n_off = weigh_row(
-                    residual[b, y0 + i, x0 + left : x0 + right],
-                    weights[b, y0 + i, x0 + left : x0 + right],
-                    np.float32(mean_weights[b]),
-                    planes[b, i, left:right],
-                )
-                uniform = uniform and n_off == 0
     if exact:
+        own = see_modes(lengths, psf, model, side)
+        for b in range(n_bands):
+            m = 0
+            for i in range(top, bottom):
+                for j in range(left, right):
+                    data[b, 0, m] = own[b, i, j] + residual[b, y0 + i, x0 + j]
+                    power[b, m] = weights[b, y0 + i, x0 + j]
+                    m += 1
         return uniform
-    if not errors:
-        longest = 0
-        for i in range(side):
-            longest = max(longest, lengths[i])
-        axis = np.empty(1, np.int64)
-        axis[0] = 2
-        r2c(planes, transformed, axis, True, 1.0, 1)
-        axis[0] = 1
-        # The modes that are fitted alone.
-        c2c(transformed[:, :, :longest], transformed[:, :, :longest], axis, True, 1.0, 1)
+    longest = 0
+    for i in range(side):
+        longest = max(longest, lengths[i])
+    axis = np.empty(1, np.int64)
     scale = np.float32(2.0 / (side * side))
-    for b in range(n_bands):
-        gather_modes(transformed[b], lengths, psf[b], scale, np.float32(mean_weights[b]), data[b], power[b])
-        for k in range(2):
-            add_products(power[b], model[b, k], np.float32(1.0), data[b, k])
+    together = bands_together(n_bands, side)
+    planes = np.empty((together, side, side), np.float32)
+    transformed = np.zeros((together, side, side // 2 + 1), np.complex64)
+    for first in range(0, n_bands, together):
+        if not errors:
+            planes[:] = 0
+            for k in range(together):
+                b = first + k
+                for i in range(top, bottom):
+                    n_off = weigh_row(
+                        residual[b, y0 + i, x0 + left : x0 + right],
+                        weights[b, y0 + i, x0 + left : x0 + right],
+                        np.float32(mean_weights[b]),
+                        planes[k, i, left:right],
+                    )
+                    uniform = uniform and n_off == 0
+            axis[0] = 2
+            r2c(planes, transformed, axis, True, 1.0, 1)
+            axis[0] = 1
+            # The modes that are fitted alone.
+            c2c(transformed[:, :, :longest], transformed[:, :, :longest], axis, True, 1.0, 1)
+        for k in range(together):
+            b = first + k
+            gather_modes(transformed[k], lengths, psf[b], scale, np.float32(mean_weights[b]), data[b], power[b])
+            for part in range(2):
+                add_products(power[b], model[b, part], np.float32(1.0), data[b, part])
     return uniform
 
 
@@ -652,14 +666,13 @@ def goes_too_far(residual, weights, planes, y0, x0, mean_weights, most):
     They become those for which both agree on what this change costs: so the next fit has the curvature along the last
     one (Barzilai and Borwein 1988). After a change that goes too far they only grow.
     """
-    n_bands, height, width = residual.shape
-    side = planes.shape[1]
-    left, right = max(0, -x0), max(0, -x0, min(side, width - x0))
+    n_bands = len(residual)
+    top, bottom, left, right = part_inside(residual.shape[1:], y0, x0, planes.shape[1])
     promised = excess = 0.0
     factors = np.ones(n_bands)
     for b in range(n_bands):
         slope = bend = square = 0.0
-        for i in range(max(0, -y0), min(side, height - y0)):
+        for i in range(top, bottom):
             row, first, last = y0 + i, x0 + left, x0 + right
             of_row = weigh_row_of_change(
                 residual[b, row, first:last], weights[b, row, first:last], planes[b, i, left:right]
@@ -726,8 +739,11 @@ def visit_group(
                 sources.stamps[s, j] = stamp[j]
             draw_source(table, modes, sides, sources, s, -1.0, residual)
     exact = evenness == BROKEN or (evenness == UNEVEN and errors)
+    inside = part_inside(residual.shape[1:], y0, x0, side)
+    n_pixels = (inside[1] - inside[0]) * (inside[3] - inside[2])
     exact = exact and len(members) * side * side <= MOST_PIXELS
-    n_values = side * side if exact else psf.shape[2]
+    n_pixels = n_pixels if exact else 0
+    n_values = n_pixels if exact else psf.shape[2]
     model = np.empty(psf.shape, np.float32)
     data = np.empty((n_bands, 1 if exact else 2, n_values), np.float32)
     power = np.empty((n_bands, n_values), np.float32)
@@ -742,7 +758,8 @@ def visit_group(
     # arrays come from the system and go back to it each time.
     waves = np.empty((2 * len(members), 2, psf.shape[2]), np.float32)
     columns = np.empty((2 * len(members), N_COLUMNS, psf.shape[2]), np.float32)
-    pixels = np.empty((2 * len(members) if exact else 0, N_COLUMNS, n_bands, side * side), np.float32)
+    images = np.empty((2 * len(members), n_bands, n_pixels), np.float32)
+    derivatives = np.empty((2 * len(members), N_COLUMNS - 1, bands_together(n_bands, side), n_pixels), np.float32)
     loss, change, steps, uniform = 0.0, 0.0, 0, True
     for _ in range(MOST_ATTEMPTS):
         for b in range(n_bands):
@@ -790,6 +807,7 @@ def visit_group(
                     lengths,
                     frequencies,
                     side,
+                    inside,
                     exact,
                     psf,
                     data,
@@ -805,7 +823,8 @@ def visit_group(
                     variances,
                     waves,
                     columns,
-                    pixels,
+                    images,
+                    derivatives,
                 )
                 if trial > limit:
                     break

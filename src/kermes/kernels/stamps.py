@@ -10,6 +10,9 @@ from kermes.kernels.profiles import AS_EXPONENTIAL, AS_POINT, AS_TABLE, evaluate
 
 POINT, EXPONENTIAL, SERSIC, DOUBLE = 0, 1, 2, 3
 N_KINDS = 4
+LARGE_SIDE = 64
+"""Stamps with a larger side than this are transformed band by band."""
+
 N_SHAPE = 10
 """y, x, ln r, e1, e2, ln n; ln r, e1, e2 and ln n of the bulge."""
 
@@ -112,11 +115,22 @@ def see_band(re, im, psf_re, psf_im, places, out):
 
 
 @kernel
+def bands_together(n_bands, side):
+    """How many bands are transformed in one call, which costs as much as the transform of a small stamp.
+
+    One if stamps are large, for the memory it takes.
+    """
+    return 1 if side > LARGE_SIDE else n_bands
+
+
+@kernel
 def see_modes(lengths, psf, model, side):
-    """Images (B, side, side) of a model at the modes of a stamp, seen through the PSFs; model, psf (B, 2, M)."""
+    """Images (B, side, side) of a model at the modes of a stamp, seen through the PSFs, psf (B, 2, M).
+
+    model (B, 2, M), or (1, 2, M) if it is the same in all bands.
+    """
     n_bands, _, n_modes = psf.shape
     half = side // 2 + 1
-    transformed = np.zeros((n_bands, side, half), np.complex64)
     planes = np.empty((n_bands, side, side), np.float32)
     places = np.empty(n_modes, np.int64)
     longest = m = 0
@@ -125,28 +139,38 @@ def see_modes(lengths, psf, model, side):
         for j in range(lengths[i]):
             places[m] = i * half + j
             m += 1
-    flat = transformed.reshape(n_bands, side * half)
-    for b in range(n_bands):
-        see_band(model[b, 0], model[b, 1], psf[b, 0], psf[b, 1], places, flat[b])
-    # All bands in one call, which costs as much as the transform of a small stamp; columns without modes are zero.
+    together = bands_together(n_bands, side)
+    transformed = np.empty((together, side, half), np.complex64)
+    flat = transformed.reshape(together, side * half)
     axis = np.empty(1, np.int64)
-    axis[0] = 1
-    c2c(transformed[:, :, :longest], transformed[:, :, :longest], axis, False, 1.0, 1)
-    axis[0] = 2
-    c2r(transformed, planes, axis, False, 1.0 / (side * side), 1)
+    for first in range(0, n_bands, together):
+        # Columns without modes are zero.
+        transformed[:] = 0
+        for k in range(together):
+            b = first + k
+            own = model[min(b, len(model) - 1)]
+            see_band(own[0], own[1], psf[b, 0], psf[b, 1], places, flat[k])
+        axis[0] = 1
+        c2c(transformed[:, :, :longest], transformed[:, :, :longest], axis, False, 1.0, 1)
+        axis[0] = 2
+        c2r(transformed, planes[first : first + together], axis, False, 1.0 / (side * side), 1)
     return planes
+
+
+@kernel
+def part_inside(shape, y0, x0, side):
+    """Which part of a stamp lies in an image, shape (H, W): its first row, end, first column, end."""
+    height, width = shape
+    top, left = min(max(0, -y0), side), min(max(0, -x0), side)
+    return top, max(top, min(side, height - y0)), left, max(left, min(side, width - x0))
 
 
 @kernel
 def add_planes(image, planes, y0, x0, factor):
     """Add the planes (B, side, side) of a stamp, times `factor`, to an image (B, H, W)."""
-    n_bands, height, width = image.shape
-    side = planes.shape[1]
-    left, right = max(0, -x0), min(side, width - x0)
-    if left >= right:
-        return
-    for b in range(n_bands):
-        for i in range(max(0, -y0), min(side, height - y0)):
+    top, bottom, left, right = part_inside(image.shape[1:], y0, x0, planes.shape[1])
+    for b in range(len(image)):
+        for i in range(top, bottom):
             add_row(image[b, y0 + i, x0 + left : x0 + right], planes[b, i, left:right], np.float32(factor))
 
 
