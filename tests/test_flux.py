@@ -11,6 +11,7 @@ from kermes.flux import (
     LEAST_MODEL,
     add_positive,
     claimed,
+    doubt_of_shares,
     redistribute,
     redistribution_covariance,
     replace_neighbors,
@@ -224,3 +225,67 @@ def test_pixels_of_a_neighbour_become_noise_and_what_nobody_claims_stays():
     replaced = replace_neighbors(images, variance, np.ones((1, 1, 3), bool), model, total, noise)
     # All noise; the image; half the image, and noise with the three quarters of the variance that are missing.
     np.testing.assert_allclose(replaced, [[[2, 7, 3.5 - np.sqrt(3)]]], rtol=1e-6)
+
+
+# ---------------------------------------------------------------- doubt of the shares
+
+
+def realize(distance, fluxes, n=4000):
+    """Fit fluxes of two Gaussians to realisations of noise, and share the pixels by the fits.
+
+    Returns the shared fluxes (n, 2) and the standard deviation that is claimed for them.
+    """
+    y, x = np.mgrid[:31, :41] - 15.0
+    unit = np.stack([np.exp(-(y**2 + (x - at) ** 2) / 8) / (8 * np.pi) for at in (5.0, 5.0 + distance)])
+    models = np.array(fluxes)[:, None, None] * unit
+    ratio, flat = models / models.sum(axis=0), unit.reshape(2, -1)
+    covariance = np.linalg.inv(flat @ flat.T)
+    images = models.sum(axis=0) + np.random.default_rng(0).normal(size=(n, *y.shape))
+    fitted = images.reshape(n, -1) @ flat.T @ covariance
+    lights = np.maximum(fitted[:, :, None, None] * unit, 0)
+    total = lights.sum(axis=1)
+    # As in the images, what nobody claims is nobody's: here the same pixels in all.
+    claimed = models.sum(axis=0) > LEAST_MODEL
+    shared = np.divide(images * claimed, total, out=np.zeros_like(total), where=total > 0)
+    shared = (shared[:, None] * lights).sum(axis=(2, 3))
+    noise = (ratio**2 * claimed).sum(axis=(1, 2))
+    contested = (models * (1 - ratio) * claimed).sum(axis=(1, 2))
+    error = np.sqrt(np.diag(covariance))
+    correlation = np.full((1, 2), covariance[0, 1] / error.prod())
+    doubt = doubt_of_shares(contested[None], np.array([fluxes]), error[None], correlation, np.array([1, 0]))
+    return shared, np.sqrt(noise + doubt[0])
+
+
+@pytest.mark.parametrize("distance", [1.0, 2.0, 3.0, 5.0, 9.0])
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+def test_errors_of_shares_are_the_scatter_of_realisations(distance, ratio):
+    shared, error = realize(distance, [2000.0, 2000.0 * ratio])
+    # 4000 realisations give the scatter to 1.1 %; shares are not linear in the fluxes.
+    np.testing.assert_allclose(error, shared.std(axis=0), rtol=0.06)
+
+
+def test_sources_apart_have_no_doubt_and_coincident_ones_that_of_their_models():
+    fluxes, errors = np.array([[100.0, 50.0]]), np.array([[3.0, 4.0]])
+    pair, strongly = np.array([1, 0]), np.full((1, 2), -0.99)
+    assert (doubt_of_shares(np.zeros((1, 2)), fluxes, errors, 0 * strongly, pair) == 0).all()
+    # All that is contested is known as well as the sum is.
+    halves = doubt_of_shares(np.full((1, 2), 25.0), np.full((1, 2), 50.0), np.full((1, 2), 4.0), strongly, pair)
+    np.testing.assert_allclose(halves, 16.0 - 0.25 * (16 + 16 - 2 * 0.99 * 16))
+
+
+@pytest.mark.parametrize("correlation", [0.0, np.nan])
+def test_without_a_neighbour_that_is_known_the_doubt_is_that_of_the_own_model(correlation):
+    fluxes, errors, contested = np.array([[100.0]]), np.array([[10.0]]), np.array([[20.0]])
+    found = doubt_of_shares(contested, fluxes, errors, np.full((1, 1), correlation), np.array([-1]))
+    np.testing.assert_allclose(found, 100 * (1 - 0.8**2))
+
+
+def test_a_source_that_is_lost_in_the_noise_is_as_uncertain_as_its_model():
+    fluxes, errors = np.array([[1.0, 100.0], [-5.0, 100.0]]), np.full((2, 2), 10.0)
+    found = doubt_of_shares(np.zeros((2, 2)), fluxes, errors, np.full((2, 2), -0.5), np.array([1, 0]))
+    np.testing.assert_allclose(found, [[100, 0], [100, 0]])
+
+
+def test_what_is_not_known_has_no_doubt_that_is_known():
+    nothing = np.full((1, 2), np.nan)
+    assert np.isnan(doubt_of_shares(np.zeros((1, 2)), nothing, nothing, nothing, np.array([1, 0]))).all()

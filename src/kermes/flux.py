@@ -273,3 +273,45 @@ def shared_fluxes(
         LEAST_MODEL,
     )
     return flux, np.sqrt(noise2), contested
+
+
+def doubt_of_shares(
+    contested: NDArray[np.float64],
+    flux: NDArray[np.float64],
+    flux_err: NDArray[np.float64],
+    correlation: NDArray[np.float64],
+    neighbor: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Variance that re-distributed fluxes have because the models that share the pixels are fitted to the same pixels.
+
+    Parameters
+    ----------
+    contested, flux, flux_err : ndarray, shape (B, S)
+        What neighbours contest of the share of each source, see `shared_fluxes`, flux of its model and the error of
+        that with everything else free [unit].
+    correlation : ndarray, shape (B, S)
+        Correlation of the flux with that of a neighbour; NaN: not known, like zero.
+    neighbor : ndarray, shape (S,)
+        Which source that is; -1: none of these.
+
+    Returns
+    -------
+    ndarray, shape (B, S)
+        To be added to the variance of the pixels, weighted with the squared share [unit^2].
+
+    Notes
+    -----
+    Be w the share of a source of each pixel, and S_l the sum of w times the model of source l for flux one. The model
+    fluxes f have covariances C; as estimates of a least-squares fit their covariance with the sum of w times the noise
+    is C S. The re-distributed flux of source i changes by the sum of w times the noise, plus df_i, less S df (to first
+    order), so that its variance is that of the first, plus C_ii - S^T C S. For shapes that are fitted too, C is the
+    covariance with them free. All light that is contested is taken for that of the one neighbour.
+    """
+    known = flux > flux_err
+    own = np.clip(1.0 - np.divide(contested, flux, out=np.ones_like(flux), where=known), 0.0, 1.0)
+    there = known[:, neighbor] & (neighbor >= 0)
+    of_neighbor = np.divide(contested, flux[:, neighbor], out=np.zeros_like(flux), where=there)
+    err = np.clip(of_neighbor, 0.0, 1.0) * np.where(there, flux_err[:, neighbor], 0.0)
+    common = own * flux_err
+    variance = np.square(flux_err) - np.square(common) - np.square(err) - 2 * np.nan_to_num(correlation) * common * err
+    return np.asarray(np.maximum(variance, 0.0))

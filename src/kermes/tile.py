@@ -21,7 +21,7 @@ from kermes.catalog import Flag, Model, PreferredFlux, Reason
 from kermes.checkpoint import Checkpoint
 from kermes.coadd import Coadd, planes_at
 from kermes.config import Config
-from kermes.flux import add_positive, shared_fluxes
+from kermes.flux import add_positive, doubt_of_shares, shared_fluxes
 from kermes.geometry import Box, Footprints, box_table
 from kermes.metrics import observed_metrics
 from kermes.modelling import BlendOutcome, fit_blend
@@ -279,11 +279,11 @@ def fill_shared_columns(
         np.array([objects[f"{band}_{name}"][members] for band in coadd.bands])
         for name in ("flux", "flux_err", "flux_correlation")
     )
-    # The models share the pixels, and are not known better than their fluxes are.
-    doubt = np.divide(errors, fluxes, out=np.ones_like(fluxes), where=fluxes > errors)
+    neighbor = _correlated_members(objects, members)
+    doubt2 = doubt_of_shares(contested.T, fluxes, errors, correlation, neighbor)
     columns = {
         "redistributed_flux": flux,
-        "redistributed_flux_err": np.hypot(flux_err, contested * doubt.T),
+        "redistributed_flux_err": np.sqrt(np.square(flux_err) + doubt2.T),
         "observed_max_overlap": overlap.max_overlap,
         "observed_overlap_fraction": overlap.overlap_fraction,
         "observed_blendedness": overlap.blendedness,
@@ -301,6 +301,14 @@ def fill_shared_columns(
     robbed = (of_neighbors == 0) & (strongest > LEAST_CORRELATION)
     objects[Flag.SHREDDED][members] = ((of_neighbors > 1) | robbed) & (total_snr < LEAST_OWN_SNR)
     objects["preferred_flux"][members] = _preferred_flux(objects, members, fluxes)
+
+
+def _correlated_members(objects: Mapping[str, NDArray[Any]], members: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which member of a blend the flux of each is most correlated with, (S,); -1: none of them."""
+    ids, wanted = objects["object_id"][members], objects["correlated_id"][members]
+    order = np.argsort(ids)
+    found = order[np.minimum(np.searchsorted(ids[order], wanted), len(ids) - 1)]
+    return np.where(ids[found] == wanted, found, -1)
 
 
 def _preferred_flux(
