@@ -308,10 +308,12 @@ def doubt_of_shares(
     covariance with them free. All light that is contested is taken for that of the one neighbour.
     """
     known = flux > flux_err
-    own = np.clip(1.0 - np.divide(contested, flux, out=np.ones_like(flux), where=known), 0.0, 1.0)
+    contested = np.maximum(contested, 0.0)
+    # S_i and S_j times the errors of the two models.
+    lost = np.divide(contested, flux, out=np.ones_like(flux), where=known)
+    own = (1.0 - np.minimum(lost, 1.0)) * flux_err
     there = known[:, neighbor] & (neighbor >= 0)
     of_neighbor = np.divide(contested, flux[:, neighbor], out=np.zeros_like(flux), where=there)
-    err = np.clip(of_neighbor, 0.0, 1.0) * np.where(there, flux_err[:, neighbor], 0.0)
-    common = own * flux_err
-    variance = np.square(flux_err) - np.square(common) - np.square(err) - 2 * np.nan_to_num(correlation) * common * err
-    return np.asarray(np.maximum(variance, 0.0))
+    other = np.minimum(of_neighbor, 1.0) * np.where(there, flux_err[:, neighbor], 0.0)
+    both = np.where(np.isnan(correlation), 0.0, correlation) * own * other
+    return np.asarray(np.maximum(flux_err**2 - own**2 - other**2 - 2 * both, 0.0))

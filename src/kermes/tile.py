@@ -168,7 +168,8 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     blends = _blend_columns(plan)
     models: dict[int, Source] = {}
     total = np.zeros(coadd.images.shape, dtype=np.float32)
-    waiting: list[tuple[BlendTask, SourceModels]] = []
+    # Blends that cannot be shared yet, by the number of the last one that they wait for.
+    waiting: dict[int, list[tuple[BlendTask, SourceModels]]] = {}
     found: list[_Found] = []
     n_done, blend_seconds, seconds = 0, np.full(plan.n_blends, np.nan), time.perf_counter() - start
     for outcome in outcomes:
@@ -187,14 +188,13 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
             found.append(_Found(task.index, outcome.candidates, outcome.candidate_columns))
             objects[Flag.UNRESOLVED_BLEND][task.members] = _near_candidates(outcome, objects)
 
-        waiting.append((task, outcome.models))
-        for complete in [waits for waits in waiting if waits[0].last_neighbor <= n_done]:
+        waiting.setdefault(max(task.last_neighbor, n_done), []).append((task, outcome.models))
+        for complete in waiting.pop(n_done, []):
             _share(coadd, *complete, total, objects)
-        waiting = [waits for waits in waiting if waits[0].last_neighbor > n_done]
         n_done += 1
         blend_seconds[task.index] = outcome.seconds
         seconds += time.perf_counter() - start
-    for incomplete in waiting:
+    for incomplete in itertools.chain.from_iterable(waiting.values()):
         _share(coadd, *incomplete, total, objects)
     for task in plan.tasks[n_done:]:
         objects["reason"][task.members] = Reason.INTERRUPTED.value
