@@ -46,6 +46,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "points only": {"extended_penalty": NEVER, "sersic_penalty": NEVER, "double_penalty": NEVER},
     "exponentials at most": {"sersic_snr": NEVER, "double_snr": NEVER},
     "no bulges": {"double_snr": NEVER},
+    "no mean of kinds": {"average_kinds": False},
     "nothing else looked for": {"residual_rounds": 0},
     "its threshold not relative": {"residual_share": 0.0},
     "parts taken as sources": {"clump_share": 0.0},

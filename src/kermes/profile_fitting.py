@@ -209,6 +209,7 @@ def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sou
         stamps=np.full((n, 4), -1, dtype=np.int64),
         evidence=np.full((n, N_KINDS), np.nan),
         doubt=np.zeros((n, n_bands)),
+        lean=np.zeros((n, n_bands)),
     )
 
 
@@ -374,6 +375,10 @@ class _Engine:
         self.members, self.offsets = group_sources(
             self.sources.shapes[:, :2], brightness, config.link, config.largest_group, config.brightness_ratio
         )
+        # In whatever order sources are listed, the faintest of a group chooses its kind first, before a richer profile
+        # of a bright neighbour takes up its light.
+        group = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        self.members = self.members[np.lexsort((self.snr[self.members], group))]
         # Groups that have the members that they had are as settled as they were.
         first, last = (side.reduceat(owner[self.members], self.offsets[:-1]) for side in (np.minimum, np.maximum))
         same = (first == last) & (first >= 0)
@@ -433,6 +438,13 @@ class _Engine:
             variance *= scale
         self.variances.flux[:] += self.sources.doubt
         self.variances.shape[:, :2] += CENTER_FLOOR**2
+
+    def average(self) -> None:
+        """Give sources the mean flux of the kinds that they might be."""
+        rows = np.flatnonzero(self.sources.lean.any(axis=1))
+        self.draw(rows, 1.0)
+        self.sources.fluxes[rows, 0] += self.sources.lean[rows]
+        self.draw(rows, -1.0)
 
     def draw(self, rows: IndexArray, factor: float) -> None:
         """Add some sources, times a factor, to the residual, each on the stamp that it has."""
@@ -650,6 +662,8 @@ def _fit_in_groups(
             break
     engine.sweep(0, errors=True)
     correlations = correlate(engine.variances, engine.members, engine.offsets)
+    if config.average_kinds:
+        engine.average()
     engine.admit_misfit()
     return _finish(engine, correlations, converged)
 

@@ -475,10 +475,11 @@ def note_fluxes(sources, members, out):
 
 @kernel
 def add_doubt(sources, members, losses, chosen, noted):
-    """Add the variance of the fluxes of a group between the kinds that one of its members might be.
+    """Add what the fluxes of a group would change if one of its members were of another kind: its square, and its mean.
 
     losses (N_KINDS,): penalised loss of each kind, NaN where it was not tried; noted (N_KINDS, G, B): the fluxes then.
     A kind is as likely as the exponential of its loss is small (the Laplace approximation, the penalties as priors).
+    The mean is over points and exponentials only: bright sources are not at rest yet when richer kinds are compared.
     """
     total = 0.0
     for j in range(len(losses)):
@@ -490,7 +491,10 @@ def add_doubt(sources, members, losses, chosen, noted):
         share = np.exp(min(losses[chosen] - losses[j], 0.0)) / total
         for k in range(len(members)):
             for b in range(noted.shape[2]):
-                sources.doubt[members[k], b] += share * (noted[j, k, b] - noted[chosen, k, b]) ** 2
+                change = noted[j, k, b] - noted[chosen, k, b]
+                sources.doubt[members[k], b] += share * change * change
+                if max(j, chosen) <= EXPONENTIAL:
+                    sources.lean[members[k], b] += share * change
 
 
 @kernel
@@ -776,7 +780,7 @@ def visit_group(
         for i in range(len(members)):
             if not errors and may_choose(candidates, members[i : i + 1]):
                 for b in range(n_bands):
-                    sources.doubt[members[i], b] = 0.0
+                    sources.doubt[members[i], b] = sources.lean[members[i], b] = 0.0
         negative = False
         loss, steps = 0.0, 0
         # First all members as they are, then one after the other as something else.

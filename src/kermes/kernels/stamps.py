@@ -64,7 +64,10 @@ class Sources(NamedTuple):
     """Fall of the penalised loss from each kind of model to the chosen one, shape (S, N_KINDS); NaN where not tried."""
 
     doubt: np.ndarray
-    """Variance of the total fluxes between the kinds that the members of its group might be, shape (S, B)."""
+    """Mean square of what its total flux would change if members of its group were of other kinds, shape (S, B)."""
+
+    lean: np.ndarray
+    """Mean of that change, of points that might be galaxies and galaxies that might be points, shape (S, B)."""
 
 
 @kernel
