@@ -441,10 +441,14 @@ class _Engine:
 
     def average(self) -> None:
         """Give sources the mean flux of the kinds that they might be."""
+        fluxes = self.sources.fluxes
         rows = np.flatnonzero(self.sources.lean.any(axis=1))
-        self.draw(rows, 1.0)
-        self.sources.fluxes[rows, 0] += self.sources.lean[rows]
+        before = fluxes[rows]
+        # Only the change is drawn.
+        fluxes[rows] = 0.0
+        fluxes[rows, 0] = self.sources.lean[rows]
         self.draw(rows, -1.0)
+        fluxes[rows] += before
 
     def draw(self, rows: IndexArray, factor: float) -> None:
         """Add some sources, times a factor, to the residual, each on the stamp that it has."""
