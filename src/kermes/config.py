@@ -299,15 +299,15 @@ class ProfileConfig:
     extended_penalty: float = 1.5
     """How much half the chi2, priors included, must fall for a source not to be a point."""
 
-    average_kinds: bool = True
-    """Whether a source that may be a point or a galaxy gets the mean flux of both, as likely as each is. Its shape is
-    that of the likelier one."""
-
     sersic_penalty: float = 2.0
     """The same for a free Sersic index."""
 
     double_penalty: float = 12.0
     """The same for a disc with a bulge."""
+
+    average_kinds: bool = True
+    """Whether a source that may be a point or a galaxy gets the mean flux of both, as likely as each is. Its shape is
+    that of the likelier one."""
 
     bright_snr: float = 300.0
     """Sources above this signal-to-noise are fitted first."""
