@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from itertools import pairwise
+from statistics import median
 from threading import Lock
 from typing import Any
 
@@ -19,13 +21,12 @@ from scipy.spatial import KDTree
 
 from kermes.config import ProfileConfig
 from kermes.geometry import Box
+from kermes.kernels import correlations, residuals
 from kermes.kernels import profile_fitting as kernels
-from kermes.kernels import residuals
 from kermes.kernels import stamps as stamp_kernels
 from kermes.kernels.normal_equations import Variances
 from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, N_KINDS, N_SHAPE, POINT, SERSIC, Modes, Sources
 from kermes.point_fitting import PointFit, PointSettings, fit_points
-from kermes.profiles import frequencies_of
 from kermes.scene import ProfileComponent, Scene, Source, kernel_table
 
 DoubleArray = NDArray[np.float64]
@@ -91,11 +92,20 @@ class ModeBank:
     norms: DoubleArray = field(init=False)
     """Root of the sum of squares of each PSF, shape (B,)."""
 
+    sigmas: DoubleArray = field(init=False)
+    """Width of the Gaussian that has the same effective area as each PSF [pixels], shape (B,); 0 without a PSF."""
+
+    width: float = field(init=False)
+    """Median of them over the bands that have a PSF; 0 if none has."""
+
     _single: FloatArray = field(init=False)
     _lock: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self) -> None:
         self.norms = np.sqrt(np.square(self.psfs).sum(axis=(1, 2)))
+        widths = [1 / (2 * np.sqrt(np.pi) * norm) if norm > 0 else 0.0 for norm in self.norms.tolist()]
+        self.sigmas = np.array(widths)
+        self.width = median([width for width in widths if width > 0] or [0.0])
         self._single = self.psfs.astype(np.float32)
         self.modes = Modes(
             sets=np.full((len(SIDES), len(THRESHOLDS)), -1, dtype=np.int64),
@@ -120,8 +130,8 @@ class ModeBank:
     def _add(self, k: int, level: int) -> None:
         side, n_bands = int(SIDES[k]), len(self.psfs)
         lengths = np.empty(side, dtype=np.int64)
-        psf = np.empty((n_bands, 2, side * (side // 2 + 1)), dtype=np.float32)
-        n = stamp_kernels.transform_modes(self._single, side, THRESHOLDS[level], lengths, psf)
+        frequencies, psf = np.split(np.empty((2 + 2 * n_bands, side * (side // 2 + 1)), dtype=np.float32), [2])
+        n = stamp_kernels.transform_modes(self._single, side, THRESHOLDS[level], lengths, frequencies, psf)
         old = self.modes
         sets = old.sets.copy()
         sets[k, level] = len(old.offsets) - 1
@@ -131,8 +141,8 @@ class ModeBank:
             offsets=np.append(old.offsets, old.offsets[-1] + n),
             lengths=np.concatenate([old.lengths, lengths]),
             starts=np.append(old.starts, old.starts[-1] + side),
-            frequencies=np.concatenate([old.frequencies, frequencies_of(lengths).ravel()]),
-            psf=np.concatenate([old.psf, psf[:, :, :n].ravel()]),
+            frequencies=np.concatenate([old.frequencies, frequencies[:, :n].ravel()]),
+            psf=np.concatenate([old.psf, psf[:, :n].ravel()]),
         )
 
 
@@ -180,7 +190,7 @@ class ProfileFit:
 
 @lru_cache(maxsize=8)
 def _prior(config: ProfileConfig) -> DoubleArray:
-    """Mean, inverse variance and limits of the parameters of a shape at the position 0, shape (4, N_SHAPE)."""
+    """Inverse variance, mean and limits of the parameters of a shape at the position 0, shape (4, N_SHAPE)."""
     ln_radius = np.log(config.radius)
     mean = [0.0, 0.0, ln_radius, 0.0, 0.0, 0.0, ln_radius - np.log(2.0), 0.0, 0.0, np.log(config.bulge_index)]
     shape_widths = [config.radius_width, config.shear_width, config.shear_width, config.index_width]
@@ -189,15 +199,14 @@ def _prior(config: ProfileConfig) -> DoubleArray:
     box, least = config.center_box, np.log(LEAST_RADIUS)
     low = [least, -MOST_SHEAR, -MOST_SHEAR, np.log(0.5)]
     high = [np.inf, MOST_SHEAR, MOST_SHEAR, np.log(6.0)]
-    return np.array([mean, weight, [-box, -box, *low, *low], [box, box, *high, *high]])
+    return np.array([weight, mean, [-box, -box, *low, *low], [box, box, *high, *high]])
 
 
 def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sources:
     """Exponential sources without light, at the prior mean."""
     n = len(peaks)
-    shapes, weight, low, high = (np.tile(row, (n, 1)) for row in _prior(config))
-    for positions in (shapes, low, high):
-        positions[:, :2] += peaks
+    weight, shapes, low, high = block = np.repeat(_prior(config)[:, None], n, axis=1)
+    block[1:, :, :2] += peaks
     return Sources(
         kinds=np.full(n, EXPONENTIAL),
         shapes=shapes,
@@ -244,35 +253,22 @@ def correlate(variances: Variances, members: IndexArray, offsets: IndexArray) ->
     members, offsets : ndarray, shape (S,), (G + 1,)
         Groups; see `group_sources`.
     """
-    strongest = np.where(np.isnan(variances.flux), np.nan, 0.0)
-    neighbor = np.full(strongest.shape, -1, dtype=np.int64)
-    condition = np.where(np.isnan(strongest).all(axis=1), np.nan, 1.0)
-    sizes = np.diff(offsets)
-    for size in np.unique(sizes[sizes > 1]).tolist():
-        # All groups of one size at once: (G, size, size, B).
-        groups = members[offsets[:-1][sizes == size][:, None] + np.arange(size)]
-        covariance = variances.cross[groups][:, :, :size]
-        own = np.sqrt(np.einsum("giib->gib", covariance))
-        scale = own[:, :, None] * own[:, None]
-        correlation = np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
-        itself = np.eye(size, dtype=bool)[None, :, :, None]
-        matrices = np.moveaxis(np.where(itself, 1.0, correlation), 3, 1)
-        values = np.linalg.eigvalsh(matrices)
-        with np.errstate(divide="ignore"):
-            worst = np.where(values[..., 0] > 0, values[..., -1] / values[..., 0], np.inf).max(axis=1)
-        condition[groups] = np.where(np.isnan(condition[groups]), np.nan, worst[:, None])
-        others = np.where(itself, 0.0, correlation)
-        place = np.abs(others).argmax(axis=2)
-        largest = np.take_along_axis(others, place[:, :, None], axis=2)[:, :, 0]
-        strongest[groups] = np.where(np.isnan(strongest[groups]), np.nan, largest)
-        neighbor[groups] = np.where(largest != 0, groups[np.arange(len(groups))[:, None, None], place], -1)
+    strongest, neighbor = np.empty(variances.flux.shape), np.empty(variances.flux.shape, dtype=np.int64)
+    condition = np.empty(len(strongest))
+    correlations.correlate_groups(variances, members, offsets, strongest, neighbor, condition)
     return Correlations(strongest=strongest, neighbor=neighbor, condition=condition)
 
 
 @lru_cache(maxsize=FEW)
 def _all_pairs(n: int) -> IndexArray:
-    """Pairs of n numbers, the smaller first, shape (n (n - 1) / 2, 2)."""
+    """Pairs of n numbers, the smaller first, ascending, shape (n (n - 1) / 2, 2)."""
     return np.stack(np.triu_indices(n, 1), axis=1)
+
+
+def _close_pairs(positions: DoubleArray, link: float) -> IndexArray:
+    """Those of the pairs whose positions are not farther apart, in the same order."""
+    pairs = KDTree(positions).query_pairs(link, output_type="ndarray")
+    return np.asarray(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))])
 
 
 def group_sources(
@@ -309,24 +305,24 @@ def group_sources(
             i = owner[i]
         return i
 
-    pairs = _all_pairs(n) if n <= FEW else KDTree(positions).query_pairs(link, output_type="ndarray")
-    distance = np.hypot(*(positions[pairs[:, 0]] - positions[pairs[:, 1]]).T)
+    pairs = _all_pairs(n) if n <= FEW else _close_pairs(positions, link)
+    first, second = pairs.T
+    distance = np.hypot(*(positions[first] - positions[second]).T)
     if brightness is not None:
-        faint, bright = np.sort(brightness[pairs], axis=1).T
-        distance = np.where(bright > ratio * faint, np.inf, distance)
-    # The same order for equal distances, whatever that of the tree is.
-    order = np.lexsort((pairs[:, 1], pairs[:, 0], distance))
-    for i, j in pairs[order[: np.count_nonzero(distance < link)]].tolist():
+        one, other = brightness[first], brightness[second]
+        distance[np.maximum(one, other) > ratio * np.minimum(one, other)] = np.inf
+    close = np.flatnonzero(distance < link)
+    for i, j in pairs[close[np.argsort(distance[close], kind="stable")]].tolist():
         a, b = find(i), find(j)
         if a != b and size[a] + size[b] <= largest:
             a, b = min(a, b), max(a, b)
             owner[b] = a
             size[a] += size[b]
-    roots = np.array([find(i) for i in range(n)], dtype=np.int64)
-    members = np.argsort(roots, kind="stable")
-    sorted_roots = roots[members]
-    starts = np.flatnonzero(sorted_roots != np.append(-1, sorted_roots[:-1]))
-    return members.astype(np.int64), np.append(starts, n).astype(np.int64)
+    groups: dict[int, list[int]] = {}
+    for i in range(n):
+        groups.setdefault(find(i), []).append(i)
+    members = np.array([i for group in groups.values() for i in group], dtype=np.int64)
+    return members, np.cumsum([0, *map(len, groups.values())], dtype=np.int64)
 
 
 class _Engine:
@@ -356,49 +352,43 @@ class _Engine:
         total = weights.sum(axis=(1, 2), dtype=np.float64)
         n_valid = np.array([np.count_nonzero(plane) for plane in weights])
         self.noise = np.sqrt(np.divide(n_valid, total, out=np.zeros(len(total)), where=total > 0))
-        self.psf_norm = bank.norms
-        # The width of a Gaussian that has the same effective area.
-        self.psf_sigmas = np.array([1 / (2 * np.sqrt(np.pi) * norm) if norm > 0 else 0.0 for norm in self.psf_norm])
         self.penalties = np.array([0.0, config.extended_penalty, config.sersic_penalty, config.double_penalty])
         n_bands = len(images)
         self.variances = _unknown_variances(len(peaks), n_bands, config.largest_group)
         self.steps = 0
         self.snr = np.zeros(len(peaks))
-        self.members, self.offsets = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
-        self.settled = self.lonely = np.zeros(0, dtype=bool)
+        self.groups: list[tuple[int, ...]] = []
+        self.settled = np.zeros(0, dtype=bool)
         self.regroup(None)
 
     def regroup(self, brightness: DoubleArray | None) -> None:
         config = self.config
-        sizes, owner = np.diff(self.offsets), np.full(len(self.snr), -1)
-        owner[self.members] = np.repeat(np.arange(len(sizes)), sizes)
-        self.members, self.offsets = group_sources(
+        members, self.offsets = group_sources(
             self.sources.shapes[:, :2], brightness, config.link, config.largest_group, config.brightness_ratio
         )
+        # Groups that have the members that they had are as settled as they were.
+        was_settled = dict(zip(self.groups, self.settled.tolist(), strict=True))
+        listed = members.tolist()
+        self.groups = [tuple(listed[first:last]) for first, last in pairwise(self.offsets.tolist())]
+        self.settled = np.array([was_settled.get(group, False) for group in self.groups])
+        self.lonely = np.zeros(len(self.groups), dtype=bool)
         # In whatever order sources are listed, the faintest of a group chooses its kind first, before a richer profile
         # of a bright neighbour takes up its light.
-        group = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
-        self.members = self.members[np.lexsort((self.snr[self.members], group))]
-        # Groups that have the members that they had are as settled as they were.
-        first, last = (side.reduceat(owner[self.members], self.offsets[:-1]) for side in (np.minimum, np.maximum))
-        same = (first == last) & (first >= 0)
-        same[same] = np.diff(self.offsets)[same] == sizes[first[same]]
-        settled = np.zeros(len(same), dtype=bool)
-        settled[same] = self.settled[first[same]]
-        self.settled, self.lonely = settled, np.zeros(len(same), dtype=bool)
+        group = np.repeat(np.arange(len(self.groups)), [len(own) for own in self.groups])
+        self.members = members[np.lexsort((self.snr[members], group))]
 
     def update(self) -> None:
         """Estimate signal-to-noise, and from it how large sources may be; what is larger is drawn anew."""
-        residuals.signal_to_noise(self.sources, self.noise, self.psf_norm, self.snr)
+        residuals.signal_to_noise(self.sources, self.noise, self.bank.norms, self.snr)
         config = self.config
         if config.largest_radius > 0:
-            cap = np.log(config.largest_radius * np.maximum(self.snr / 10, 0.8) ** 0.3)
-            cap[: len(self.small)][self.small] = np.log(config.largest_radius)
-            shapes = self.sources.shapes
-            self.sources.high[:, 2] = self.sources.high[:, 6] = cap
-            too_large = np.flatnonzero((shapes[:, 2] > cap) | (shapes[:, 6] > cap))
-            if not len(too_large):
+            small = np.zeros(len(self.snr), dtype=bool)
+            small[: len(self.small)] = self.small
+            above = np.empty(len(self.snr), dtype=bool)
+            if not residuals.limit_radii(self.sources, self.snr, small, config.largest_radius, above):
                 return
+            too_large = np.flatnonzero(above)
+            shapes, cap = self.sources.shapes, self.sources.high[:, 2].copy()
             self.settled[np.logical_or.reduceat(np.isin(self.members, too_large), self.offsets[:-1])] = False
             self.draw(too_large, 1.0)
             for part, p in enumerate((2, 6)):
@@ -410,7 +400,7 @@ class _Engine:
     def distrust_wings(self) -> None:
         """Lower the signal-to-noise of what does not stand out: at first, sources on bright wings take their light."""
         contrast = np.empty(len(self.snr))
-        residuals.contrast(self.images, self.weights, self.sources.shapes, self.psf_sigmas, contrast)
+        residuals.contrast(self.images, self.weights, self.sources.shapes, self.bank.sigmas, contrast)
         np.minimum(self.snr, CONTRAST * contrast, out=self.snr)
 
     def soften(self) -> None:
@@ -428,9 +418,7 @@ class _Engine:
     def admit_misfit(self) -> None:
         """Scale the variances by the chi2 of the core of each source where that is above one, and add the doubt."""
         extended = self.sources.kinds != POINT
-        radii = np.median(self.psf_sigmas[self.psf_sigmas > 0]) * 2 + np.where(
-            extended, np.exp(self.sources.shapes[:, 2]), 0.0
-        )
+        radii = 2 * self.bank.width + np.where(extended, np.exp(self.sources.shapes[:, 2]), 0.0)
         chi2 = np.empty(len(radii))
         residuals.core_chi2(self.residual, self.weights, self.sources, radii, chi2)
         scale = np.maximum(chi2, 1.0)[:, None]
@@ -468,7 +456,7 @@ class _Engine:
         config = self.config
         left, seen = (np.empty(self.residual.shape[1:], dtype=np.float32) for _ in range(2))
         residuals.significance(
-            self.images, self.residual, self.weights, self.psf_sigmas, config.residual_snr, left, seen
+            self.images, self.residual, self.weights, self.bank.sigmas, config.residual_snr, left, seen
         )
         limit = 4 * len(self.snr) + 10
         found, values = np.empty((limit, 2)), np.empty(limit)
@@ -690,11 +678,7 @@ def _is_crowded(weights: FloatArray, bank: ModeBank, n_sources: int, fewest: flo
     """Whether there are at least so many sources, and fewer pixels for each than so many areas of the PSF."""
     if n_sources < fewest:
         return False
-    norm = bank.norms
-    if not (norm > 0).any():
-        return False
-    # Effective area of the PSF, 4 pi sigma^2 for a Gaussian.
-    area = float(np.median(norm[norm > 0] ** -2.0))
+    area = 4 * np.pi * bank.width**2
     return bool(np.count_nonzero(weights.max(axis=0) > 0) < areas * area * n_sources)
 
 

@@ -24,6 +24,21 @@ def signal_to_noise(sources, noise, psf_norm, out):
 
 
 @kernel
+def limit_radii(sources, snr, small, largest, above):
+    """Set how large sources may be: the brighter, the larger, `largest` at a signal-to-noise of 10 and if `small` (S,).
+
+    above (S,) takes which of them are larger than that. Returns whether any is.
+    """
+    found = False
+    for s in range(len(snr)):
+        cap = np.log(largest if small[s] else largest * max(snr[s] / 10, 0.8) ** 0.3)
+        sources.high[s, 2] = sources.high[s, 6] = cap
+        above[s] = sources.shapes[s, 2] > cap or sources.shapes[s, 6] > cap
+        found = found or above[s]
+    return found
+
+
+@kernel
 def contrast(images, weights, shapes, sigmas, out):
     """Signal-to-noise of a Gaussian like the PSF on a constant background at the centre of each source; out (S,)."""
     n_bands, height, width = images.shape

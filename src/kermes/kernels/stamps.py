@@ -302,12 +302,13 @@ def find_lonely(stamps, sides, out):
 
 
 @kernel
-def transform_modes(psfs, side, threshold, lengths, psf):
+def transform_modes(psfs, side, threshold, lengths, frequencies, psf):
     """List the modes of a stamp up to the last one in each row where some PSF is stronger than a threshold.
 
-    psfs (B, P, Q), odd sides; lengths (side,) takes the number of modes of each row, psf (B, 2, side * (side // 2 + 1))
-    their transforms, from the front. The modes at the Nyquist frequency, whose phase is not defined, are left out.
-    Returns the number of modes.
+    psfs (B, P, Q), odd sides; lengths (side,) takes the number of modes of each row, frequencies (2, M) those along y
+    and x [radians per pixel] and psf (2 B, M) the real and the imaginary part of the transforms of the first band, of
+    the second and so on; M is side * (side // 2 + 1), of which the first are filled. The modes at the Nyquist
+    frequency, whose phase is not defined, are left out. Returns the number of modes.
     """
     n_bands, p, q = psfs.shape
     half = side // 2 + 1
@@ -336,9 +337,11 @@ def transform_modes(psfs, side, threshold, lengths, psf):
                 value = transformed[b, i, j]
                 if value.real * value.real + value.imag * value.imag > threshold * threshold:
                     lengths[i] = j + 1
-        for b in range(n_bands):
-            for j in range(lengths[i]):
-                psf[b, 0, n + j] = transformed[b, i, j].real
-                psf[b, 1, n + j] = transformed[b, i, j].imag
+        for j in range(lengths[i]):
+            frequencies[0, n + j] = 2 * np.pi * (i if 2 * i < side else i - side) / side
+            frequencies[1, n + j] = 2 * np.pi * j / side
+            for b in range(n_bands):
+                psf[2 * b, n + j] = transformed[b, i, j].real
+                psf[2 * b + 1, n + j] = transformed[b, i, j].imag
         n += lengths[i]
     return n
