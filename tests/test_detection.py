@@ -88,7 +88,7 @@ def test_sigma_rises_with_the_signal(n_bands):
 def filtered(arrays, filters, units, side, min_coverage=(1e-3, 1e-3)):
     """Significance (K, H, W) from filter_block, as much in a block as goes."""
     b_total, height, width = arrays[0].shape
-    transforms, power = kernels.transform_filters(filters, side)
+    transforms, cumulative = kernels.transform_filters(filters, side)
     block = side + 1 - max(filters.shape[2:])
     out = np.full((filters.shape[1], height, width), np.nan, dtype=np.float32)
     root, _ = _equivalent_sigma(1)
@@ -97,18 +97,23 @@ def filtered(arrays, filters, units, side, min_coverage=(1e-3, 1e-3)):
         for x in range(0, width, block):
             shape = min(block, height - y), min(block, width - x)
             values = kernels.filter_block(
-                *arrays, transforms, power, filters.shape[2:], *more, (y, x), shape, root[1], _sigma_tables(b_total)
+                *arrays, transforms, cumulative, *more, (y, x), shape, root[1], _sigma_tables(b_total)
             )
             out[:, y : y + shape[0], x : x + shape[1]] = values
     return out
 
 
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("side", [9, 12, 64], ids=["many blocks", "some blocks", "one block"])
-def test_filters_are_sums_over_the_pixels_around(side):
+def test_filters_are_sums_over_the_pixels_around(side, even):
     rng = np.random.default_rng(4)
+    units = np.array([1.0, 0.7])
     images, variance = rng.normal(size=(2, 13, 17)), rng.uniform(0.5, 2, size=(2, 13, 17))
     valid, filters = rng.uniform(size=images.shape) > 0.2, rng.uniform(0, 1, size=(2, 2, 5, 7))
     filters[:, 1] -= filters[:, 1].mean(axis=(1, 2), keepdims=True)
+    if even:
+        # Every pixel as noisy as the others: what depends on weights alone follows without a transform.
+        variance, valid = np.broadcast_to(units[:, None, None], images.shape), np.ones_like(valid)
     weight = np.where(valid, 1 / variance, 0)
     chi2, contrast, n_bands = np.zeros((3, 13, 17))
     for b in range(2):
@@ -124,7 +129,7 @@ def test_filters_are_sums_over_the_pixels_around(side):
         chi2 += np.maximum(signal, 0) ** 2 / information
         contrast += np.maximum(response, 0) ** 2 / around(weight[b], second**2)
     arrays = images.astype(np.float32), variance.astype(np.float32), valid
-    got = filtered(arrays, filters, np.array([1.0, 0.7]), side)
+    got = filtered(arrays, filters, units, side)
     for plane, total in zip(got, (chi2, contrast), strict=True):
         # Straight lines between the entries of the table, 0.01 apart, and transforms in float32.
         expected = np.choose(n_bands.astype(int), [np.interp(np.sqrt(total), *_equivalent_sigma(n)) for n in (1, 1, 2)])

@@ -316,5 +316,5 @@ def test_a_stamp_is_added_to_the_pixels_that_it_shares(y0, x0, height, width):
 @pytest.mark.nojit
 def test_only_what_is_rounding_is_cleared():
     plane = np.array([[-1.0, 2e-6, 9e-7], [0.5, -9e-7, -2e-6]], dtype=np.float32)
-    clear_rounding(plane)
+    clear_rounding(plane, np.full(3, 9.0, dtype=np.float32))
     np.testing.assert_array_equal(plane, np.float32([[-1.0, 2e-6, 0], [0.5, 0, -2e-6]]))

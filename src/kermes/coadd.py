@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -778,6 +779,12 @@ class Blend:
 
     peaks: NDArray[np.int64]
     """Peaks (K, 2) of the sources, array index (y, x) of the cut-out."""
+
+    @property
+    def typical_noise(self) -> float:
+        """Median of the noise of the bands that have weight [unit]; NaN if none has."""
+        known = [rms for rms in self.noise_rms.tolist() if rms == rms]
+        return float(np.float32(median(known))) if known else np.nan
 
 
 def psf_of_box(coadd: Coadd, box: Box) -> NDArray[np.float64]:

@@ -105,11 +105,13 @@ class _Filters:
     transforms: NDArray[np.complex64]
     """Filters and their squares, shape (B, 2 K, side, side // 2 + 1)."""
 
-    power: FloatArray
-    """Sum of the squares of each filter, shape (B, K)."""
+    cumulative: FloatArray
+    """Sums over the first rows and columns of the same (P, Q), shape (B, 2 K, P + 1, Q + 1)."""
 
-    size: tuple[int, int]
-    """Height and width of the filters; the blocks are at most side + 1 - max(size) wide."""
+    @property
+    def block(self) -> int:
+        """The longest side of a block."""
+        return int(self.transforms.shape[2] + 2 - max(self.cumulative.shape[2:]))
 
 
 def _checked_workers(workers: int) -> int:
@@ -120,7 +122,8 @@ def _checked_workers(workers: int) -> int:
 
 @lru_cache(maxsize=2)
 def _cached_filters(psfs: bytes, shape: tuple[int, ...], with_contrast: bool, longest: int, cell: int) -> _Filters:
-    stamps = np.pad(np.frombuffer(psfs).reshape(shape), ((0, 0), (1, 1), (1, 1)))  # a PSF of one pixel has surroundings
+    stamps = np.zeros((shape[0], shape[1] + 2, shape[2] + 2))  # a PSF of one pixel has surroundings
+    stamps[:, 1:-1, 1:-1] = np.frombuffer(psfs).reshape(shape)
     core = _core(stamps)
     filters = core[:, None]
     if with_contrast:
@@ -131,10 +134,10 @@ def _cached_filters(psfs: bytes, shape: tuple[int, ...], with_contrast: bool, lo
         filters = np.stack([np.pad(core, margin), [_contrast_kernel(psf) for psf in stamps]], axis=1)
     reach = max(filters.shape[2:]) - 1
     side = cell + reach if cell else min(max(256, 4 * reach), longest + reach)
-    transforms, power = kernels.transform_filters(
+    transforms, cumulative = kernels.transform_filters(
         np.ascontiguousarray(filters), scipy.fft.next_fast_len(side, real=True)
     )
-    return _Filters(core, transforms, power, filters.shape[2:])
+    return _Filters(core, transforms, cumulative)
 
 
 def _filters(psfs: FloatArray, with_contrast: bool, longest: int, cell: int = 0) -> _Filters:
@@ -215,7 +218,7 @@ def _filtered(coadd: Coadd, with_contrast: bool, workers: int = 1) -> list[NDArr
     lock = Lock()  # a PSF field need not be safe to be called from several threads
 
     everywhere = None if varies else _filters(np.asarray(coadd.psfs), with_contrast, max(coadd.shape))
-    block = _CELL if everywhere is None else everywhere.transforms.shape[2] + 1 - max(everywhere.size)
+    block = _CELL if everywhere is None else everywhere.block
 
     def run(piece: Box) -> None:
         if everywhere is None:
@@ -224,12 +227,11 @@ def _filtered(coadd: Coadd, with_contrast: bool, workers: int = 1) -> list[NDArr
             filters = _filters(psfs, with_contrast, max(coadd.shape), _CELL)
         else:
             filters = everywhere
-        here = np.where(filters.power[:, 0] > 0, units, 0.0)
+        here = np.where(filters.cumulative[:, 1, -1, -1] > 0, units, 0.0)
         found = kernels.filter_block(
             *arrays,
             filters.transforms,
-            filters.power,
-            filters.size,
+            filters.cumulative,
             here,
             np.array([_MIN_COVERAGE, _MIN_CONTRAST_COVERAGE]),
             (piece.y0, piece.x0),

@@ -132,7 +132,7 @@ def with_free_form(
     rows = _promising(scene, residual, snr, blend, config)
     if not len(rows):
         return scene
-    residual, unit = residual.copy(), np.float32(np.nanmedian(blend.noise_rms))
+    residual, unit = residual.copy(), np.float32(blend.typical_noise)
     noise = np.nan_to_num(blend.noise_rms / unit, nan=np.inf).astype(np.float32)
     sources = list(scene.sources)
     for s, reach in zip(rows.tolist(), _reach(blend, kernels, rows).tolist(), strict=True):
@@ -193,12 +193,15 @@ def _promising(
     The brightest first.
     """
     rows = []
-    for s in np.argsort(-np.nan_to_num(snr), kind="stable").tolist():
+    order = np.argsort(-np.nan_to_num(snr), kind="stable")
+    for s in order[snr[order] >= min(config.point_snr, config.min_snr)].tolist():
         profiles = [part for part in scene.sources[s].components if isinstance(part, ProfileComponent)]
         least = config.point_snr if all(profile.is_point for profile in profiles) else config.min_snr
         if profiles and snr[s] >= least:
             rows.append(s)
-    around, image = np.array([scene.sources[s].peak for s in rows]).reshape(-1, 2) - scene.box.origin, scene.box.shape
+    if not rows:
+        return np.zeros(0, dtype=np.int64)
+    around, image = np.array([scene.sources[s].peak for s in rows]) - scene.box.origin, scene.box.shape
     first, last = np.maximum(around - NEAR, 0), np.minimum(around + NEAR + 1, image)
     boxes = np.concatenate([first, np.maximum(last - first, 0)], axis=1)
     # Mean of chi2 near the peak; NaN where no pixel is used.
@@ -217,8 +220,7 @@ def _reach(blend: Blend, kernels: KernelSet, rows: IndexArray) -> IndexArray:
 
 def _image(profile: ProfileComponent) -> FloatArray:
     """Draw a profile of flux one in the model frame on its box, zero where it is negative."""
-    one: FloatArray = replace(profile, spectrum=np.ones(1, dtype=np.float32)).evaluate()[0]
-    return np.maximum(one, 0)
+    return np.maximum(profile.image(), 0)
 
 
 def _floors(spectra: FloatArray, faintest: FloatArray) -> FloatArray:

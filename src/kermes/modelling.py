@@ -178,12 +178,8 @@ def fit_blend(plan: TilePlan, task: BlendTask, earlier: Iterable[BlendOutcome] =
     start = time.perf_counter()
     cut = cut_blend(plan.coadd, task.outer, plan.peaks[task.rows], usable_pixels(plan, task), task.psfs)
     _subtract(cut, task, earlier)
-    missing = np.isnan(cut.noise_rms)
-    if missing.all():
-        outcome = _without_model(task, cut)
-    else:
-        unit = float(np.median(cut.noise_rms[~missing]))
-        outcome = _climb_down(plan, task, cut, unit)
+    unit = cut.typical_noise
+    outcome = _without_model(task, cut) if np.isnan(unit) else _climb_down(plan, task, cut, unit)
     return replace(outcome, seconds=time.perf_counter() - start)
 
 
@@ -658,8 +654,9 @@ def _describe(
         "blendedness": metrics.blendedness,
     }
     of_bands: dict[str, ArrayLike] = {}
+    some_unknown = unknown.any()
     for name, values in per_band.items():
-        of_bands |= _by_band(name, np.where(unknown, np.nan, values), plan.coadd.bands)
+        of_bands |= _by_band(name, np.where(unknown, np.nan, values) if some_unknown else values, plan.coadd.bands)
     return BlendOutcome(
         task=task,
         scene=scene,

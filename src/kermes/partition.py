@@ -116,10 +116,10 @@ def _grown(covered: NDArray[np.bool_], radius: float) -> NDArray[np.bool_]:
     """Pixels that are not farther than a radius [pixels] from one that is covered, shape (H, W)."""
     height, width = covered.shape
     reach = int(radius)
-    before = np.zeros((height, width + 1), dtype=np.int32)
-    np.cumsum(covered, axis=1, out=before[:, 1:])
     # How many covered pixels there are to the left of each, as if the rows went on without any on both sides.
-    before = np.pad(before, ((0, 0), (reach, reach)), mode="edge")
+    before = np.zeros((height, width + 1 + 2 * reach), dtype=np.int32)
+    np.cumsum(covered, axis=1, out=before[:, reach + 1 : reach + 1 + width])
+    before[:, reach + 1 + width :] = before[:, reach + width, None]
     grown = np.zeros(covered.shape, dtype=bool)
     for dy in range(min(reach, height - 1) + 1):
         dx = int(np.sqrt(radius**2 - dy**2))

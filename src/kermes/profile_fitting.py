@@ -102,7 +102,7 @@ class ModeBank:
     _lock: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self) -> None:
-        self.norms = np.sqrt(np.square(self.psfs).sum(axis=(1, 2)))
+        self.norms = np.sqrt(np.einsum("byx,byx->b", self.psfs, self.psfs))
         widths = [1 / (2 * np.sqrt(np.pi) * norm) if norm > 0 else 0.0 for norm in self.norms.tolist()]
         self.sigmas = np.array(widths)
         self.width = median([width for width in widths if width > 0] or [0.0])
@@ -495,7 +495,7 @@ class _Engine:
 
     def loss(self) -> float:
         """Half the chi2 of what is left."""
-        return 0.5 * float(np.sum(self.residual * self.residual * self.weights, dtype=np.float64))
+        return 0.5 * float(residuals.total_chi2(self.residual, self.weights)[0])
 
     def candidates(self, skip: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
         """Which kinds each source may become, shape (S, N_KINDS)."""
@@ -615,8 +615,8 @@ def _load_kernels() -> None:
 
 def _chi2(residual: FloatArray, weights: FloatArray) -> float:
     """Mean of the squared residuals [sigma] of the valid pixels."""
-    total = np.einsum("bhw,bhw,bhw->", residual, residual, weights, dtype=np.float64)
-    return float(total) / max(int(np.count_nonzero(weights)), 1)
+    total, n_pixels = residuals.total_chi2(residual, weights)
+    return float(total / max(n_pixels, 1))
 
 
 def _fit_in_groups(
@@ -843,18 +843,16 @@ def scene_of_fit(fit: ProfileFit, peaks: IndexArray, box: Box, unit: float, sigm
     sigma : float
         Width of the PSF of the model frame [pixels].
     """
-    shapes, fluxes, kinds, stamps = fit.sources.shapes, fit.sources.fluxes, fit.sources.kinds, fit.sources.stamps
+    shapes, kinds = fit.sources.shapes, fit.sources.kinds.tolist()
+    centers, stamps = shapes[:, :2] + box.origin, (fit.sources.stamps[:, :3] + [0, box.y0, box.x0]).tolist()
+    of_sources = (fit.sources.fluxes * unit).astype(np.float32)
     sources = []
     found = np.floor(shapes[fit.n_listed :, :2] + 0.5).astype(np.int64)
     for s, (y, x) in enumerate(np.concatenate([peaks, found]).tolist()):
-        side = int(SIDES[stamps[s, 0]])
-        kind, shape = int(kinds[s]), shapes[s]
-        own: dict[str, Any] = {
-            "center": shape[:2] + np.array(box.origin),
-            "sigma": sigma,
-            "box": Box(int(stamps[s, 1]) + box.y0, int(stamps[s, 2]) + box.x0, side, side),
-        }
-        spectra = (fluxes[s] * unit).astype(np.float32)
+        k, top, left = stamps[s]
+        side = int(SIDES[k])
+        kind, shape, spectra = kinds[s], shapes[s], of_sources[s]
+        own: dict[str, Any] = {"center": centers[s], "sigma": sigma, "box": Box(top, left, side, side)}
         components = [
             ProfileComponent(
                 spectrum=spectra[0],

@@ -318,17 +318,16 @@ def continued(psfs: NDArray[np.float64], factor: int = 3) -> NDArray[np.float64]
     n_bands, height, width = psfs.shape
     reach = factor * (max(height, width) // 2)
     rings = _outer_rings(height, width, reach)
+    flat = psfs.reshape(n_bands, -1)
+    means = np.array([np.bincount(rings.ring, weights=psf, minlength=7)[1:] for psf in flat]) / rings.n_pixels
+    # Without a logarithm the slope is zero, which is too flat.
+    ln_means = np.log(means, out=np.zeros_like(means), where=(means > 0).all(axis=1, keepdims=True))
     spread = rings.ln_radius - rings.ln_radius.mean()
+    slopes = ln_means @ spread / max(spread @ spread, 1e-30)
     wings, total = np.zeros((n_bands, len(rings.ln_distance))), np.ones(n_bands)
-    for b, psf in enumerate(psfs):
-        means = np.bincount(rings.ring, weights=psf.ravel(), minlength=7)[1:] / rings.n_pixels
-        if (means <= 0).any():
-            continue
-        ln_means = np.log(means)
-        slope = float(spread @ ln_means / (spread @ spread))
-        if -7 < slope < -2.2:
-            wings[b] = np.exp(ln_means.mean() + slope * (rings.ln_distance - rings.ln_radius.mean()))
-            total[b] = psf.sum() + wings[b] @ rings.n_outside
+    for b in np.flatnonzero((slopes > -7) & (slopes < -2.2)).tolist():
+        wings[b] = np.exp(ln_means[b].mean() + slopes[b] * (rings.ln_distance - rings.ln_radius.mean()))
+        total[b] = flat[b].sum() + wings[b] @ rings.n_outside
     out = np.take(wings / total[:, None], rings.number, axis=1, mode="clip")
     rows, columns = (slice(reach - side // 2, reach + side // 2 + 1) for side in (height, width))
     out[:, rows, columns] = psfs / total[:, None, None]

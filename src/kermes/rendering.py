@@ -135,6 +135,14 @@ def pack(scene: Scene, n_bands: int) -> Packed:
 
 
 def _pack(components: Sequence[FactorizedComponent], sources: NDArray[np.int64], box: Box, n_bands: int) -> Packed:
+    if not components:
+        return Packed(
+            boxes=np.zeros((0, 4), dtype=np.int64),
+            offsets=np.zeros(1, dtype=np.int64),
+            morphologies=np.zeros(0, dtype=np.float32),
+            spectra=np.zeros((0, n_bands), dtype=np.float32),
+            sources=sources,
+        )
     boxes = box_table((component.box for component in components), box.origin)
     offsets = np.concatenate([[0], np.cumsum(boxes[:, 2] * boxes[:, 3])]).astype(np.int64)
     morphologies = np.concatenate([np.empty(0, np.float32), *(c.morphology.ravel() for c in components)])

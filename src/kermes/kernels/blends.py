@@ -2,7 +2,29 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import fast_kernel, kernel
+
+
+@fast_kernel
+def total_noise(variance, valid):
+    """Sum of the standard deviation over the valid pixels of a row, and their number."""
+    total, n_valid = 0.0, 0
+    for x in range(len(variance)):
+        total += np.float64(np.sqrt(variance[x])) if valid[x] else 0.0
+        n_valid += valid[x]
+    return total, n_valid
+
+
+@kernel
+def cut_row(image, variance, valid, usable, out, weights):
+    """Copy the used pixels of a row with their inverse variance, both zero elsewhere; returns whether there are any."""
+    used = False
+    for x in range(len(image)):
+        take = valid[x] and usable[x]
+        used = used or take
+        out[x] = image[x] if take else np.float32(0.0)
+        weights[x] = np.float32(1.0) / variance[x] if take else np.float32(0.0)
+    return used
 
 
 @kernel
@@ -16,13 +38,13 @@ def cut_pixels(images, variance, valid, usable, has_psf, out, weights, noise):
     for b in range(n_bands):
         total, n_valid, used = 0.0, 0, False
         for y in range(height):
-            for x in range(width):
-                out[b, y, x] = weights[b, y, x] = 0.0
-                if has_psf[b] and valid[b, y, x]:
-                    total += np.sqrt(variance[b, y, x])
-                    n_valid += 1
-                    if usable[y, x]:
-                        used = True
-                        out[b, y, x] = images[b, y, x]
-                        weights[b, y, x] = np.float32(1.0) / variance[b, y, x]
+            if not has_psf[b]:
+                for x in range(width):
+                    out[b, y, x] = weights[b, y, x] = 0.0
+                continue
+            part, n = total_noise(variance[b, y], valid[b, y])
+            total += part
+            n_valid += n
+            # Not the other way round: all rows are to be copied.
+            used = cut_row(images[b, y], variance[b, y], valid[b, y], usable[y], out[b, y], weights[b, y]) or used
         noise[b] = total / n_valid if used else np.nan

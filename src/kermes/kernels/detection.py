@@ -29,13 +29,14 @@ def fill_block(weight, noise, weighted, image, variance, valid, top, left, heigh
 
     The variance of the weights is without photon noise; `noise` is weight^2 variance / unit, which is the weight but
     for bright pixels. The block (height, width) begins at pixel (top, left), which may lie outside the image; all
-    planes are zero there, in pixels that are not valid and in the padding. Returns whether noise and weight differ.
+    planes are zero there, in pixels that are not valid and in the padding. Returns whether noise and weight differ, and
+    whether all pixels of the image in the block have the weight one.
     """
     h, w = image.shape
     weight[:] = 0.0
     noise[:] = 0.0
     weighted[:] = 0.0
-    differ = False
+    differ, even = False, True
     unit = np.float32(unit)
     scale = np.float32(1.0 / np.sqrt(np.float64(unit)))
     for y in range(max(top, 0), min(top + height, h)):
@@ -43,13 +44,34 @@ def fill_block(weight, noise, weighted, image, variance, valid, top, left, heigh
             if valid[y, x]:
                 quiet = quiet_variance(image[y, x], variance[y, x], unit)
                 value = unit / quiet
+                even = even and value == 1
                 weight[y - top, x - left] = value
                 noise[y - top, x - left] = value
                 weighted[y - top, x - left] = value * (image[y, x] * scale)
                 if quiet != variance[y, x]:
                     noise[y - top, x - left] = value * (variance[y, x] / quiet)
                     differ = True
-    return differ
+            else:
+                even = False
+    return differ, even
+
+
+@kernel
+def fill_even(plane, cumulative, image_shape, y0, x0, height, width):
+    """Correlate an image in which all pixels are one with a filter, of which `cumulative` (P + 1, Q + 1) has the sums.
+
+    plane (H, W) takes the block of (height, width) that begins at pixel (y0, x0): the sum of what lies in the image.
+    """
+    p, q = cumulative.shape[0] - 1, cumulative.shape[1] - 1
+    for y in range(height):
+        above = max(0, p // 2 - y0 - y)
+        below = max(above, min(p, image_shape[0] + p // 2 - y0 - y))
+        for x in range(width):
+            left = max(0, q // 2 - x0 - x)
+            right = max(left, min(q, image_shape[1] + q // 2 - x0 - x))
+            plane[y, x] = (
+                cumulative[below, right] - cumulative[above, right] - cumulative[below, left] + cumulative[above, left]
+            )
 
 
 @kernel
@@ -106,12 +128,12 @@ def as_sigma(out, chi2, n_bands, root_step, tables):
 def transform_filters(filters, side):
     """Transform filters (B, K, P, Q) and their squares to squares of `side`, for filter_block.
 
-    Returns (B, 2 K, side, side // 2 + 1) complex64, each filter followed by its square, and the sum of the squares
-    (B, K).
+    Returns (B, 2 K, side, side // 2 + 1) complex64, each filter followed by its square, and in the same order the sums
+    over the first rows and columns of each (B, 2 K, P + 1, Q + 1).
     """
     b_total, n_filters, p, q = filters.shape
+    cumulative = np.zeros((b_total, 2 * n_filters, p + 1, q + 1))
     out = np.empty((b_total, 2 * n_filters, side, side // 2 + 1), dtype=np.complex64)
-    total = np.empty((b_total, n_filters))
     plane = np.empty((side, side), dtype=np.float32)
     axes = np.arange(2)
     scale = 1.0 / (side * side)
@@ -119,24 +141,23 @@ def transform_filters(filters, side):
         for k in range(n_filters):
             plane[:] = 0.0
             for part in range(2):
-                power = 0.0
+                sums = cumulative[b, 2 * k + part]
                 for y in range(p):
                     for x in range(q):
                         value = np.float32(filters[b, k, y, x])
                         plane[y, x] = value if part == 0 else value * value
-                        power += plane[y, x]
+                        sums[y + 1, x + 1] = plane[y, x] + sums[y, x + 1] + sums[y + 1, x] - sums[y, x]
                 r2c(plane, out[b, 2 * k + part], axes, True, scale, 1)
-            total[b, k] = power
-    return out, total
+    return out, cumulative
 
 
 @kernel
 def filter_block(
-    images, variance, valid, filters_fft, power, size, units, min_coverage, corner, shape, root_step, tables
+    images, variance, valid, filters_fft, cumulative, units, min_coverage, corner, shape, root_step, tables
 ):
     """Correlate a block of every band with its filters, weighted by the inverse variance, and add up the bands.
 
-    images, variance, valid (B, H, W); filters_fft, power from transform_filters, of filters with `size` (P, Q), odd
+    images, variance, valid (B, H, W); filters_fft, cumulative from transform_filters, of filters (P, Q) with odd
     sides; units (B,) a typical variance, 0 for a band that is left out; corner, shape: the block, which lies in the
     image and is at most side + 1 - max(P, Q) wide. With w the inverse variance without photon noise (fill_block), zero
     where a pixel is not valid, and f a filter, the signal-to-noise is sum(w f I) / sqrt(sum(w^2 f^2 variance)); from
@@ -147,10 +168,10 @@ def filter_block(
     signal-to-noise, put through the `tables` of as_sigma. Transforms are in float32: errors are 1e-7 of the largest
     signal-to-noise in a block. Cost O(K B side^2 log side).
     """
-    p, q = size
+    p, q = cumulative.shape[2] - 1, cumulative.shape[3] - 1
     y0, x0 = corner
     h, w = shape
-    n_filters, side = power.shape[1], filters_fft.shape[2]
+    n_filters, side = cumulative.shape[1] // 2, filters_fft.shape[2]
     chi2 = np.zeros((h, w))
     contrast = np.zeros((h, w))
     n_bands = np.zeros((h, w), dtype=np.uint8)
@@ -167,8 +188,8 @@ def filter_block(
         if not units[b] > 0:
             continue
         for k in range(n_filters):
-            least[k] = min_coverage[k] * power[b, k]
-        differ = fill_block(
+            least[k] = min_coverage[k] * cumulative[b, 2 * k + 1, p, q]
+        differ, even = fill_block(
             weight,
             noise,
             weighted,
@@ -182,16 +203,21 @@ def filter_block(
             units[b],
         )
         r2c(weighted, transformed[0], axes, True, 1.0, 1)
-        r2c(noise, transformed[1], axes, True, 1.0, 1)
+        if not even:
+            r2c(noise, transformed[1], axes, True, 1.0, 1)
         if differ and n_filters == 2:
             r2c(weight, transformed[2], axes, True, 1.0, 1)
         for k in range(n_filters):
             # The signal, its information, and the sum of the filter over the weights.
             for part in range(n_filters + 1):
-                of_kernel = filters_fft[b, 2 * k + 1] if part == 1 else filters_fft[b, 2 * k]
+                which = 2 * k + 1 if part == 1 else 2 * k
+                out_of = planes[4 + k if part == 2 else 2 * k + part]
+                if even and part > 0:
+                    fill_even(out_of, cumulative[b, which], images.shape[1:], y0, x0, h, w)
+                    continue
                 plane = part if part < 2 or differ else 1
-                multiply_conjugate_into(product, transformed[plane], of_kernel)
-                c2r(product, planes[4 + k if part == 2 else 2 * k + part], axes, False, 1.0, 1)
+                multiply_conjugate_into(product, transformed[plane], filters_fft[b, which])
+                c2r(product, out_of, axes, False, 1.0, 1)
         add_significance(chi2, n_bands, planes[0], planes[1], least[0])
         if n_filters == 2:
             add_contrast(contrast, planes, least)

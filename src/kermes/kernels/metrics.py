@@ -2,7 +2,39 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import fast_kernel, kernel
+
+
+@kernel
+def add_values(row, model):
+    """Add a model to a row."""
+    for x in range(len(row)):
+        row[x] += model[x]
+
+
+@kernel
+def mark_positive(inside, model):
+    """Mark the pixels of a row where a model is positive."""
+    for x in range(len(inside)):
+        inside[x] = inside[x] or model[x] > 0
+
+
+@fast_kernel
+def compare_row(model, total, inside, largest):
+    """Sums over a row of A - m inside, of m, m m and A m; largest takes the largest A - m inside so far, by pixel.
+
+    One maximum for all pixels would keep the loop from being vectorised.
+    """
+    others, flux, self_product, product = 0.0, 0.0, 0.0, 0.0
+    for x in range(len(model)):
+        m, a = np.float64(model[x]), np.float64(total[x])
+        rest = a - m if inside[x] else 0.0
+        largest[x] = max(largest[x], rest)
+        others += rest
+        flux += m
+        self_product += m * m
+        product += a * m
+    return others, flux, self_product, product
 
 
 @kernel
@@ -20,37 +52,63 @@ def blend_metrics(models, boxes, offsets, shape):
         y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         for b in range(n_bands):
             for y in range(height):
-                for x in range(width):
-                    total[b, y0 + y, x0 + x] += models[b, offsets[s] + y * width + x]
+                start = offsets[s] + y * width
+                add_values(total[b, y0 + y, x0 : x0 + width], models[b, start : start + width])
     top = np.empty((len(boxes), n_bands))
     rest = np.empty((len(boxes), n_bands))
     share = np.empty((len(boxes), n_bands))
     blendedness = np.empty((len(boxes), n_bands))
+    largest = np.empty(w)
+    inside = np.empty(h * w, dtype=np.bool_)
     for s in range(len(boxes)):
         y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
-        inside = np.zeros((height, width), dtype=np.uint8)
+        here = inside[: height * width]
+        for i in range(height * width):
+            here[i] = False
         for b in range(n_bands):
-            for y in range(height):
-                for x in range(width):
-                    if models[b, offsets[s] + y * width + x] > 0:
-                        inside[y, x] = 1
+            mark_positive(here, models[b, offsets[s] : offsets[s + 1]])
         for b in range(n_bands):
-            largest, others, flux, self_product, product = 0.0, 0.0, 0.0, 0.0, 0.0
+            for x in range(width):
+                largest[x] = 0.0
+            others, flux, self_product, product = 0.0, 0.0, 0.0, 0.0
             for y in range(height):
-                for x in range(width):
-                    m = float(models[b, offsets[s] + y * width + x])
-                    a = float(total[b, y0 + y, x0 + x])
-                    flux += m
-                    self_product += m * m
-                    product += a * m
-                    if inside[y, x] > 0:
-                        largest = max(largest, a - m)
-                        others += a - m
-            top[s, b] = largest
+                start = offsets[s] + y * width
+                of_row = compare_row(
+                    models[b, start : start + width],
+                    total[b, y0 + y, x0 : x0 + width],
+                    here[y * width : (y + 1) * width],
+                    largest[:width],
+                )
+                others += of_row[0]
+                flux += of_row[1]
+                self_product += of_row[2]
+                product += of_row[3]
+            top[s, b] = 0.0
+            for x in range(width):
+                top[s, b] = max(top[s, b], largest[x])
             rest[s, b] = others
             share[s, b] = others / flux if flux > 0 else 0.0
             blendedness[s, b] = 1.0 - self_product / product if product > 0 else 0.0
     return top, rest, share, blendedness
+
+
+@fast_kernel
+def compare_observed_row(model, total, variance, valid, least, largest):
+    """Sums over the pixels of a row where m is above `least` sigma of A - m, m, m m / V and A m / V.
+
+    largest takes the largest (A - m)^2 / V there so far, pixel by pixel.
+    """
+    others, flux, self_product, product = 0.0, 0.0, 0.0, 0.0
+    for x in range(len(model)):
+        m, noise2 = np.float64(model[x]), np.float64(variance[x])
+        if m > 0 and valid[x] and m * m > least * least * noise2:
+            rest = max(np.float64(total[x]) - m, 0.0)
+            largest[x] = max(largest[x], rest * rest / noise2)
+            others += rest
+            flux += m
+            self_product += m * m / noise2
+            product += (rest + m) * m / noise2
+    return others, flux, self_product, product
 
 
 @kernel
@@ -68,26 +126,46 @@ def observed_metrics(total, variance, valid, models, boxes, offsets, least):
         np.zeros((len(boxes), n_bands)),
         np.zeros((len(boxes), n_bands)),
     )
+    row_of_largest = np.empty(total.shape[2])
     for s in range(len(boxes)):
         y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         for b in range(n_bands):
-            largest, others, flux, self_product, product = 0.0, 0.0, 0.0, 0.0, 0.0
+            for x in range(width):
+                row_of_largest[x] = 0.0
+            others, flux, self_product, product = 0.0, 0.0, 0.0, 0.0
             for y in range(height):
-                for x in range(width):
-                    m = float(models[b, offsets[s] + y * width + x])
-                    noise2 = float(variance[b, y0 + y, x0 + x])
-                    if m > 0 and valid[b, y0 + y, x0 + x] and m * m > least * least * noise2:
-                        rest = max(float(total[b, y0 + y, x0 + x]) - m, 0.0)
-                        largest = max(largest, rest * rest / noise2)
-                        others += rest
-                        flux += m
-                        self_product += m * m / noise2
-                        product += (rest + m) * m / noise2
+                start = offsets[s] + y * width
+                of_row = compare_observed_row(
+                    models[b, start : start + width],
+                    total[b, y0 + y, x0 : x0 + width],
+                    variance[b, y0 + y, x0 : x0 + width],
+                    valid[b, y0 + y, x0 : x0 + width],
+                    least,
+                    row_of_largest[:width],
+                )
+                others += of_row[0]
+                flux += of_row[1]
+                self_product += of_row[2]
+                product += of_row[3]
+            largest = 0.0
+            for x in range(width):
+                largest = max(largest, row_of_largest[x])
             if flux > 0:
                 top[s, b] = np.sqrt(largest)
                 share[s, b] = others / flux
                 blendedness[s, b] = 1.0 - self_product / product
     return top, share, blendedness
+
+
+@fast_kernel
+def weighted_squares(residual, weights):
+    """Sum of weight * residual^2 over a row, and the number of pixels with weight."""
+    total, count = 0.0, 0
+    for x in range(len(residual)):
+        used = weights[x] > 0
+        total += np.float64(weights[x] * residual[x] * residual[x]) if used else 0.0
+        count += used
+    return total, count
 
 
 @kernel
@@ -102,9 +180,8 @@ def mean_chi2(residual, weights, boxes):
         total, count = 0.0, 0
         for b in range(len(residual)):
             for y in range(y0, y0 + height):
-                for x in range(x0, x0 + width):
-                    if weights[b, y, x] > 0:
-                        total += weights[b, y, x] * residual[b, y, x] * residual[b, y, x]
-                        count += 1
+                part, used = weighted_squares(residual[b, y, x0 : x0 + width], weights[b, y, x0 : x0 + width])
+                total += part
+                count += used
         out[s] = total / count if count > 0 else np.nan
     return out

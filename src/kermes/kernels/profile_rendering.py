@@ -4,7 +4,7 @@ import numpy as np
 from rocket_fft import c2r
 
 from kermes.kernels.convolution import multiply_into
-from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
+from kermes.kernels.decorator import inlined_kernel, kernel
 from kermes.kernels.flux import add_scaled
 from kermes.kernels.profiles import (
     AS_EXPONENTIAL,
@@ -56,18 +56,33 @@ def make_complex(plane, out):
             out[y, x] = complex(plane[place], plane[place + 1])
 
 
-@fast_kernel
-def clear_rounding(plane):
-    """Set to zero what is below a millionth of the largest pixel: rounding of the transforms."""
-    top = np.float32(0.0)
+@kernel
+def raise_to(top, row):
+    """Raise each pixel of a row to the absolute value of another row."""
+    for x in range(len(top)):
+        top[x] = max(top[x], abs(row[x]))
+
+
+@kernel
+def clear_below(row, limit):
+    """Set to zero what is below a limit."""
+    for x in range(len(row)):
+        row[x] = row[x] if abs(row[x]) >= limit else np.float32(0.0)
+
+
+@kernel
+def clear_rounding(plane, top):
+    """Set to zero what is below a millionth of the largest pixel: rounding of the transforms; top is work space."""
+    # One maximum for all pixels would keep the loop from being vectorised.
+    for x in range(plane.shape[1]):
+        top[x] = 0.0
     for y in range(plane.shape[0]):
-        for x in range(plane.shape[1]):
-            top = max(top, abs(plane[y, x]))
-    limit = np.float32(1e-6) * top
+        raise_to(top, plane[y])
+    largest = np.float32(0.0)
+    for x in range(len(top)):
+        largest = max(largest, top[x])
     for y in range(plane.shape[0]):
-        for x in range(plane.shape[1]):
-            if abs(plane[y, x]) < limit:
-                plane[y, x] = np.float32(0.0)
+        clear_below(plane[y], np.float32(1e-6) * largest)
 
 
 @inlined_kernel
@@ -108,6 +123,7 @@ def add_profiles(table, modes, psf_fft, boxes, shapes, spectra, sources, members
     model = np.empty((n_bands, 2 * side * half), dtype=np.float32)
     transformed = np.empty((side, half), dtype=np.complex64)
     plane = np.empty((side, side), dtype=np.float32)
+    top = np.empty(side, dtype=np.float32)
     for i in range(len(members)):
         k = members[i]
         s = sources[k]
@@ -116,7 +132,7 @@ def add_profiles(table, modes, psf_fft, boxes, shapes, spectra, sources, members
         if len(psf_fft) == 0:
             make_complex(profile, transformed)
             c2r(transformed, plane, axes, False, 1.0, 1)
-            clear_rounding(plane)
+            clear_rounding(plane, top)
             for b in range(n_bands):
                 add_stamp(out[b, joined_offsets[s] : joined_offsets[s + 1]], plane, spectra[k, b], boxes[k], joined[s])
             continue
@@ -132,7 +148,7 @@ def add_profiles(table, modes, psf_fft, boxes, shapes, spectra, sources, members
             make_complex(model[b], transformed)
             multiply_into(transformed, transformed, psf_fft[b])
             c2r(transformed, plane, axes, False, 1.0, 1)
-            clear_rounding(plane)
+            clear_rounding(plane, top)
             add_stamp(out[b, joined_offsets[s] : joined_offsets[s + 1]], plane, np.float32(1.0), boxes[k], joined[s])
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from kermes.kernels.decorator import kernel
+from kermes.kernels.metrics import weighted_squares
 from kermes.kernels.stamps import POINT
 
 ROWS_AT_ONCE = 8
@@ -65,6 +66,17 @@ def contrast(images, weights, shapes, sigmas, out):
                 if norm > 1e-6 * sum_gg and signal > 0.0:
                     total += signal * signal / norm
         out[s] = np.sqrt(total)
+
+
+@kernel
+def total_chi2(residual, weights):
+    """Sum of weight * residual^2 over all bands (B, H, W), and the number of pixels with weight."""
+    total, count = 0.0, 0
+    for b in range(len(residual)):
+        part, used = weighted_squares(residual[b].reshape(-1), weights[b].reshape(-1))
+        total += part
+        count += used
+    return total, count
 
 
 @kernel
