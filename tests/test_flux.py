@@ -163,13 +163,14 @@ def test_what_is_contested_is_how_a_flux_follows_its_model():
         np.testing.assert_allclose((fluxes[0] - fluxes[1]) / step, contested[s], rtol=0.01, atol=3e-3)
 
 
-def test_positive_parts_are_added_and_the_sum_so_far_is_kept():
+def test_positive_parts_are_added_where_the_blend_lies():
     _, _, models, boxes = scene_of_three()
-    before = np.random.default_rng(1).uniform(size=SHAPE).astype(np.float32)
-    kept = before.copy()
-    after = add_positive(before, packed(models, boxes))
-    np.testing.assert_array_equal(before, kept)
-    np.testing.assert_allclose(after, before + np.maximum(models, 0).sum(axis=0), rtol=1e-6)
+    n_bands, height, width = SHAPE
+    total = np.random.default_rng(1).uniform(size=(n_bands, height + 5, width + 7)).astype(np.float32)
+    expected = total.copy()
+    expected[:, 2 : 2 + height, 3 : 3 + width] += np.maximum(models, 0).sum(axis=0)
+    add_positive(total, packed(models, boxes), Box(2, 3, height, width))
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
 
 
 @pytest.mark.nojit

@@ -149,11 +149,9 @@ def replace_neighbors(
     return np.where(taken, share * np.where(taken, images, 0) + missing * noise, images)
 
 
-def add_positive(total: FloatArray, models: SourceModels) -> FloatArray:
-    """Add the positive parts of the models (S sources) to their sum so far, shape (B, h, w), and return the new sum."""
-    total = total.copy()
-    kernels.add_positive_models(total, models.pixels, models.boxes, models.offsets)
-    return total
+def add_positive(total: FloatArray, models: SourceModels, box: Box) -> None:
+    """Add the positive parts of models, in pixels of a box, to the sum of all of an image (B, H, W), in place."""
+    kernels.add_positive_models(total, models.pixels, models.boxes + [box.y0, box.x0, 0, 0], models.offsets)
 
 
 STRAY_RULES = {

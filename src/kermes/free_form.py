@@ -193,7 +193,7 @@ def _promising(
     The brightest first.
     """
     rows = []
-    order = np.argsort(-np.nan_to_num(snr), kind="stable")
+    order = np.argsort(-snr, kind="stable")
     for s in order[snr[order] >= min(config.point_snr, config.min_snr)].tolist():
         profiles = [part for part in scene.sources[s].components if isinstance(part, ProfileComponent)]
         least = config.point_snr if all(profile.is_point for profile in profiles) else config.min_snr

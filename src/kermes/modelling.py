@@ -399,7 +399,7 @@ def _correlation_columns(correlations: Correlations, task: BlendTask, bands: Seq
     """How strongly the fluxes of the members of a blend hang together with those of neighbours."""
     n_sources, rows = len(task.members), task.rows
     correlation, neighbor = correlations.strongest[:n_sources], correlations.neighbor[:n_sources]
-    strongest = np.argmax(np.abs(np.nan_to_num(correlation)), axis=1)
+    strongest = np.argmax(np.where(np.isnan(correlation), 0.0, np.abs(correlation)), axis=1)
     worst = neighbor[np.arange(n_sources), strongest]
     listed = (worst >= 0) & (worst < len(rows))
     return {
@@ -557,7 +557,8 @@ def _with_free_form(
     kernels_flux.subtract_models(residual, models.pixels, models.boxes, models.offsets)
     flux = fit.sources.fluxes.sum(axis=1)
     # How well the light is seen, whatever it is taken for.
-    snr = np.sqrt(np.nansum(np.square(flux) / (fit.variances.flux - fit.sources.doubt), axis=1))
+    square = np.square(flux) / (fit.variances.flux - fit.sources.doubt)
+    snr = np.sqrt(np.where(np.isnan(square), 0.0, square).sum(axis=1))
     snr[len(task.members) :] = np.nan
     return with_free_form(scene, residual, snr, cut, task.kernels, config.free_form)
 

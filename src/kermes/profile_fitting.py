@@ -169,7 +169,7 @@ class ProfileFit:
     """By how much the penalised loss of the best simpler kind is higher, shape (S,); NaN where none was tried."""
 
     residual: FloatArray
-    """What no source holds, shape (B, H, W)."""
+    """What the likelier kinds of sources leave, shape (B, H, W)."""
 
     iterations: int
     """Number of Levenberg-Marquardt steps per source, rounded up."""
@@ -428,15 +428,8 @@ class _Engine:
         self.variances.shape[:, :2] += CENTER_FLOOR**2
 
     def average(self) -> None:
-        """Give sources the mean flux of the kinds that they might be."""
-        fluxes = self.sources.fluxes
-        rows = np.flatnonzero(self.sources.lean.any(axis=1))
-        before = fluxes[rows]
-        # Only the change is drawn.
-        fluxes[rows] = 0.0
-        fluxes[rows, 0] = self.sources.lean[rows]
-        self.draw(rows, -1.0)
-        fluxes[rows] += before
+        """Give sources the mean flux of the kinds that they might be; the residual stays that of the likelier ones."""
+        self.sources.fluxes[:, 0] += self.sources.lean
 
     def draw(self, rows: IndexArray, factor: float) -> None:
         """Add some sources, times a factor, to the residual, each on the stamp that it has."""
@@ -654,9 +647,9 @@ def _fit_in_groups(
             break
     engine.sweep(0, errors=True)
     correlations = correlate(engine.variances, engine.members, engine.offsets)
+    engine.admit_misfit()
     if config.average_kinds:
         engine.average()
-    engine.admit_misfit()
     return _finish(engine, correlations, converged)
 
 

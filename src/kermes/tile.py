@@ -181,8 +181,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         for name, value in outcome.blend_columns.items():
             blends[name][task.index] = value
         models.update(zip((task.members + 1).tolist(), outcome.scene.sources, strict=True))
-        window = (slice(None), task.outer.y, task.outer.x)
-        total[window] = add_positive(total[window], outcome.claims)
+        add_positive(total, outcome.claims, task.outer)
         objects[Flag.POOR_MODEL][task.members] = objects["chi2"][task.members] > POOR_CHI2
         if outcome.candidates:
             found.append(_Found(task.index, outcome.candidates, outcome.candidate_columns))

@@ -7,27 +7,42 @@ from kermes.kernels.decorator import kernel
 
 
 @kernel
+def add_values(out, row):
+    """Add a row to the first pixels of another that is as long or longer."""
+    for x in range(len(row)):
+        out[x] += row[x]
+
+
+@kernel
+def add_wrapped(plane, stamp):
+    """Add a stamp (P, Q), odd sides, to a plane, its centre at pixel (0, 0); what does not fit wraps onto itself."""
+    height, width = plane.shape
+    p, q = stamp.shape
+    for i in range(p):
+        row = plane[(i - p // 2) % height]
+        first = 0
+        while first < q:
+            x = (first - q // 2) % width
+            last = min(first + width - x, q)
+            add_values(row[x:], stamp[i, first:last])
+            first = last
+
+
+@kernel
 def transform_kernels(stamps, height, width):
     """Transform convolution kernels (B, P, Q), odd sides, to the padded size (height, width).
 
     Returns (B, height, width // 2 + 1) complex64, with the 1 / (height width) of the inverse transform
     folded in. The centre of a stamp goes to pixel (0, 0).
     """
-    n_bands, p, q = stamps.shape
+    n_bands = len(stamps)
     out = np.empty((n_bands, height, width // 2 + 1), dtype=np.complex64)
     plane = np.empty((height, width), dtype=np.float32)
     axes = np.arange(2)
     scale = 1.0 / (height * width)
-    columns = np.empty(q, dtype=np.int64)
-    for j in range(q):
-        columns[j] = (j - q // 2) % width
     for b in range(n_bands):
         plane[:] = 0.0
-        for i in range(p):
-            y = (i - p // 2) % height
-            for j in range(q):
-                # Added, not set: a stamp larger than the plane wraps onto itself.
-                plane[y, columns[j]] += stamps[b, i, j]
+        add_wrapped(plane, stamps[b])
         r2c(plane, out[b], axes, True, scale, 1)
     return out
 

@@ -2,14 +2,8 @@
 
 import numpy as np
 
+from kermes.kernels.convolution import add_values
 from kermes.kernels.decorator import fast_kernel, kernel
-
-
-@kernel
-def add_values(row, model):
-    """Add a model to a row."""
-    for x in range(len(row)):
-        row[x] += model[x]
 
 
 @kernel

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from rocket_fft import c2c, c2r, r2c
 
+from kermes.kernels.convolution import add_wrapped
 from kermes.kernels.decorator import kernel
 from kermes.kernels.profiles import AS_EXPONENTIAL, AS_POINT, AS_TABLE, evaluate_profile, interpolate_index
 
@@ -310,20 +311,12 @@ def transform_modes(psfs, side, threshold, lengths, frequencies, psf):
     the second and so on; M is side * (side // 2 + 1), of which the first are filled. The modes at the Nyquist
     frequency, whose phase is not defined, are left out. Returns the number of modes.
     """
-    n_bands, p, q = psfs.shape
+    n_bands = len(psfs)
     half = side // 2 + 1
     planes = np.zeros((n_bands, side, side), np.float32)
     transformed = np.empty((n_bands, side, half), np.complex64)
     for b in range(n_bands):
-        for i in range(p):
-            row = planes[b, (i - p // 2) % side]
-            # Added, not set: a PSF larger than the stamp wraps onto itself.
-            first = 0
-            while first < q:
-                x = (first - q // 2) % side
-                last = min(first + side - x, q)
-                add_row(row[x:], psfs[b, i, first:last], 1.0)
-                first = last
+        add_wrapped(planes[b], psfs[b])
     axes = np.empty(2, np.int64)
     axes[0], axes[1] = 1, 2
     r2c(planes, transformed, axes, True, 1.0, 1)
