@@ -6,7 +6,7 @@ after the other, row by row, in one float32 buffer: component k lies at offsets[
 
 import numpy as np
 
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel, kernel
 
 
 @kernel
@@ -60,7 +60,7 @@ def positive_bounds(morphology, height, width):
     return y0, y1, x0, x1
 
 
-@kernel
+@allocating_kernel
 def repack(state, boxes, offsets, new_boxes, new_offsets):
     """Move flat buffers of component pixels (M, n) to other boxes; what was not covered becomes zero."""
     m_total, n = len(state), new_offsets[-1]

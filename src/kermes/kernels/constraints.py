@@ -5,10 +5,10 @@ A morphology is a (h, w) float32 array with its centre at the integer pixel (cy,
 
 import numpy as np
 
-from kermes.kernels.decorator import inlined_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, inlined_kernel, kernel
 
 
-@kernel
+@allocating_kernel
 def monotonic_weights(radius):
     """Weights of the inner neighbours in the weighted monotonicity, "angle" form.
 
@@ -172,7 +172,7 @@ def walk_down(image, queue, first, last, sweep, settled, due, reached):
     return last
 
 
-@kernel
+@allocating_kernel
 def monotone_mask(image, cy, cx, n_passes, reached):
     """Mark the pixels that a path of falling values joins to (cy, cx); repair orphans if asked.
 

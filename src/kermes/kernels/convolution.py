@@ -3,7 +3,7 @@
 import numpy as np
 from rocket_fft import c2r, r2c
 
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import allocating_kernel, kernel
 
 
 @kernel
@@ -28,7 +28,7 @@ def add_wrapped(plane, stamp):
             first = last
 
 
-@kernel
+@allocating_kernel
 def transform_kernels(stamps, height, width):
     """Transform convolution kernels (B, P, Q), odd sides, to the padded size (height, width).
 
@@ -95,7 +95,7 @@ def copy_plane(out, plane):
             out[y, x] = plane[y, x]
 
 
-@kernel
+@allocating_kernel
 def convolve_bands(images, kernel_fft, width, adjoint):
     """Convolve every band of (B, H, W); what lies outside is zero. Returns (B, H, W) float32.
 

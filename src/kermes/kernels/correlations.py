@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import allocating_kernel, kernel
 
 MOST_TURNS = 30
 """Of Jacobi rotations; a handful is enough for the small matrices here."""
@@ -47,7 +47,7 @@ def condition_number(a):
     return most / least if least > 0.0 else np.inf
 
 
-@kernel
+@allocating_kernel
 def correlate_groups(variances, members, offsets, strongest, neighbor, condition):
     """Find how the fluxes of the sources of each group hang together.
 

@@ -13,15 +13,27 @@ from numba import njit
 # No GIL, cached on disk, division as in numpy, and no way in for C: only Python and other kernels call kernels.
 _OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 
-kernel = njit(**_OPTIONS)
-"""Compile a kernel."""
+_REORDERED: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}}
 
-fast_kernel = njit(**_OPTIONS, fastmath={"reassoc", "contract", "nsz"})
-"""The same for plain sums and products, which may be reordered so that they vectorise; NaN stays NaN.
+kernel = njit(**_OPTIONS, _nrt=False)
+"""Compile a kernel that makes no arrays and returns none.
+
+Numba counts no references in it. Where it does, each slice costs two atomic operations: in loops over short rows that
+was a tenth of the time, and threads that share an array wait for each other.
+"""
+
+allocating_kernel = njit(**_OPTIONS, _nrt=True)
+"""Compile a kernel that makes arrays or returns one, or a part of one; loops over short rows are better a `kernel`."""
+
+fast_kernel = njit(**_OPTIONS, **_REORDERED, _nrt=False)
+"""The same as `kernel` for plain sums and products, which may be reordered so that they vectorise; NaN stays NaN.
 
 For sums over an array. What is worked out element by element vectorises without it, and must not have it: a copy of the
 kernel in another one may be rounded otherwise, and which copy runs depends on whether the cache had it.
 """
+
+fast_allocating_kernel = njit(**_OPTIONS, **_REORDERED, _nrt=True)
+"""The same for one that makes arrays."""
 
 inlined_kernel = njit(**_OPTIONS, inline="always")
 """A part of a kernel with a name of its own: it is compiled where it is called, as if it stood there.

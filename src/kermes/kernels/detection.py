@@ -4,7 +4,7 @@ import numpy as np
 from rocket_fft import c2r, r2c
 
 from kermes.kernels.convolution import multiply_conjugate_into
-from kermes.kernels.decorator import inlined_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, inlined_kernel, kernel
 
 
 @inlined_kernel
@@ -124,7 +124,7 @@ def as_sigma(out, chi2, n_bands, root_step, tables):
                 out[y, x] = low + (place - index) * (tables[n, index + 1] - low)
 
 
-@kernel
+@allocating_kernel
 def transform_filters(filters, side):
     """Transform filters (B, K, P, Q) and their squares to squares of `side`, for filter_block.
 
@@ -151,7 +151,7 @@ def transform_filters(filters, side):
     return out, cumulative
 
 
-@kernel
+@allocating_kernel
 def filter_block(
     images, variance, valid, filters_fft, cumulative, units, min_coverage, corner, shape, root_step, tables
 ):
@@ -227,7 +227,7 @@ def filter_block(
     return out
 
 
-@kernel
+@allocating_kernel
 def signal_to_noise(images, variance, valid, filters, units, peaks, min_coverage):
     """Signal-to-noise of a filter per band at each peak, as in filter_block, pixel by pixel.
 
@@ -258,7 +258,7 @@ def signal_to_noise(images, variance, valid, filters, units, peaks, min_coverage
     return out
 
 
-@kernel
+@allocating_kernel
 def grow(region, half_widths):
     """Add to a region (H, W) all pixels within a disc, whose rows reach half_widths (2 R + 1,) to either side."""
     h, w = region.shape

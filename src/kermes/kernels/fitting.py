@@ -6,7 +6,7 @@ from rocket_fft import c2r, r2c
 from kermes.kernels.components import add_component, add_gradient, positive_bounds, repack
 from kermes.kernels.constraints import brightest_near, make_monotonic, make_symmetric
 from kermes.kernels.convolution import multiply_conjugate_into, multiply_into
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel, kernel
 
 BETA_1 = np.float32(0.9)
 BETA_2 = np.float32(0.999)
@@ -106,7 +106,7 @@ def background_limit(spectrum, noise, background_threshold):
     return np.float32(limit)
 
 
-@kernel
+@allocating_kernel
 def resized(morphologies, boxes, offsets, centers, pad, shape):
     """Choose a box for every component: its positive pixels and `pad` more, inside the blend.
 
@@ -150,7 +150,7 @@ def extrapolate_gradient(transformed, reference, gradient, power):
             transformed[y, x] = gradient[y, x] + power[y, x] * (transformed[y, x] - reference[y, x])
 
 
-@kernel
+@allocating_kernel
 def fit_components(
     images,
     weights,

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel, kernel
 
 
-@kernel
+@allocating_kernel
 def source_boxes(boxes, sources, n_sources):
     """Join the boxes (K, 4) of the components of each source. Returns boxes (S, 4) and offsets (S + 1,)."""
     joined = np.empty((n_sources, 4), dtype=np.int64)
@@ -38,7 +38,7 @@ def add_scaled(out, values, scale):
         out[i] += scale * values[i]
 
 
-@kernel
+@allocating_kernel
 def combine_components(pixels, boxes, offsets, sources, spectra, joined, joined_offsets):
     """Add up the components of each source: pixels (B, n) times spectra (K, B), on the joined boxes.
 
@@ -93,7 +93,7 @@ def share_row(image, variance, valid, total, model, least):
     return flux, noise2, contested
 
 
-@kernel
+@allocating_kernel
 def share_fluxes(images, variance, valid, total, models, boxes, offsets, least):
     """Sum what each packed model gets of the observed pixels, its variance, and the part of it that is contested.
 
@@ -128,7 +128,7 @@ def share_fluxes(images, variance, valid, total, models, boxes, offsets, least):
     return flux, noise2, contested
 
 
-@kernel
+@allocating_kernel
 def project_models(images, models, boxes, offsets):
     """Sum images (B, H, W) times each packed model (B, n) on boxes (S, 4). Returns (S, B) float64."""
     out = np.zeros((len(boxes), len(images)))

@@ -4,7 +4,7 @@ import numpy as np
 from rocket_fft import c2r, r2c
 
 from kermes.kernels.convolution import copy_plane, multiply_conjugate_into, multiply_into, pad_plane
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel
 from kermes.kernels.flux import add_scaled
 
 
@@ -17,7 +17,7 @@ def inner_product(one, other):
     return total
 
 
-@kernel
+@allocating_kernel
 def observe(light, spectra, psf_fft, out):
     """Images (B, h, w) of light (K, h, w) with the spectra (K, B), seen through the PSFs; what lies outside is zero.
 
@@ -42,7 +42,7 @@ def observe(light, spectra, psf_fft, out):
         copy_plane(out[b], plane)
 
 
-@kernel
+@allocating_kernel
 def gather(images, spectra, psf_fft, out):
     """The adjoint of observe: images (B, h, w) correlated with the PSFs and summed with the spectra, (K, h, w)."""
     n_bands, side, half = psf_fft.shape
@@ -63,7 +63,7 @@ def gather(images, spectra, psf_fft, out):
         copy_plane(out[k], plane)
 
 
-@kernel
+@allocating_kernel
 def make_filters(spectra, mean_weights, psf_fft):
     """What seeing light with weights that are the same in all pixels of a band, and gathering it, does to transforms.
 
@@ -89,7 +89,7 @@ def make_filters(spectra, mean_weights, psf_fft):
     return filters
 
 
-@kernel
+@allocating_kernel
 def apply_filters(light, spectra, filters, transformed, out):
     """Filter light (K, h, w) of spectra (K, B); transformed (K, side, side // 2 + 1) is work space, out (K, h, w)."""
     n, side, half = transformed.shape
@@ -113,7 +113,7 @@ def apply_filters(light, spectra, filters, transformed, out):
         copy_plane(out[k], plane)
 
 
-@kernel
+@allocating_kernel
 def descend(
     envelopes,
     seen_envelopes,

@@ -4,7 +4,7 @@ import numpy as np
 from rocket_fft import c2r, r2c
 
 from kermes.kernels.convolution import copy_plane, pad_plane
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import allocating_kernel, kernel
 
 
 @kernel
@@ -17,7 +17,7 @@ def accumulate_band(transformed, kernel_fft, weight, information, numerator):
             numerator[y, x] += weight * (np.conj(value) * transformed[y, x])
 
 
-@kernel
+@allocating_kernel
 def deconvolve(images, band_weights, kernel_fft, width, strength):
     """Wiener filter of all bands together, for sources of equal flux in all of them.
 
@@ -58,7 +58,7 @@ def deconvolve(images, band_weights, kernel_fft, width, strength):
     return image, gain / size
 
 
-@kernel
+@allocating_kernel
 def signal_to_noise(images, weights, psfs, centers):
     """Signal-to-noise of a point source at every centre, all bands together.
 
@@ -116,7 +116,7 @@ def grow_symmetric(image, cy, cx, limit, reached, queue):
     return last
 
 
-@kernel
+@allocating_kernel
 def first_morphologies(image, centers, limit, pad):
     """Cut a first morphology around every centre out of a detection image.
 
@@ -162,7 +162,7 @@ def first_morphologies(image, centers, limit, pad):
     return boxes, offsets, packed[: offsets[-1]].copy()
 
 
-@kernel
+@allocating_kernel
 def first_components(boxes, offsets, morphologies, centers, psf, level, two_components, shape):
     """Make components of first morphologies: one, two, or the PSF of the model frame.
 

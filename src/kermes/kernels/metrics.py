@@ -3,7 +3,7 @@
 import numpy as np
 
 from kermes.kernels.convolution import add_values
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel, kernel
 
 
 @kernel
@@ -31,7 +31,7 @@ def compare_row(model, total, inside, largest):
     return others, flux, self_product, product
 
 
-@kernel
+@allocating_kernel
 def blend_metrics(models, boxes, offsets, shape):
     """Overlap of each source with all others, in the frame of its packed models (B, n) on boxes (S, 4).
 
@@ -105,7 +105,7 @@ def compare_observed_row(model, total, variance, valid, least, largest):
     return others, flux, self_product, product
 
 
-@kernel
+@allocating_kernel
 def observed_metrics(total, variance, valid, models, boxes, offsets, least):
     """Overlap of each source with all others as observed, in units of the noise.
 
@@ -162,7 +162,7 @@ def weighted_squares(residual, weights):
     return total, count
 
 
-@kernel
+@allocating_kernel
 def mean_chi2(residual, weights, boxes):
     """Mean of weight * residual^2 over the used pixels of each box (S, 4), all bands together; NaN if there are none.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel, kernel
 from kermes.kernels.profiles import N_COLUMNS, multiply
 
 RIDGE = 1e-5
@@ -200,7 +200,7 @@ def substitute(a, n, v, backward):
 # ---------------------------------------------------------------- fluxes
 
 
-@kernel
+@allocating_kernel
 def collect_modes(waves, columns, data, power, n_components, owner, matrix, vectors):
     """Normal matrices (B, C, C) and right sides (B, C) of the fluxes, from modes; see `solve_fluxes`."""
     n_bands, n_modes = power.shape
@@ -229,7 +229,7 @@ def collect_modes(waves, columns, data, power, n_components, owner, matrix, vect
                         matrix[b + k, c, d] += sums[k]
 
 
-@kernel
+@allocating_kernel
 def solve_fluxes(exact, waves, columns, images, data, power, n_components, owner, matrix, fluxes, factors):
     """Solve the fluxes of all components jointly in each band; returns the gain in loss.
 
@@ -352,7 +352,7 @@ def fill_pair(
                         hessian[j, i] += value
 
 
-@kernel
+@allocating_kernel
 def fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, hessian, gradient, coupling):
     """Add the products of the derivatives of a group at the modes of its stamp to cleared equations.
 
@@ -420,7 +420,7 @@ def fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, 
                 gradient[slots[c, p]] += dot(columns[c, p, first:last], turned)
 
 
-@kernel
+@allocating_kernel
 def fill_pixels(first, images, derivatives, data, power, n_components, slots, fluxes, hessian, gradient, coupling):
     """The same of some bands, from `first` on, from the pixels of the stamp, with a weight each.
 
@@ -474,7 +474,7 @@ def clear_equations(hessian, gradient, coupling):
     coupling[:, :, :] = 0.0
 
 
-@kernel
+@allocating_kernel
 def eliminate_fluxes(factors, coupling, hessian):
     """Turn the normal matrix of the shapes into that with the fluxes free, from the Cholesky factors of theirs."""
     n_bands, n_components, n_free = coupling.shape
@@ -492,7 +492,7 @@ def eliminate_fluxes(factors, coupling, hessian):
                 hessian[p, q] -= total
 
 
-@kernel
+@allocating_kernel
 def fill_variances(members, owner, slots, n_components, n_free, matrix, factors, hessian, coupling, variances):
     """Variances of a group with everything else free, from the joint normal matrix.
 

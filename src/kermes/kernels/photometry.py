@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_allocating_kernel, kernel
 
 MAX_ITERATIONS = 50
 TOLERANCE = 1e-4
@@ -59,7 +59,7 @@ def pixel_overlap(y, x, radius):
     return area
 
 
-@kernel
+@allocating_kernel
 def aperture_sums(images, variance, model, valid, y, x, radii):
     """Sums of the valid pixels of images (B, h, w) in circles of some radii (A,) round (y, x).
 
@@ -83,7 +83,7 @@ def aperture_sums(images, variance, model, valid, y, x, radii):
     return sums
 
 
-@fast_kernel
+@fast_allocating_kernel
 def box_sums(images, variance, model, valid, y0, y1, x0, x1):
     """Sums of the valid pixels of a part of images (B, h, w).
 
@@ -103,7 +103,7 @@ def box_sums(images, variance, model, valid, y0, y1, x0, x1):
     return sums
 
 
-@fast_kernel
+@fast_allocating_kernel
 def model_sums(model, light, variance, valid):
     """Sums of m, m^2 and A m for a model m and the light A of all models, and of m^2 / V over valid pixels.
 
@@ -125,7 +125,7 @@ def model_sums(model, light, variance, valid):
     return sums
 
 
-@fast_kernel
+@fast_allocating_kernel
 def psf_sums(images, variance, model, valid, psf, weight_variance):
     """Sums for the flux of a point source, with its image P (B, h, w), over the valid pixels.
 
@@ -148,7 +148,7 @@ def psf_sums(images, variance, model, valid, psf, weight_variance):
     return sums
 
 
-@kernel
+@allocating_kernel
 def mean_of_bands(images, variance, valid, mean, used):
     """Mean of images (B, h, w), each weighted with the inverse of its mean variance; mean, used (h, w) are written."""
     n_bands, height, width = images.shape
@@ -289,7 +289,7 @@ def fit_gaussian(image, variance, valid, state, sums):
     return False
 
 
-@kernel
+@allocating_kernel
 def adaptive_moments(images, variance, valid, y, x, sigmas, states, sums):
     """`fit_gaussian` in each band, from a round weight of width sigmas (B,) at (y, x).
 
@@ -303,7 +303,7 @@ def adaptive_moments(images, variance, valid, y, x, sigmas, states, sums):
     return converged
 
 
-@kernel
+@allocating_kernel
 def kron_radius(images, variance, valid, y, x, fwhm, reach, factor):
     """Kron radius in the mean of images (B, h, w), which `mean_of_bands` makes.
 
@@ -324,7 +324,7 @@ def kron_radius(images, variance, valid, y, x, fwhm, reach, factor):
     return min(max(radius, fwhm), farthest), not fwhm <= radius <= farthest
 
 
-@kernel
+@allocating_kernel
 def residual_sums(residual, variance, valid, model, y, x, radii):
     """What the models leave in two circles round (y, x), the second the larger; radii (B, 2).
 

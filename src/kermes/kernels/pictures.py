@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import allocating_kernel, kernel
 
 IMAGE, MODEL, RESIDUAL = 0, 1, 2
 
 
-@kernel
+@allocating_kernel
 def bin_planes(layer, images, variance, valid, left, decoded, noise, corner, factor, out):
     """Fill out (B, h, w) with squares of factor x factor pixels of a layer, in units of the noise.
 
@@ -64,7 +64,7 @@ def bin_planes(layer, images, variance, valid, left, decoded, noise, corner, fac
                     out[b, y, x] = total[x] / n[x] / noise[b]
 
 
-@kernel
+@allocating_kernel
 def mix_channels(images, valid, noise, weights, out):
     """Fill out (3, H, W) with red, green and blue of images (B, H, W) in units of their noise (B,).
 
@@ -139,7 +139,7 @@ def stretch(channels, gains, black, softening, white, unknown, out):
             out[y, x, 2] = np.uint8(blue * down + half)
 
 
-@kernel
+@allocating_kernel
 def paint_residual(planes, deepest, colours, unknown, out):
     """Fill out (H, W, 3) with colours (256, 3) of residuals (B, H, W) in sigma, all bands together.
 

@@ -12,7 +12,7 @@ weight: value, d/dy, d/dx, d2/dy2, d2/dydx, d2/dx2. Unknowns are arrays (S, B + 
 
 import numpy as np
 
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel, kernel
 
 
 @kernel
@@ -86,7 +86,7 @@ def add_point_rows(plane, rows, taps, flux, y0, y1, x0, n_columns):
             line[x] += t0 * r0[x] + t1 * r1[x] + t2 * r2[x] + t3 * r3[x] + t4 * r4[x] + t5 * r5[x]
 
 
-@kernel
+@allocating_kernel
 def add_points(planes, coefficients, base, reach, centers, flux, chosen):
     """Add the light of the sources `chosen` (indices) to planes (B, H, W) float32, in place, one after the other."""
     n_bands, n, _, m = coefficients.shape
@@ -170,7 +170,7 @@ def sum_value(plane, rows, taps, y0, y1, x0, n_columns):
     return total
 
 
-@kernel
+@allocating_kernel
 def point_sums(planes, coefficients, base, reach, centers, chosen, derivatives, sums):
     """Sum planes (B, H, W) times the PSF of each chosen source and its derivatives along y and x, into sums (S, B, 3).
 
@@ -223,7 +223,7 @@ def sum_core(residual, weights, rows, rows_xx, taps, y0, y1, x0, n_columns, sums
                 sums[4] += weighted * laplacian
 
 
-@kernel
+@allocating_kernel
 def core_sums(residuals, weights, coefficients, base, reach, centers):
     """Sum what the cores of sources show, (S, B, 5), with P the PSF, r the residual and w the weight of a pixel.
 
@@ -292,7 +292,7 @@ def autocorrelations(tables, dy, dx, taps_y, taps_x, out):
         autocorrelation(tables[b], taps_y, taps_x, ky - 2, kx - 2, out[b])
 
 
-@kernel
+@allocating_kernel
 def pair_tables(tables, centers, pairs, amplitude):
     """Tables (n, B, 6) of the pairs (n, 2): autocorrelation at center[t] - center[s] times amplitude[s] amplitude[t].
 
@@ -311,7 +311,7 @@ def pair_tables(tables, centers, pairs, amplitude):
     return out
 
 
-@kernel
+@allocating_kernel
 def own_blocks(own, amplitude, flux, ridge):
     """Blocks of the sources themselves: fluxes (S, B) and centers (S, 3): yy, yx, xx.
 
@@ -421,7 +421,7 @@ def fill_pair(matrix, start_s, start_t, s, t, table, flux):
                     matrix[column, row] += value
 
 
-@kernel
+@allocating_kernel
 def group_sources(pairs, order, n_sources, most):
     """Join sources, pair by pair in the given order, into groups of at most `most`.
 
@@ -457,7 +457,7 @@ def group_sources(pairs, order, n_sources, most):
     return members, starts[: n_groups + 1]
 
 
-@kernel
+@allocating_kernel
 def factorize_groups(members, starts, pairs, tables, flux, of_flux, of_center):
     """Cholesky factors of the blocks of groups, packed in one buffer, and where each begins."""
     n_sources, n_bands = flux.shape
@@ -530,7 +530,7 @@ def inner(x, y):
     return total
 
 
-@kernel
+@allocating_kernel
 def solve_normal(gradient, pairs, tables, flux, of_flux, of_center, members, starts, tolerance, max_iterations):
     """Solve H step = gradient by conjugate gradients, preconditioned with the exact solution of each group.
 
@@ -569,7 +569,7 @@ def solve_normal(gradient, pairs, tables, flux, of_flux, of_center, members, sta
     return step, iterations
 
 
-@kernel
+@allocating_kernel
 def marginal_covariances(chosen, starts, neighbours, pair_of, pairs, tables, flux, of_flux, of_center, most):
     """Covariances (N, B + 2, B + 2) of N chosen sources, with their nearest `most` neighbours free and the rest fixed.
 
@@ -637,7 +637,7 @@ def marginal_covariances(chosen, starts, neighbours, pair_of, pairs, tables, flu
     return out, cross
 
 
-@kernel
+@allocating_kernel
 def companion_significance(pixels, hosts, matched, tables, own, centers, flux, amplitude, of_center):
     """Significance squared (n,) of a second source in each of pixels (n, 2), with source hosts (n,) free beside it.
 

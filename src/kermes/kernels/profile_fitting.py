@@ -3,7 +3,7 @@
 import numpy as np
 from rocket_fft import c2c, r2c
 
-from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel, inlined_kernel, kernel
 from kermes.kernels.normal_equations import (
     add_products,
     cholesky,
@@ -104,7 +104,7 @@ def shape_index(part, j):
     return j + 3 if part == 1 and j >= 3 else j - 1
 
 
-@kernel
+@allocating_kernel
 def see_column(factors, wave, j, lengths, psf, side, inside, out):
     """Turn column j of a component, factors (M,) of a wave (2, M), into images seen through the PSFs (B, 2, M).
 
@@ -125,7 +125,7 @@ def see_column(factors, wave, j, lengths, psf, side, inside, out):
                     row[m] = planes[k, i, left + m]
 
 
-@kernel
+@allocating_kernel
 def evaluate_group(
     table,
     lengths,
@@ -203,7 +203,7 @@ def add_priors(theta, members, owner, part, slots, n_components, mean, weight, h
                 hessian[slots[c, j], slots[c, j]] += weight[s, p]
 
 
-@kernel
+@allocating_kernel
 def fit_group(
     table,
     lengths,
@@ -594,7 +594,7 @@ def seen_power(model, psf):
     return total
 
 
-@kernel
+@allocating_kernel
 def collect_data(residual, weights, mean_weights, lengths, psf, model, side, y0, x0, exact, errors, data, power):
     """Fill data and power of a stamp, see `fit_group`; returns whether its weights are uniform.
 
@@ -662,7 +662,7 @@ def weigh_row_of_change(residual, weights, change):
     return slope, bend, square
 
 
-@kernel
+@allocating_kernel
 def goes_too_far(residual, weights, planes, y0, x0, mean_weights, most):
     """Whether a change of the model, planes (B, side, side), fits the pixels much worse than its surrogate.
 
@@ -883,7 +883,7 @@ def visit_group(
     return loss, steps, (uniform or exact) and not errors, change
 
 
-@kernel
+@allocating_kernel
 def sweep(
     residual,
     weights,

@@ -4,7 +4,7 @@ import numpy as np
 from rocket_fft import c2r
 
 from kermes.kernels.convolution import multiply_into
-from kermes.kernels.decorator import inlined_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, inlined_kernel, kernel
 from kermes.kernels.flux import add_scaled
 from kermes.kernels.profiles import (
     AS_EXPONENTIAL,
@@ -16,7 +16,7 @@ from kermes.kernels.profiles import (
 )
 
 
-@kernel
+@allocating_kernel
 def evaluate_component(table, modes, shape, cells, columns):
     """Evaluate one component of flux one at the modes of pixels of half the side, which reach twice as far.
 
@@ -102,7 +102,7 @@ def share_stamp(boxes, sources, k, other):
     return sources[k] == sources[other] and boxes[k, 0] == boxes[other, 0] and boxes[k, 1] == boxes[other, 1]
 
 
-@kernel
+@allocating_kernel
 def add_profiles(table, modes, psf_fft, boxes, shapes, spectra, sources, members, joined, joined_offsets, out):
     """Draw profile components and add them to the models of their sources.
 
@@ -152,7 +152,7 @@ def add_profiles(table, modes, psf_fft, boxes, shapes, spectra, sources, members
             add_stamp(out[b, joined_offsets[s] : joined_offsets[s + 1]], plane, np.float32(1.0), boxes[k], joined[s])
 
 
-@kernel
+@allocating_kernel
 def profile_images(table, modes, shape, side, n_columns):
     """Draw a component of flux one and, for n_columns = N_COLUMNS, its derivatives by y, x, ln r, e1, e2 and ln n.
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import allocating_kernel, kernel
 
 N_COLUMNS = 7
 """Amplitude, then derivatives by y, x, ln r, e1, e2 and ln n."""
@@ -146,7 +146,7 @@ def fill_squares(fy, fx, yy, yx, xx, out):
         out[m] = yy * fy[m] * fy[m] + (yx * fy[m] + xx * fx[m]) * fx[m] + np.float32(1e-30)
 
 
-@kernel
+@allocating_kernel
 def fill_wave(lengths, y, x, wave):
     """Real and imaginary parts (2, M) of exp(-i f . x) at the modes of a stamp; y, x [pixels from the corner]."""
     side = len(lengths)
@@ -164,7 +164,7 @@ def fill_wave(lengths, y, x, wave):
             turn_row(re, im, rows[0, k], sign * rows[1, k], wave[0, first:last], wave[1, first:last])
 
 
-@kernel
+@allocating_kernel
 def evaluate_factors(form, cells, lengths, frequencies, shape, wave, factors):
     """Evaluate one component of flux one at the modes of a stamp, as real factors of one wave.
 
@@ -240,7 +240,7 @@ def fill_column(factors, wave, j, out):
         multiply(factors, wave[1], out[1])
 
 
-@kernel
+@allocating_kernel
 def evaluate_profile(form, cells, lengths, frequencies, shape, columns):
     """Evaluate one component of flux one at the modes of a stamp.
 

@@ -4,10 +4,10 @@ import numpy as np
 from rocket_fft import c2r, r2c
 
 from kermes.kernels.convolution import multiply_into
-from kermes.kernels.decorator import fast_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel
 
 
-@kernel
+@allocating_kernel
 def rendered_boxes(boxes, reach, shape):
     """Grow every box by its reach (K,), inside the blend. Returns boxes and offsets of the rendered components."""
     h, w = shape
@@ -42,7 +42,7 @@ def copy_above_rounding(out, plane, height, width):
             out[y * width + x] = value if abs(value) >= limit else np.float32(0.0)
 
 
-@kernel
+@allocating_kernel
 def render_components(boxes, offsets, morphologies, wanted, kernel_fft, members, grown, grown_offsets, out):
     """Convolve the morphologies of some components with the kernels of the bands that are wanted, wanted (K, B).
 

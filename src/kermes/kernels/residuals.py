@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import allocating_kernel, kernel
 from kermes.kernels.metrics import weighted_squares
 from kermes.kernels.stamps import POINT
 
@@ -165,7 +165,7 @@ def matched_filter(images, residual, weights, taps, y, x):
     return np.sqrt(total)
 
 
-@kernel
+@allocating_kernel
 def significance(images, residual, weights, sigmas, threshold, left, seen):
     """Signal-to-noise of a point at each pixel, of what is left and of the model, over the bands where it is positive.
 

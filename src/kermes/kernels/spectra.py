@@ -6,7 +6,7 @@ itself first, and mirror[e] is the place of the transposed entry.
 
 import numpy as np
 
-from kermes.kernels.decorator import fast_kernel, inlined_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel, inlined_kernel
 
 
 @inlined_kernel
@@ -130,7 +130,7 @@ def solve_non_negative(starts, columns, values, right, solution, max_sweeps, tol
     return max_sweeps
 
 
-@kernel
+@allocating_kernel
 def solve_spectra(rendered, boxes, offsets, images, weights, spectra, max_sweeps, tolerance):
     """Find the non-negative fluxes of all components, band by band, from where `spectra` (K, B) stands, in place.
 
@@ -304,7 +304,7 @@ def source_matrix(starts, columns, values, sources, n_sources, weights):
     return new_starts, new_columns[:last], new_values[:last]
 
 
-@kernel
+@allocating_kernel
 def flux_variance(starts, columns, equations, sources, n_sources, spectra, sums, max_neighbours):
     """Variance of the total flux of each source in each band (S, B), and its strongest correlation.
 

@@ -6,7 +6,7 @@ import numpy as np
 from rocket_fft import c2c, c2r, r2c
 
 from kermes.kernels.convolution import add_wrapped
-from kermes.kernels.decorator import kernel
+from kermes.kernels.decorator import allocating_kernel, kernel
 from kermes.kernels.profiles import AS_EXPONENTIAL, AS_POINT, AS_TABLE, evaluate_profile, interpolate_index
 
 POINT, EXPONENTIAL, SERSIC, DOUBLE = 0, 1, 2, 3
@@ -78,7 +78,7 @@ def add_row(out, row, factor):
         out[x] += factor * row[x]
 
 
-@kernel
+@allocating_kernel
 def add_model(table, lengths, frequencies, sources, s, y0, x0, factor, model):
     """Add one source, times `factor`, to a model before the PSF at the modes of a stamp with the corner y0, x0.
 
@@ -127,7 +127,7 @@ def bands_together(n_bands, side):
     return 1 if side > LARGE_SIDE else n_bands
 
 
-@kernel
+@allocating_kernel
 def see_modes(lengths, psf, model, side):
     """Images (B, side, side) of a model at the modes of a stamp, seen through the PSFs, psf (B, 2, M).
 
@@ -178,7 +178,7 @@ def add_planes(image, planes, y0, x0, factor):
             add_row(image[b, y0 + i, x0 + left : x0 + right], planes[b, i, left:right], np.float32(factor))
 
 
-@kernel
+@allocating_kernel
 def set_of_psfs(modes, k):
     """Transforms of the PSFs of one set, shape (B, 2, modes)."""
     first, last = modes.offsets[k], modes.offsets[k + 1]
@@ -186,7 +186,7 @@ def set_of_psfs(modes, k):
     return modes.psf[2 * n_bands * first : 2 * n_bands * last].reshape(n_bands, 2, last - first)
 
 
-@kernel
+@allocating_kernel
 def set_of_frequencies(modes, k):
     """Frequencies of the modes of one set, shape (2, modes)."""
     first, last = modes.offsets[k], modes.offsets[k + 1]
@@ -203,7 +203,7 @@ def is_dark(sources, s):
     return True
 
 
-@kernel
+@allocating_kernel
 def draw_source(table, modes, sides, sources, s, factor, image):
     """Add one source, times `factor`, to an image (B, H, W) on the stamp that it has now."""
     stamp = sources.stamps[s]
@@ -302,7 +302,7 @@ def find_lonely(stamps, sides, out):
                 break
 
 
-@kernel
+@allocating_kernel
 def transform_modes(psfs, side, threshold, lengths, frequencies, psf):
     """List the modes of a stamp up to the last one in each row where some PSF is stronger than a threshold.
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kermes.kernels.decorator import inlined_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, inlined_kernel, kernel
 
 POINT = 1
 OUT_OF_BOUNDS = 2
@@ -62,7 +62,7 @@ class Settings(NamedTuple):
 # ---------------------------------------------------------------- test for point sources
 
 
-@kernel
+@allocating_kernel
 def shift_stamp(psf, dy, dx):
     """Shift a stamp by less than a pixel: Lanczos interpolation of order 5, weights that sum to one. O(P Q)."""
     taps = np.empty((2, 11))
@@ -138,7 +138,7 @@ def project(factor, right):
         right[i] = value / factor[i, i] if factor[i, i] > 0 else 0.0
 
 
-@kernel
+@allocating_kernel
 def coefficients(factor, projected, n):
     """Solve factor^T x = projected for the first n columns; returns (n,)."""
     x = np.zeros(n)
@@ -150,7 +150,7 @@ def coefficients(factor, projected, n):
     return x
 
 
-@kernel
+@allocating_kernel
 def normal_equations(columns, data):
     """Normal matrix (its lower triangle) and right side of weighted columns (n, m) and data (m,)."""
     n, m = columns.shape
@@ -168,7 +168,7 @@ def normal_equations(columns, data):
     return matrix, right
 
 
-@kernel
+@allocating_kernel
 def test_point(image, variance, usable, bounds, peaks, k, psf, fwhm, settings, fit):
     """Test whether peak k is a point source, and write what was found into `fit` (N_FIT,).
 
@@ -336,7 +336,7 @@ def symmetric_values(image, variance, valid, inside, bounds, y, x, unbiased, pat
             out[dy + half_y, dx + half_x] = value if unbiased else max(value, np.float32(0.0))
 
 
-@kernel
+@allocating_kernel
 def median_filter(values, half, limit_y, limit_x, least, out):
     """Median of (2 half + 1)^2 pixels of `values` in the smaller array `out` of the same centre; zero up to `least`.
 
@@ -381,7 +381,7 @@ def cast(template, v, u, value):
         template[v, u] = value
 
 
-@kernel
+@allocating_kernel
 def cast_shadows(template):
     """Make a template (2 a + 1, 2 b + 1) fall from its centre outwards, in place.
 
@@ -426,7 +426,7 @@ def cast_shadows(template):
                                 cast(template, v + sign * step, u + aside, value)
 
 
-@kernel
+@allocating_kernel
 def first_empty_ring(template):
     """Number of the first square ring about the centre without light; -1 if there is none."""
     height, width = template.shape
@@ -442,7 +442,7 @@ def first_empty_ring(template):
     return -1
 
 
-@kernel
+@allocating_kernel
 def make_template(image, variance, valid, inside, bounds, y, x, limit_y, limit_x, settings, patched):
     """Make the template about (y, x): symmetric, smooth, monotonic, as set; an array (2 a + 1, 2 b + 1) about it.
 
@@ -483,7 +483,7 @@ def in_both(inside, bounds, y, x, dy, dx):
     return result
 
 
-@kernel
+@allocating_kernel
 def bright_edge(image, valid, inside, bounds, y, x, half_y, half_x, threshold):
     """Pixels at the edge of the symmetric footprint with a symmetric value of at least `threshold`.
 
@@ -511,7 +511,7 @@ def bright_edge(image, valid, inside, bounds, y, x, half_y, half_x, threshold):
     return offsets[:n], values[:n]
 
 
-@kernel
+@allocating_kernel
 def ramped_template(image, variance, valid, inside, bounds, y, x, limit_y, limit_x, edge, values, psf, grow, settings):
     """Make the template about (y, x) once more, beyond the footprint: on the image where there is one, else on ramps.
 
@@ -553,7 +553,7 @@ def ramped_template(image, variance, valid, inside, bounds, y, x, limit_y, limit
     return make_template(light, noise, whole, used, everywhere, half_y, half_x, half_y, half_x, settings, False)
 
 
-@kernel
+@allocating_kernel
 def point_template(psf, flux, dy, dx, inside, bounds, y, x):
     """Light of a point source inside the footprint, an array about (y, x) of the shape of the PSF."""
     stamp = shift_stamp(psf, dy, dx) if dy != 0 or dx != 0 else psf
@@ -600,7 +600,7 @@ def extended_template(image, variance, valid, inside, edge, bounds, y, x, psf, f
     return template, flags
 
 
-@kernel
+@allocating_kernel
 def append(pixels, start, template, y, x, shape, box):
     """Append the part of a template about (y, x) that has light and lies in the image; writes its box (4,).
 
@@ -630,7 +630,7 @@ def append(pixels, start, template, y, x, shape, box):
     return pixels
 
 
-@kernel
+@allocating_kernel
 def build_templates(image, variance, valid, inside, edge, bounds, peaks, psf, fwhm, sigma, settings, fits):
     """Make the template of every peak (K, 2) of a footprint.
 
@@ -675,7 +675,7 @@ def build_templates(image, variance, valid, inside, edge, bounds, peaks, psf, fw
 # ---------------------------------------------------------------- templates that are alike
 
 
-@kernel
+@allocating_kernel
 def similar_pairs(boxes, offsets, pixels, least):
     """Pairs j < i of templates with sum(t_i t_j) / sqrt(sum(t_i^2) sum(t_j^2)) above `least`.
 
@@ -724,7 +724,7 @@ def box_distance2(box, y, x):
     return dy * dy + dx * dx
 
 
-@kernel
+@allocating_kernel
 def lit_rows(boxes, offsets, pixels):
     """First and last lit column of each row of each template, and where the rows of each begin.
 
@@ -763,7 +763,7 @@ def footprint_distance2(top, columns, y, x, best):
     return best
 
 
-@kernel
+@allocating_kernel
 def nearest_footprint(boxes, columns, starts, takes, shape):
     """Which footprint is nearest to each pixel, by |dy| + |dx|; of equal ones the first. -1: there is none.
 
@@ -796,7 +796,7 @@ def nearest_footprint(boxes, columns, starts, takes, shape):
     return owner
 
 
-@kernel
+@allocating_kernel
 def share_stray(image, places, peaks, boxes, offsets, pixels, takes, rule, clip):
     """Share stray pixels (M, 2) among the templates that take some, (K,).
 
