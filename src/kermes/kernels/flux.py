@@ -38,14 +38,10 @@ def add_scaled(out, values, scale):
         out[i] += scale * values[i]
 
 
-@allocating_kernel
-def combine_components(pixels, boxes, offsets, sources, spectra, joined, joined_offsets):
-    """Add up the components of each source: pixels (B, n) times spectra (K, B), on the joined boxes.
-
-    pixels (1, n) serves all bands. Returns (B, joined_offsets[-1]) float32.
-    """
+@kernel
+def add_components(pixels, boxes, offsets, sources, spectra, joined, joined_offsets, out):
+    """Add what `combine_components` returns to `out`."""
     n_bands = spectra.shape[1]
-    out = np.zeros((n_bands, joined_offsets[-1]), dtype=np.float32)
     for k in range(len(boxes)):
         s = sources[k]
         y0, x0, height, width = boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3]
@@ -58,6 +54,16 @@ def combine_components(pixels, boxes, offsets, sources, spectra, joined, joined_
                     pixels[min(b, len(pixels) - 1), source : source + width],
                     spectra[k, b],
                 )
+
+
+@allocating_kernel
+def combine_components(pixels, boxes, offsets, sources, spectra, joined, joined_offsets):
+    """Add up the components of each source: pixels (B, n) times spectra (K, B), on the joined boxes.
+
+    pixels (1, n) serves all bands. Returns (B, joined_offsets[-1]) float32.
+    """
+    out = np.zeros((spectra.shape[1], joined_offsets[-1]), dtype=np.float32)
+    add_components(pixels, boxes, offsets, sources, spectra, joined, joined_offsets, out)
     return out
 
 
@@ -93,18 +99,10 @@ def share_row(image, variance, valid, total, model, least):
     return flux, noise2, contested
 
 
-@allocating_kernel
-def share_fluxes(images, variance, valid, total, models, boxes, offsets, least):
-    """Sum what each packed model gets of the observed pixels, its variance, and the part of it that is contested.
-
-    images, variance, valid, total (B, H, W) and models (B, n) on boxes (S, 4) of the same pixels; nothing is shared
-    where the total is not above `least` sigma. What is contested is the sum of I r (1 - r), r the share: by how much
-    the flux changes if all of the model does, relative to that. Returns three (S, B) float64.
-    """
+@kernel
+def fill_shares(images, variance, valid, total, models, boxes, offsets, least, flux, noise2, contested):
+    """Fill the sums of `share_fluxes`."""
     n_bands = len(images)
-    flux = np.empty((len(boxes), n_bands))
-    noise2 = np.empty((len(boxes), n_bands))
-    contested = np.empty((len(boxes), n_bands))
     for s in range(len(boxes)):
         y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         for b in range(n_bands):
@@ -117,7 +115,7 @@ def share_fluxes(images, variance, valid, total, models, boxes, offsets, least):
                     valid[b, y0 + y, x0 : x0 + width],
                     total[b, y0 + y, x0 : x0 + width],
                     models[b, start : start + width],
-                    np.float32(least),
+                    least,
                 )
                 total_flux += part
                 total_noise2 += part2
@@ -125,6 +123,21 @@ def share_fluxes(images, variance, valid, total, models, boxes, offsets, least):
             flux[s, b] = total_flux
             noise2[s, b] = total_noise2
             contested[s, b] = total_contested
+
+
+@allocating_kernel
+def share_fluxes(images, variance, valid, total, models, boxes, offsets, least):
+    """Sum what each packed model gets of the observed pixels, its variance, and the part of it that is contested.
+
+    images, variance, valid, total (B, H, W) and models (B, n) on boxes (S, 4) of the same pixels; nothing is shared
+    where the total is not above `least` sigma. What is contested is the sum of I r (1 - r), r the share: by how much
+    the flux changes if all of the model does, relative to that. Returns three (S, B) float64.
+    """
+    n_bands = len(images)
+    flux = np.empty((len(boxes), n_bands))
+    noise2 = np.empty((len(boxes), n_bands))
+    contested = np.empty((len(boxes), n_bands))
+    fill_shares(images, variance, valid, total, models, boxes, offsets, np.float32(least), flux, noise2, contested)
     return flux, noise2, contested
 
 

@@ -31,29 +31,21 @@ def compare_row(model, total, inside, largest):
     return others, flux, self_product, product
 
 
-@allocating_kernel
-def blend_metrics(models, boxes, offsets, shape):
-    """Overlap of each source with all others, in the frame of its packed models (B, n) on boxes (S, 4).
-
-    With m the model of the source, A the sum of all models and F the pixels where m > 0 in any band: the maximum and
-    the sum over F of A - m, that sum over the flux of m (0 when it has none), and the blendedness
-    1 - (m . m) / (A . m) (0 when it has none). Returns four (S, B) float64. Cost O(B n).
-    """
-    n_bands = len(models)
-    h, w = shape
-    total = np.zeros((n_bands, h, w), dtype=np.float32)
+@kernel
+def add_models(models, boxes, offsets, total):
+    """Add packed models (B, n) on boxes (S, 4) to an image (B, H, W)."""
     for s in range(len(boxes)):
         y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
-        for b in range(n_bands):
+        for b in range(len(models)):
             for y in range(height):
                 start = offsets[s] + y * width
                 add_values(total[b, y0 + y, x0 : x0 + width], models[b, start : start + width])
-    top = np.empty((len(boxes), n_bands))
-    rest = np.empty((len(boxes), n_bands))
-    share = np.empty((len(boxes), n_bands))
-    blendedness = np.empty((len(boxes), n_bands))
-    largest = np.empty(w)
-    inside = np.empty(h * w, dtype=np.bool_)
+
+
+@kernel
+def fill_metrics(models, boxes, offsets, total, largest, inside, top, rest, share, blendedness):
+    """Fill what `blend_metrics` returns; largest (W,) and inside (H W,) are room to work in."""
+    n_bands = len(models)
     for s in range(len(boxes)):
         y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         here = inside[: height * width]
@@ -83,6 +75,27 @@ def blend_metrics(models, boxes, offsets, shape):
             rest[s, b] = others
             share[s, b] = others / flux if flux > 0 else 0.0
             blendedness[s, b] = 1.0 - self_product / product if product > 0 else 0.0
+
+
+@allocating_kernel
+def blend_metrics(models, boxes, offsets, shape):
+    """Overlap of each source with all others, in the frame of its packed models (B, n) on boxes (S, 4).
+
+    With m the model of the source, A the sum of all models and F the pixels where m > 0 in any band: the maximum and
+    the sum over F of A - m, that sum over the flux of m (0 when it has none), and the blendedness
+    1 - (m . m) / (A . m) (0 when it has none). Returns four (S, B) float64. Cost O(B n).
+    """
+    n_bands = len(models)
+    h, w = shape
+    total = np.zeros((n_bands, h, w), dtype=np.float32)
+    add_models(models, boxes, offsets, total)
+    top = np.empty((len(boxes), n_bands))
+    rest = np.empty((len(boxes), n_bands))
+    share = np.empty((len(boxes), n_bands))
+    blendedness = np.empty((len(boxes), n_bands))
+    fill_metrics(
+        models, boxes, offsets, total, np.empty(w), np.empty(h * w, dtype=np.bool_), top, rest, share, blendedness
+    )
     return top, rest, share, blendedness
 
 
@@ -105,22 +118,12 @@ def compare_observed_row(model, total, variance, valid, least, largest):
     return others, flux, self_product, product
 
 
-@allocating_kernel
-def observed_metrics(total, variance, valid, models, boxes, offsets, least):
-    """Overlap of each source with all others as observed, in units of the noise.
-
-    total, variance, valid (B, H, W), total the sum of the positive parts of all models A; models (B, n) on boxes (S, 4)
-    of the same pixels. Over the valid pixels F where the model m of the source is above `least` sigma: the maximum of
-    (A - m) / sigma, the sum of A - m over that of m, and 1 - sum(m m / V) / sum(A m / V); 0 where there are none.
-    Returns three (S, B) float64. Cost O(B n).
-    """
+@kernel
+def fill_observed_metrics(
+    total, variance, valid, models, boxes, offsets, least, row_of_largest, top, share, blendedness
+):
+    """Fill what `observed_metrics` returns, zero before; row_of_largest (W,) is room to work in."""
     n_bands = len(models)
-    top, share, blendedness = (
-        np.zeros((len(boxes), n_bands)),
-        np.zeros((len(boxes), n_bands)),
-        np.zeros((len(boxes), n_bands)),
-    )
-    row_of_largest = np.empty(total.shape[2])
     for s in range(len(boxes)):
         y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         for b in range(n_bands):
@@ -148,6 +151,25 @@ def observed_metrics(total, variance, valid, models, boxes, offsets, least):
                 top[s, b] = np.sqrt(largest)
                 share[s, b] = others / flux
                 blendedness[s, b] = 1.0 - self_product / product
+
+
+@allocating_kernel
+def observed_metrics(total, variance, valid, models, boxes, offsets, least):
+    """Overlap of each source with all others as observed, in units of the noise.
+
+    total, variance, valid (B, H, W), total the sum of the positive parts of all models A; models (B, n) on boxes (S, 4)
+    of the same pixels. Over the valid pixels F where the model m of the source is above `least` sigma: the maximum of
+    (A - m) / sigma, the sum of A - m over that of m, and 1 - sum(m m / V) / sum(A m / V); 0 where there are none.
+    Returns three (S, B) float64. Cost O(B n).
+    """
+    n_bands = len(models)
+    top, share, blendedness = (
+        np.zeros((len(boxes), n_bands)),
+        np.zeros((len(boxes), n_bands)),
+        np.zeros((len(boxes), n_bands)),
+    )
+    room = np.empty(total.shape[2])
+    fill_observed_metrics(total, variance, valid, models, boxes, offsets, least, room, top, share, blendedness)
     return top, share, blendedness
 
 
@@ -162,13 +184,9 @@ def weighted_squares(residual, weights):
     return total, count
 
 
-@allocating_kernel
-def mean_chi2(residual, weights, boxes):
-    """Mean of weight * residual^2 over the used pixels of each box (S, 4), all bands together; NaN if there are none.
-
-    residual, weights (B, H, W).
-    """
-    out = np.empty(len(boxes))
+@kernel
+def fill_chi2(residual, weights, boxes, out):
+    """Fill what `mean_chi2` returns."""
     for s in range(len(boxes)):
         y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
         total, count = 0.0, 0
@@ -178,4 +196,14 @@ def mean_chi2(residual, weights, boxes):
                 total += part
                 count += used
         out[s] = total / count if count > 0 else np.nan
+
+
+@allocating_kernel
+def mean_chi2(residual, weights, boxes):
+    """Mean of weight * residual^2 over the used pixels of each box (S, 4), all bands together; NaN if there are none.
+
+    residual, weights (B, H, W).
+    """
+    out = np.empty(len(boxes))
+    fill_chi2(residual, weights, boxes, out)
     return out

@@ -200,33 +200,40 @@ def substitute(a, n, v, backward):
 # ---------------------------------------------------------------- fluxes
 
 
+@kernel
+def collect_block(first, waves, columns, data, power, n_components, owner, amplitudes, work, sums, matrix, vectors):
+    """The part of `collect_modes` of a block of modes from `first` on; amplitudes, work and sums: room to work in."""
+    n_bands, n_modes = power.shape
+    n = min(BLOCK, n_modes - first)
+    last = first + n
+    for c in range(n_components):
+        re, im = amplitudes[c, 0, :n], amplitudes[c, 1, :n]
+        multiply(columns[c, 0, first:last], waves[c, 0, first:last], re)
+        multiply(columns[c, 0, first:last], waves[c, 1, first:last], im)
+        for b in range(n_bands):
+            vectors[b, c] += dot(re, data[b, 0, first:last]) + dot(im, data[b, 1, first:last])
+        for d in range(c + 1):
+            if owner[c] == owner[d]:
+                multiply(columns[c, 0, first:last], columns[d, 0, first:last], work[:n])
+            else:
+                products(re, im, amplitudes[d, 0, :n], amplitudes[d, 1, :n], work[:n])
+            for b in range(0, n_bands, 3):
+                b_1, b_2 = min(b + 1, n_bands - 1), min(b + 2, n_bands - 1)
+                x, y, z = power[b, first:last], power[b_1, first:last], power[b_2, first:last]
+                sums[0], sums[1], sums[2] = dot_three(work[:n], x, y, z)
+                for k in range(min(3, n_bands - b)):
+                    matrix[b + k, c, d] += sums[k]
+
+
 @allocating_kernel
 def collect_modes(waves, columns, data, power, n_components, owner, matrix, vectors):
     """Normal matrices (B, C, C) and right sides (B, C) of the fluxes, from modes; see `solve_fluxes`."""
-    n_bands, n_modes = power.shape
+    n_modes = power.shape[1]
     amplitudes = np.empty((n_components, 2, BLOCK), np.float32)
     work = np.empty(BLOCK, np.float32)
     sums = np.empty(3)
     for first in range(0, n_modes, BLOCK):
-        n = min(BLOCK, n_modes - first)
-        last = first + n
-        for c in range(n_components):
-            re, im = amplitudes[c, 0, :n], amplitudes[c, 1, :n]
-            multiply(columns[c, 0, first:last], waves[c, 0, first:last], re)
-            multiply(columns[c, 0, first:last], waves[c, 1, first:last], im)
-            for b in range(n_bands):
-                vectors[b, c] += dot(re, data[b, 0, first:last]) + dot(im, data[b, 1, first:last])
-            for d in range(c + 1):
-                if owner[c] == owner[d]:
-                    multiply(columns[c, 0, first:last], columns[d, 0, first:last], work[:n])
-                else:
-                    products(re, im, amplitudes[d, 0, :n], amplitudes[d, 1, :n], work[:n])
-                for b in range(0, n_bands, 3):
-                    b_1, b_2 = min(b + 1, n_bands - 1), min(b + 2, n_bands - 1)
-                    x, y, z = power[b, first:last], power[b_1, first:last], power[b_2, first:last]
-                    sums[0], sums[1], sums[2] = dot_three(work[:n], x, y, z)
-                    for k in range(min(3, n_bands - b)):
-                        matrix[b + k, c, d] += sums[k]
+        collect_block(first, waves, columns, data, power, n_components, owner, amplitudes, work, sums, matrix, vectors)
 
 
 @allocating_kernel
@@ -352,6 +359,61 @@ def fill_pair(
                         hessian[j, i] += value
 
 
+@kernel
+def fill_block(
+    first, waves, columns, flat, power, n_components, owner, ends, spectra, slots, fluxes, amplitudes, residuals, work,
+    own, both, sums, hessian, gradient, coupling,
+):  # fmt: skip
+    """The part of `fill_modes` of a block of modes from `first` on.
+
+    flat (2 B, M): the data; ends (C,): number of columns of each component that have a slot, the first among them;
+    spectra (C, B); amplitudes to sums: room to work in.
+    """
+    n_bands, n_modes = power.shape
+    n = min(BLOCK, n_modes - first)
+    last = first + n
+    weight, cosine, sine, along, across = own[0, :n], own[1, :n], own[2, :n], own[3, :n], own[4, :n]
+    for c in range(n_components):
+        for k in range(2):
+            multiply(columns[c, 0, first:last], waves[c, k, first:last], amplitudes[c, k, :n])
+            if ends[c] > 1:
+                add_bands(flat, k, first, spectra[c], residuals[c, k, :n])
+    for c in range(n_components):
+        for d in range(c, n_components):
+            if ends[c] == 1 and ends[d] == 1:
+                continue
+            for b in range(n_bands):
+                both[b] = spectra[c, b] * spectra[d, b]
+            # A loop, so that k is no literal, for which add_bands would be compiled once more.
+            for k in range(1):
+                add_bands(power, k, first, both, weight)
+            aligned = owner[c] == owner[d]
+            if not aligned:
+                a_re, a_im = waves[c, 0, first:last], waves[c, 1, first:last]
+                b_re, b_im = waves[d, 0, first:last], waves[d, 1, first:last]
+                products(a_re, a_im, b_re, b_im, cosine)
+                cross_products(a_re, a_im, b_re, b_im, sine)
+            fill_pair(
+                c, d, aligned, columns, power, weight, cosine, sine, first, ends, slots, fluxes, work, sums,
+                hessian, coupling,
+            )  # fmt: skip
+            for k in range(2):
+                if ends[c] > 1:
+                    add_products(weight, amplitudes[d, k, :n], np.float32(-1.0), residuals[c, k, :n])
+                if ends[d] > 1 and c != d:
+                    add_products(weight, amplitudes[c, k, :n], np.float32(-1.0), residuals[d, k, :n])
+    for c in range(n_components):
+        if ends[c] == 1:
+            continue
+        # The residual as the wave of the component sees it, and turned by -i.
+        re, im = waves[c, 0, first:last], waves[c, 1, first:last]
+        products(re, im, residuals[c, 0, :n], residuals[c, 1, :n], along)
+        cross_products(residuals[c, 0, :n], residuals[c, 1, :n], re, im, across)
+        for p in range(1, ends[c]):
+            turned = across if p < FIRST_SHAPE else along
+            gradient[slots[c, p]] += dot(columns[c, p, first:last], turned)
+
+
 @allocating_kernel
 def fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, hessian, gradient, coupling):
     """Add the products of the derivatives of a group at the modes of its stamp to cleared equations.
@@ -376,48 +438,10 @@ def fill_modes(waves, columns, data, power, n_components, owner, slots, fluxes, 
     both = np.empty(n_bands, np.float32)
     sums = np.empty((max(N_COLUMNS, n_bands), N_COLUMNS))
     for first in range(0, n_modes, BLOCK):
-        n = min(BLOCK, n_modes - first)
-        last = first + n
-        weight, cosine, sine, along, across = own[0, :n], own[1, :n], own[2, :n], own[3, :n], own[4, :n]
-        for c in range(n_components):
-            for k in range(2):
-                multiply(columns[c, 0, first:last], waves[c, k, first:last], amplitudes[c, k, :n])
-                if ends[c] > 1:
-                    add_bands(flat, k, first, spectra[c], residuals[c, k, :n])
-        for c in range(n_components):
-            for d in range(c, n_components):
-                if ends[c] == 1 and ends[d] == 1:
-                    continue
-                for b in range(n_bands):
-                    both[b] = spectra[c, b] * spectra[d, b]
-                # A loop, so that k is no literal, for which add_bands would be compiled once more.
-                for k in range(1):
-                    add_bands(power, k, first, both, weight)
-                aligned = owner[c] == owner[d]
-                if not aligned:
-                    a_re, a_im = waves[c, 0, first:last], waves[c, 1, first:last]
-                    b_re, b_im = waves[d, 0, first:last], waves[d, 1, first:last]
-                    products(a_re, a_im, b_re, b_im, cosine)
-                    cross_products(a_re, a_im, b_re, b_im, sine)
-                fill_pair(
-                    c, d, aligned, columns, power, weight, cosine, sine, first, ends, slots, fluxes, work, sums,
-                    hessian, coupling,
-                )  # fmt: skip
-                for k in range(2):
-                    if ends[c] > 1:
-                        add_products(weight, amplitudes[d, k, :n], np.float32(-1.0), residuals[c, k, :n])
-                    if ends[d] > 1 and c != d:
-                        add_products(weight, amplitudes[c, k, :n], np.float32(-1.0), residuals[d, k, :n])
-        for c in range(n_components):
-            if ends[c] == 1:
-                continue
-            # The residual as the wave of the component sees it, and turned by -i.
-            re, im = waves[c, 0, first:last], waves[c, 1, first:last]
-            products(re, im, residuals[c, 0, :n], residuals[c, 1, :n], along)
-            cross_products(residuals[c, 0, :n], residuals[c, 1, :n], re, im, across)
-            for p in range(1, ends[c]):
-                turned = across if p < FIRST_SHAPE else along
-                gradient[slots[c, p]] += dot(columns[c, p, first:last], turned)
+        fill_block(
+            first, waves, columns, flat, power, n_components, owner, ends, spectra, slots, fluxes, amplitudes,
+            residuals, work, own, both, sums, hessian, gradient, coupling,
+        )  # fmt: skip
 
 
 @allocating_kernel

@@ -594,6 +594,19 @@ def seen_power(model, psf):
     return total
 
 
+@kernel
+def weigh_plane(residual, weights, mean, y0, x0, out):
+    """The same of what a stamp (side, side) with the corner y0, x0 shares with an image (H, W)."""
+    top, bottom, left, right = part_inside(residual.shape, y0, x0, len(out))
+    n_off = 0
+    for i in range(top, bottom):
+        y = y0 + i
+        n_off += weigh_row(
+            residual[y, x0 + left : x0 + right], weights[y, x0 + left : x0 + right], mean, out[i, left:right]
+        )
+    return n_off
+
+
 @allocating_kernel
 def collect_data(residual, weights, mean_weights, lengths, psf, model, side, y0, x0, exact, errors, data, power):
     """Fill data and power of a stamp, see `fit_group`; returns whether its weights are uniform.
@@ -629,14 +642,8 @@ def collect_data(residual, weights, mean_weights, lengths, psf, model, side, y0,
             planes[:] = 0
             for k in range(together):
                 b = first + k
-                for i in range(top, bottom):
-                    n_off = weigh_row(
-                        residual[b, y0 + i, x0 + left : x0 + right],
-                        weights[b, y0 + i, x0 + left : x0 + right],
-                        np.float32(mean_weights[b]),
-                        planes[k, i, left:right],
-                    )
-                    uniform = uniform and n_off == 0
+                n_off = weigh_plane(residual[b], weights[b], np.float32(mean_weights[b]), y0, x0, planes[k])
+                uniform = uniform and n_off == 0
             axis[0] = 2
             r2c(planes, transformed, axis, True, 1.0, 1)
             axis[0] = 1

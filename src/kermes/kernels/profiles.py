@@ -146,14 +146,10 @@ def fill_squares(fy, fx, yy, yx, xx, out):
         out[m] = yy * fy[m] * fy[m] + (yx * fy[m] + xx * fx[m]) * fx[m] + np.float32(1e-30)
 
 
-@allocating_kernel
-def fill_wave(lengths, y, x, wave):
-    """Real and imaginary parts (2, M) of exp(-i f . x) at the modes of a stamp; y, x [pixels from the corner]."""
+@kernel
+def turn_rows(lengths, rows, columns, wave):
+    """Multiply the phases (2, side // 2 + 1) of the rows of a half plane with those of its columns, where modes are."""
     side = len(lengths)
-    unit = 2 * np.pi / side
-    rows, columns = np.empty((2, side // 2 + 1), np.float32), np.empty((2, side // 2 + 1), np.float32)
-    fill_phases(unit * y, rows)
-    fill_phases(unit * x, columns)
     last = 0
     for i in range(side):
         first, last = last, last + lengths[i]
@@ -162,6 +158,17 @@ def fill_wave(lengths, y, x, wave):
             k, sign = (i, np.float32(1.0)) if 2 * i < side else (side - i, np.float32(-1.0))
             re, im = columns[0, : lengths[i]], columns[1, : lengths[i]]
             turn_row(re, im, rows[0, k], sign * rows[1, k], wave[0, first:last], wave[1, first:last])
+
+
+@allocating_kernel
+def fill_wave(lengths, y, x, wave):
+    """Real and imaginary parts (2, M) of exp(-i f . x) at the modes of a stamp; y, x [pixels from the corner]."""
+    side = len(lengths)
+    unit = 2 * np.pi / side
+    rows, columns = np.empty((2, side // 2 + 1), np.float32), np.empty((2, side // 2 + 1), np.float32)
+    fill_phases(unit * y, rows)
+    fill_phases(unit * x, columns)
+    turn_rows(lengths, rows, columns, wave)
 
 
 @allocating_kernel
