@@ -12,27 +12,27 @@ from numba import njit
 
 # No GIL, cached on disk, division as in numpy, and no way in for C: only Python and other kernels call kernels.
 _OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-
+_COUNTED, _NOT_COUNTED = {**_OPTIONS, "_nrt": True}, {**_OPTIONS, "_nrt": False}
 _REORDERED: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}}
 
-kernel = njit(**_OPTIONS, _nrt=False)
+kernel = njit(**_NOT_COUNTED)
 """Compile a kernel that makes no arrays and returns none.
 
 Numba counts no references in it. Where it does, each slice costs two atomic operations: in loops over short rows that
 was a tenth of the time, and threads that share an array wait for each other.
 """
 
-allocating_kernel = njit(**_OPTIONS, _nrt=True)
+allocating_kernel = njit(**_COUNTED)
 """Compile a kernel that makes arrays or returns one, or a part of one; loops over short rows are better a `kernel`."""
 
-fast_kernel = njit(**_OPTIONS, **_REORDERED, _nrt=False)
+fast_kernel = njit(**_NOT_COUNTED, **_REORDERED)
 """The same as `kernel` for plain sums and products, which may be reordered so that they vectorise; NaN stays NaN.
 
 For sums over an array. What is worked out element by element vectorises without it, and must not have it: a copy of the
 kernel in another one may be rounded otherwise, and which copy runs depends on whether the cache had it.
 """
 
-fast_allocating_kernel = njit(**_OPTIONS, **_REORDERED, _nrt=True)
+fast_allocating_kernel = njit(**_COUNTED, **_REORDERED)
 """The same for one that makes arrays."""
 
 inlined_kernel = njit(**_OPTIONS, inline="always")
