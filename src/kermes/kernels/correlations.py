@@ -25,7 +25,7 @@ def rotate(a, p, q):
 
 @kernel
 def condition_number(a):
-    """Largest over smallest eigenvalue of a matrix of correlations (n, n), which is lost; infinite if it is singular.
+    """Largest over smallest eigenvalue of correlations (n, n), which are lost; infinite unless all are positive.
 
     Cyclic Jacobi rotations (Golub & Van Loan, Matrix Computations, section 8.5).
     """
@@ -43,8 +43,10 @@ def condition_number(a):
                     rotate(a, p, q)
     least, most = np.inf, -np.inf
     for k in range(n):
+        if not a[k, k] > 0.0:
+            return np.inf
         least, most = min(least, a[k, k]), max(most, a[k, k])
-    return most / least if least > 0.0 else np.inf
+    return most / least
 
 
 @allocating_kernel
