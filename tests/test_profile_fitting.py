@@ -28,14 +28,15 @@ from kermes.kernels.profile_fitting import (
     EVEN,
     MOST_PIXELS,
     UNEVEN,
-    add_doubt,
     evaluate_group,
+    fill_doubt,
     fit_group,
     goes_too_far,
     list_components,
     mean_weight,
     see_column,
     shape_index,
+    total_doubt,
     visit_group,
 )
 from kermes.kernels.profiles import N_COLUMNS
@@ -1131,7 +1132,7 @@ def test_the_mean_flux_changes_neither_the_kind_nor_how_well_that_fits():
     mean, likelier = (fit(images, peaks, replace(DEFAULT, average_kinds=average)) for average in (True, False))
     lean = (total(mean) - total(likelier))[0]
     assert (lean != 0).all()
-    np.testing.assert_allclose(lean, mean.sources.lean[0])
+    np.testing.assert_allclose(lean, mean.sources.lean[0, 0])
     np.testing.assert_array_equal(mean.sources.shapes, likelier.sources.shapes)
     np.testing.assert_array_equal(mean.residual, likelier.residual)
     # The chi2 that errors are scaled with is that of the likelier kind, too.
@@ -1143,19 +1144,45 @@ def test_doubt_is_the_mean_square_of_the_change_to_the_likely_kinds():
     members, chosen = np.arange(2), EXPONENTIAL
     losses = np.array([12.0, 10.0, np.nan, 9.0])  # a kind with less loss than the chosen one counts as much as that
     noted = np.random.default_rng(1).normal(size=(4, 2, 2))
-    engine.sources.doubt[:] = 1.0
-    add_doubt(engine.sources, members, losses, chosen, noted)
+    engine.sources.doubt[:] = 1.0  # from an earlier choice
+    fill_doubt(engine.sources, members, 1, losses, chosen, noted)
     likely = np.exp([-2.0, 0.0, -np.inf, 0.0])
     likely /= likely.sum()
     expected = np.einsum("k,ksb->sb", likely, np.square(noted - noted[chosen]))
     # The mean of point and exponential; the double is an alternative, but none to be averaged with.
-    np.testing.assert_allclose(engine.sources.lean, likely[0] * (noted[POINT] - noted[EXPONENTIAL]))
-    np.testing.assert_allclose(engine.sources.doubt, 1.0 + expected)
+    mean = likely[0] * (noted[POINT] - noted[EXPONENTIAL])
+    np.testing.assert_array_equal(engine.sources.partners, [[-1] * 5, [0, 1, -1, -1, -1]])
+    np.testing.assert_allclose(engine.sources.lean[1, :2], mean)
+    np.testing.assert_allclose(engine.sources.doubt[1, :2], expected)
+    np.testing.assert_array_equal(engine.sources.doubt[1, 2:], 0.0)
+    # Each choice counts once, however often it is made, and both count.
+    fill_doubt(engine.sources, members[::-1], 0, losses, chosen, noted)
+    doubt, lean = total_doubt(engine.sources)
+    np.testing.assert_allclose(doubt, expected + expected[::-1])
+    np.testing.assert_allclose(lean, mean + mean[::-1])
+
+
+def test_who_may_not_choose_keeps_what_is_known_of_its_kind():
+    """The group of a pair is visited again for one of its members alone."""
+    engine = engine_of(noisy(draw(PAIR)), np.rint([s[:2] for s in PAIR]))
+    engine.sweep(5)
+    engine.update()
+    engine.sweep(5, candidates=engine.candidates())
+    noted = engine.sources.evidence, engine.sources.doubt, engine.sources.lean
+    kept = [array[1].copy() for array in noted]
+    other = engine.sources.doubt[0].copy()
+    assert np.isfinite(kept[0]).sum() > 1
+    assert (kept[1] > 0).any()
+    engine.sweep(5, candidates=engine.candidates(np.array([False, True])))
+    for before, array in zip(kept, noted, strict=True):
+        np.testing.assert_array_equal(array[1], before)
+    # The other compared its kinds once more.
+    assert (engine.sources.doubt[0] != other).any()
 
 
 def test_without_a_choice_there_is_no_doubt():
     fitted = fit(noisy(draw(PAIR)), np.rint([s[:2] for s in PAIR]), most=POINT)
-    np.testing.assert_array_equal(fitted.sources.doubt, 0.0)
+    np.testing.assert_array_equal(fitted.doubt, 0.0)
 
 
 def simulated(seed=3, n_sources=6, shape=(72, 70), **options):

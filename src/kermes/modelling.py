@@ -557,7 +557,7 @@ def _with_free_form(
     kernels_flux.subtract_models(residual, models.pixels, models.boxes, models.offsets)
     flux = fit.sources.fluxes.sum(axis=1)
     # How well the light is seen, whatever it is taken for.
-    square = np.square(flux) / (fit.variances.flux - fit.sources.doubt)
+    square = np.square(flux) / (fit.variances.flux - fit.doubt)
     snr = np.sqrt(np.where(np.isnan(square), 0.0, square).sum(axis=1))
     snr[len(task.members) :] = np.nan
     return with_free_form(scene, residual, snr, cut, task.kernels, config.free_form)

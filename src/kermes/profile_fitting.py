@@ -159,6 +159,9 @@ class ProfileFit:
     variances: Variances
     """What is known of their fluxes and shapes."""
 
+    doubt: DoubleArray
+    """What the variances of the fluxes hold of the choice of kinds, shape (S, B)."""
+
     correlations: Correlations
     """How their fluxes hang together."""
 
@@ -217,8 +220,9 @@ def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sou
         high=high,
         stamps=np.full((n, 4), -1, dtype=np.int64),
         evidence=np.full((n, N_KINDS), np.nan),
-        doubt=np.zeros((n, n_bands)),
-        lean=np.zeros((n, n_bands)),
+        partners=np.full((n, config.largest_group), -1, dtype=np.int64),
+        doubt=np.zeros((n, config.largest_group, n_bands)),
+        lean=np.zeros((n, config.largest_group, n_bands)),
     )
 
 
@@ -355,6 +359,7 @@ class _Engine:
         self.penalties = np.array([0.0, config.extended_penalty, config.sersic_penalty, config.double_penalty])
         n_bands = len(images)
         self.variances = _unknown_variances(len(peaks), n_bands, config.largest_group)
+        self.doubt = self.lean = np.zeros((len(peaks), n_bands))
         self.steps = 0
         self.snr = np.zeros(len(peaks))
         self.groups: list[tuple[int, ...]] = []
@@ -424,12 +429,16 @@ class _Engine:
         scale = np.maximum(chi2, 1.0)[:, None]
         for variance in (self.variances.flux, self.variances.shape):
             variance *= scale
-        self.variances.flux[:] += self.sources.doubt
+        self.doubt, self.lean = kernels.total_doubt(self.sources)
+        self.variances.flux[:] += self.doubt
         self.variances.shape[:, :2] += CENTER_FLOOR**2
 
     def average(self) -> None:
-        """Give sources the mean flux of the kinds that they might be; the residual stays that of the likelier ones."""
-        self.sources.fluxes[:, 0] += self.sources.lean
+        """Give sources the mean flux of the kinds that they might be, after `admit_misfit`.
+
+        The residual stays that of the likelier ones.
+        """
+        self.sources.fluxes[:, 0] += self.lean
 
     def draw(self, rows: IndexArray, factor: float) -> None:
         """Add some sources, times a factor, to the residual, each on the stamp that it has."""
@@ -658,6 +667,7 @@ def _finish(engine: _Engine, correlations: Correlations, converged: bool) -> Pro
         sources=engine.sources,
         n_listed=engine.n_listed,
         variances=engine.variances,
+        doubt=engine.doubt,
         correlations=correlations,
         significance=engine.significance,
         evidence=_evidence(engine.sources),

@@ -474,13 +474,18 @@ def note_fluxes(sources, members, out):
 
 
 @kernel
-def add_doubt(sources, members, losses, chosen, noted):
-    """Add what the fluxes of a group would change if one of its members were of another kind: its square, and its mean.
+def fill_doubt(sources, members, s, losses, chosen, noted):
+    """Note what the fluxes of a group would change if member s were of another kind: the square, and the mean.
 
     losses (N_KINDS,): penalised loss of each kind, NaN where it was not tried; noted (N_KINDS, G, B): the fluxes then.
     A kind is as likely as the exponential of its loss is small (the Laplace approximation, the penalties as priors).
     The mean is over points and exponentials only: bright sources are not at rest yet when richer kinds are compared.
     """
+    partners, doubt, lean = sources.partners[s], sources.doubt[s], sources.lean[s]
+    for k in range(len(partners)):
+        partners[k] = members[k] if k < len(members) else -1
+        for b in range(noted.shape[2]):
+            doubt[k, b] = lean[k, b] = 0.0
     total = 0.0
     for j in range(len(losses)):
         if not np.isnan(losses[j]):
@@ -492,9 +497,24 @@ def add_doubt(sources, members, losses, chosen, noted):
         for k in range(len(members)):
             for b in range(noted.shape[2]):
                 change = noted[j, k, b] - noted[chosen, k, b]
-                sources.doubt[members[k], b] += share * change * change
+                doubt[k, b] += share * change * change
                 if max(j, chosen) <= EXPONENTIAL:
-                    sources.lean[members[k], b] += share * change
+                    lean[k, b] += share * change
+
+
+@allocating_kernel
+def total_doubt(sources):
+    """Sum what the choices of all sources leave open of each flux. Returns the square and the mean, both (S, B)."""
+    n_sources, n_partners, n_bands = sources.doubt.shape
+    doubt, lean = np.zeros((n_sources, n_bands)), np.zeros((n_sources, n_bands))
+    for s in range(n_sources):
+        for k in range(n_partners):
+            m = sources.partners[s, k]
+            if m >= 0:
+                for b in range(n_bands):
+                    doubt[m, b] += sources.doubt[s, k, b]
+                    lean[m, b] += sources.lean[s, k, b]
+    return doubt, lean
 
 
 @kernel
@@ -784,10 +804,6 @@ def visit_group(
         uniform = collect_data(
             residual, weights, mean_weights, lengths, psf, model, side, y0, x0, exact, errors, data, power
         )
-        for i in range(len(members)):
-            if not errors and may_choose(candidates, members[i : i + 1]):
-                for b in range(n_bands):
-                    sources.doubt[members[i], b] = sources.lean[members[i], b] = 0.0
         negative = False
         loss, steps = 0.0, 0
         # First all members as they are, then one after the other as something else.
@@ -858,10 +874,11 @@ def visit_group(
                     if kind != DOUBLE:
                         for b in range(n_bands):
                             sources.fluxes[s, 1, b] = 0.0
-            if turn % len(TRIALS) == len(TRIALS) - 1 and turn >= 0:
+            last = turn % len(TRIALS) == len(TRIALS) - 1 and turn >= 0
+            if last and may_choose(candidates, members[i : i + 1]):
                 for j in range(N_KINDS):
                     sources.evidence[s, j] = losses[j] - losses[sources.kinds[s]]
-                add_doubt(sources, members, possible, sources.kinds[s], noted)
+                fill_doubt(sources, members, s, possible, sources.kinds[s], noted)
         shift_group(sources, members, -y0, -x0)
         if errors:
             break

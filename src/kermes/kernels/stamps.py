@@ -64,11 +64,14 @@ class Sources(NamedTuple):
     evidence: np.ndarray
     """Fall of the penalised loss from each kind of model to the chosen one, shape (S, N_KINDS); NaN where not tried."""
 
+    partners: np.ndarray
+    """Members of its group when its kind was chosen, shape (S, G); -1: none."""
+
     doubt: np.ndarray
-    """Mean square of what its total flux would change if members of its group were of other kinds, shape (S, B)."""
+    """Mean square of what the total flux of each of them would change if it were of another kind, shape (S, G, B)."""
 
     lean: np.ndarray
-    """Mean of that change, of points that might be galaxies and galaxies that might be points, shape (S, B)."""
+    """Mean of that change, if it is a point that might be a galaxy or a galaxy that might be a point, (S, G, B)."""
 
 
 @kernel
