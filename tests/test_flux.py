@@ -189,7 +189,7 @@ def test_sources_are_the_sums_of_their_components():
     np.testing.assert_array_equal(joined, [[0, 1, 6, 6], [0, 0, 0, 0], [7, 7, 1, 2]])
     combined = kernels.combine_components(flat, boxes, offsets, sources, spectra, joined, starts)
     residual = np.zeros(SHAPE, dtype=np.float32)
-    kernels.subtract_models(residual, combined, joined, starts)
+    kernels.add_models(residual, combined, joined, starts, -1.0)
     np.testing.assert_allclose(-residual, expected.sum(axis=0), rtol=1e-6, atol=1e-6)
     for s, box in enumerate(Box(*row) for row in joined.tolist()):
         stamp = combined[:, starts[s] : starts[s + 1]].reshape(2, *box.shape)

@@ -59,7 +59,7 @@ def drawn(one, kernels=KERNELS):
     """Image of a scene (B, H, W)."""
     models = render_scene(one, kernels)
     image = np.zeros((3, *SHAPE), dtype=np.float32)
-    kernels_flux.subtract_models(image, models.pixels, models.boxes, models.offsets)
+    kernels_flux.add_models(image, models.pixels, models.boxes, models.offsets, -1.0)
     return -image
 
 

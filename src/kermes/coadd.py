@@ -783,7 +783,7 @@ class Blend:
     @property
     def typical_noise(self) -> float:
         """Median of the noise of the bands that have weight [unit]; NaN if none has."""
-        known = [rms for rms in self.noise_rms.tolist() if rms == rms]
+        known = [rms for rms in self.noise_rms.tolist() if not math.isnan(rms)]
         return float(np.float32(median(known))) if known else np.nan
 
 

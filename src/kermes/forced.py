@@ -407,7 +407,7 @@ def forced_photometry(result: Result, coadd: Coadd) -> Table:
         found = joint_fluxes(image, weights, models)
         residual = image.copy()[None]
         scaled = models.pixels * np.repeat(np.nan_to_num(found.flux), np.diff(models.offsets)).astype(np.float32)
-        kernels_flux.subtract_models(residual, scaled, models.boxes, models.offsets)
+        kernels_flux.add_models(residual, scaled, models.boxes, models.offsets, -1.0)
         chi2 = kernels_metrics.mean_chi2(residual, weights[None], models.boxes)
         coverage = kernels_flux.project_models(
             valid.astype(np.float32)[None], models.pixels, models.boxes, models.offsets

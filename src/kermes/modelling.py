@@ -554,7 +554,7 @@ def _with_free_form(
 ) -> Scene:
     """Correct the profiles of members where they do not suffice; the same scene if all do."""
     residual = cut.images.copy()
-    kernels_flux.subtract_models(residual, models.pixels, models.boxes, models.offsets)
+    kernels_flux.add_models(residual, models.pixels, models.boxes, models.offsets, -1.0)
     flux = fit.sources.fluxes.sum(axis=1)
     # How well the light is seen, whatever it is taken for.
     square = np.square(flux) / (fit.variances.flux - fit.doubt)
@@ -637,7 +637,7 @@ def _describe(
     members that chi2 and flags refer to.
     """
     residual = cut.images.copy()
-    kernels_flux.subtract_models(residual, everything.pixels, everything.boxes, everything.offsets)
+    kernels_flux.add_models(residual, everything.pixels, everything.boxes, everything.offsets, -1.0)
     whole = np.array([[0, 0, *task.outer.shape]], dtype=np.int64)
     chi2 = kernels_metrics.mean_chi2(residual, cut.weights, np.concatenate([boxes, whole]))
     unknown = np.isnan(flux_err)

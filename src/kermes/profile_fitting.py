@@ -329,6 +329,12 @@ def group_sources(
     return members, np.cumsum([0, *map(len, groups.values())], dtype=np.int64)
 
 
+def _sets_of(members: IndexArray, offsets: IndexArray) -> list[frozenset[int]]:
+    """Members of each group, in no order."""
+    listed = members.tolist()
+    return [frozenset(listed[first:last]) for first, last in pairwise(offsets.tolist())]
+
+
 class _Engine:
     """The state of one fit and the sweeps over it."""
 
@@ -362,24 +368,22 @@ class _Engine:
         self.doubt = self.lean = np.zeros((len(peaks), n_bands))
         self.steps = 0
         self.snr = np.zeros(len(peaks))
-        self.groups: list[tuple[int, ...]] = []
+        self.members, self.offsets = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
         self.settled = np.zeros(0, dtype=bool)
         self.regroup(None)
 
     def regroup(self, brightness: DoubleArray | None) -> None:
         config = self.config
+        was_settled = dict(zip(_sets_of(self.members, self.offsets), self.settled.tolist(), strict=True))
         members, self.offsets = group_sources(
             self.sources.shapes[:, :2], brightness, config.link, config.largest_group, config.brightness_ratio
         )
         # Groups that have the members that they had are as settled as they were.
-        was_settled = dict(zip(self.groups, self.settled.tolist(), strict=True))
-        listed = members.tolist()
-        self.groups = [tuple(listed[first:last]) for first, last in pairwise(self.offsets.tolist())]
-        self.settled = np.array([was_settled.get(group, False) for group in self.groups])
-        self.lonely = np.zeros(len(self.groups), dtype=bool)
+        self.settled = np.array([was_settled.get(own, False) for own in _sets_of(members, self.offsets)])
+        self.lonely = np.zeros(len(self.settled), dtype=bool)
         # In whatever order sources are listed, the faintest of a group chooses its kind first, before a richer profile
         # of a bright neighbour takes up its light.
-        group = np.repeat(np.arange(len(self.groups)), [len(own) for own in self.groups])
+        group = np.repeat(np.arange(len(self.settled)), self.offsets[1:] - self.offsets[:-1])
         self.members = members[np.lexsort((self.snr[members], group))]
 
     def update(self) -> None:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 from scipy.special import gamma, gammaincinv
 
+from kermes.kernels import profiles as kernels
+
 DoubleArray = NDArray[np.float64]
 
 LEAST_INDEX, LARGEST_INDEX = 0.5, 6.5
@@ -64,9 +66,9 @@ def frequencies_of(lengths: NDArray[np.int64]) -> NDArray[np.float32]:
     -------
     frequencies : ndarray, shape (2, M)
     """
-    along = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    rows = np.repeat(scipy.fft.fftfreq(len(lengths)), lengths)
-    return np.stack([2 * np.pi * rows, 2 * np.pi / len(lengths) * along]).astype(np.float32)
+    frequencies = np.empty((2, lengths.sum()), dtype=np.float32)
+    kernels.fill_frequencies(lengths, frequencies)
+    return frequencies
 
 
 def intensity(radius: DoubleArray, index: float) -> DoubleArray:

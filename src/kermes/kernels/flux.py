@@ -157,11 +157,11 @@ def project_models(images, models, boxes, offsets):
 
 
 @kernel
-def subtract_models(residual, models, boxes, offsets):
-    """Subtract all packed models (B, n) from the image `residual` (B, H, W), in place."""
+def add_models(image, models, boxes, offsets, factor):
+    """Add all packed models (B, n), times a factor, to an image (B, H, W), in place."""
     for s in range(len(boxes)):
         y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
-        for b in range(len(residual)):
+        for b in range(len(image)):
             for y in range(height):
                 start = offsets[s] + y * width
-                add_scaled(residual[b, y0 + y, x0 : x0 + width], models[b, start : start + width], np.float32(-1.0))
+                add_scaled(image[b, y0 + y, x0 : x0 + width], models[b, start : start + width], np.float32(factor))

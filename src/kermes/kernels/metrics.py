@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from kermes.kernels.convolution import add_values
 from kermes.kernels.decorator import allocating_kernel, fast_kernel, kernel
+from kermes.kernels.flux import add_models
 
 
 @kernel
@@ -29,17 +29,6 @@ def compare_row(model, total, inside, largest):
         self_product += m * m
         product += a * m
     return others, flux, self_product, product
-
-
-@kernel
-def add_models(models, boxes, offsets, total):
-    """Add packed models (B, n) on boxes (S, 4) to an image (B, H, W)."""
-    for s in range(len(boxes)):
-        y0, x0, height, width = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
-        for b in range(len(models)):
-            for y in range(height):
-                start = offsets[s] + y * width
-                add_values(total[b, y0 + y, x0 : x0 + width], models[b, start : start + width])
 
 
 @kernel
@@ -88,7 +77,7 @@ def blend_metrics(models, boxes, offsets, shape):
     n_bands = len(models)
     h, w = shape
     total = np.zeros((n_bands, h, w), dtype=np.float32)
-    add_models(models, boxes, offsets, total)
+    add_models(total, models, boxes, offsets, 1.0)
     top = np.empty((len(boxes), n_bands))
     rest = np.empty((len(boxes), n_bands))
     share = np.empty((len(boxes), n_bands))

@@ -616,7 +616,7 @@ def seen_power(model, psf):
 
 @kernel
 def weigh_plane(residual, weights, mean, y0, x0, out):
-    """The same of what a stamp (side, side) with the corner y0, x0 shares with an image (H, W)."""
+    """Weigh what a stamp (side, side) with the corner y0, x0 shares with an image (H, W): see `weigh_row`."""
     top, bottom, left, right = part_inside(residual.shape, y0, x0, len(out))
     n_off = 0
     for i in range(top, bottom):

@@ -122,6 +122,20 @@ def bend_modes(by_radius, squares, fy, fx, yy, yx, xx, out):
 
 
 @kernel
+def fill_frequencies(lengths, out):
+    """Frequencies along y and x [radians per pixel] of the first modes of each row of a half plane, out (2, >= M).
+
+    lengths (side,): number of modes of each row, zero frequency first; rows from the middle on have negative ones.
+    """
+    side, n = len(lengths), 0
+    unit = 2 * np.pi / side
+    for i in range(side):
+        for j in range(lengths[i]):
+            out[0, n], out[1, n] = unit * (i if 2 * i < side else i - side), unit * j
+            n += 1
+
+
+@kernel
 def fill_phases(angle, out):
     """Real and imaginary parts (2, N) of exp(-i j angle), each from the one before, in double precision."""
     re, im = 1.0, 0.0

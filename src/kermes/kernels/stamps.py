@@ -7,7 +7,14 @@ from rocket_fft import c2c, c2r, r2c
 
 from kermes.kernels.convolution import add_wrapped
 from kermes.kernels.decorator import allocating_kernel, kernel
-from kermes.kernels.profiles import AS_EXPONENTIAL, AS_POINT, AS_TABLE, evaluate_profile, interpolate_index
+from kermes.kernels.profiles import (
+    AS_EXPONENTIAL,
+    AS_POINT,
+    AS_TABLE,
+    evaluate_profile,
+    fill_frequencies,
+    interpolate_index,
+)
 
 POINT, EXPONENTIAL, SERSIC, DOUBLE = 0, 1, 2, 3
 N_KINDS = 4
@@ -334,10 +341,9 @@ def transform_modes(psfs, side, threshold, lengths, frequencies, psf):
                 if value.real * value.real + value.imag * value.imag > threshold * threshold:
                     lengths[i] = j + 1
         for j in range(lengths[i]):
-            frequencies[0, n + j] = 2 * np.pi * (i if 2 * i < side else i - side) / side
-            frequencies[1, n + j] = 2 * np.pi * j / side
             for b in range(n_bands):
                 psf[2 * b, n + j] = transformed[b, i, j].real
                 psf[2 * b + 1, n + j] = transformed[b, i, j].imag
         n += lengths[i]
+    fill_frequencies(lengths, frequencies)
     return n
