@@ -79,6 +79,11 @@ class BlendOutcome:
     seconds: float
     """How long it took."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that its models take."""
+        return self.models.pixels.nbytes + (0 if self.claims is self.models else self.claims.pixels.nbytes)
+
 
 def _window(blend: Blend, box: Box) -> Blend:
     """Cut a smaller blend out of a blend."""

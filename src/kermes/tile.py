@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from threading import Condition
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -50,7 +51,7 @@ LEAST_CORRELATION = 0.1
 """A source without any light of its own may be a part of a neighbour if their fluxes are correlated more than this."""
 
 QUEUE = 4
-"""Most blends for each worker that are waiting, in work, or done but not yet collected."""
+"""Most blends for each worker that are in work or waiting for it."""
 
 
 def fit_blends(
@@ -126,22 +127,52 @@ def _fit_level(
 def _in_threads(
     plan: TilePlan, tasks: Iterable[BlendTask], fit: Any, pool: ThreadPoolExecutor, n_workers: int
 ) -> Iterator[BlendOutcome]:
-    """Yield outcomes in the order of the tasks; no more are begun than memory holds until they are collected."""
+    """Yield outcomes in the order of the tasks.
+
+    Those that are done early wait for their turn, so that a slow blend holds up nobody, as far as memory allows.
+    """
     ceiling = 1e9 * plan.config.budget.total_memory
-    futures: deque[tuple[Future[BlendOutcome], float]] = deque()
-    used = 0.0
+    backlog: deque[Future[BlendOutcome]] = deque()
+    unfinished, used = 0, 0.0
+    changed = Condition()
+
+    def finish(task: BlendTask, future: Future[BlendOutcome]) -> None:
+        nonlocal unfinished, used
+        kept = 0 if future.cancelled() or future.exception() is not None else future.result().nbytes
+        with changed:
+            unfinished -= 1
+            used += kept - task.cost.bytes
+            changed.notify()
+
+    def has_room(task: BlendTask) -> bool:
+        return not backlog or (unfinished < QUEUE * n_workers and used + task.cost.bytes <= ceiling)
+
+    def may_go_on(task: BlendTask) -> bool:
+        return backlog[0].done() or has_room(task)
+
+    def collected() -> BlendOutcome:
+        nonlocal used
+        outcome = backlog.popleft().result()
+        with changed:
+            used -= outcome.nbytes
+        return outcome
+
     try:
         for task in tasks:
-            while futures and (used + task.cost.bytes > ceiling or len(futures) >= QUEUE * n_workers):
-                future, size = futures.popleft()
-                used -= size
-                yield future.result()
-            futures.append((pool.submit(fit, task), task.cost.bytes))
-            used += task.cost.bytes
-        while futures:
-            yield futures.popleft()[0].result()
+            while backlog and (backlog[0].done() or not has_room(task)):
+                with changed:
+                    changed.wait_for(partial(may_go_on, task))
+                if backlog[0].done():
+                    yield collected()
+            with changed:
+                unfinished += 1
+                used += task.cost.bytes
+            backlog.append(pool.submit(fit, task))
+            backlog[-1].add_done_callback(partial(finish, task))
+        while backlog:
+            yield collected()
     finally:
-        for future, _ in futures:
+        for future in backlog:
             future.cancel()
 
 
@@ -164,39 +195,43 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     """
     begin = start = time.perf_counter()
     coadd = plan.coadd
-    objects = _object_columns(plan)
+    # Blend by blend, so that each has a slice of every column.
+    order = np.concatenate([np.zeros(0, dtype=np.int64), *(task.members for task in plan.tasks)])
+    ends = np.cumsum([len(task.members) for task in plan.tasks]).tolist()
+    objects = _in_order(_object_columns(plan), order)
     blends = _blend_columns(plan)
     models: dict[int, Source] = {}
     total = np.zeros(coadd.images.shape, dtype=np.float32)
     # Blends that cannot be shared yet, by the number of the last one that they wait for.
-    waiting: dict[int, list[tuple[BlendTask, SourceModels]]] = {}
+    waiting: dict[int, list[tuple[BlendTask, slice, SourceModels]]] = {}
     found: list[_Found] = []
     n_done, blend_seconds, seconds = 0, np.full(plan.n_blends, np.nan), time.perf_counter() - start
     for outcome in outcomes:
         start = time.perf_counter()
         task = outcome.task
         assert task is plan.tasks[n_done], "one outcome per blend, in the order of the plan"
+        rows = slice(ends[n_done] - len(task.members), ends[n_done])
         for name, values in outcome.columns.items():
-            objects[name][task.members] = values
+            objects[name][rows] = values
         for name, value in outcome.blend_columns.items():
             blends[name][task.index] = value
         models.update(zip((task.members + 1).tolist(), outcome.scene.sources, strict=True))
         add_positive(total, outcome.claims, task.outer)
-        objects[Flag.POOR_MODEL][task.members] = objects["chi2"][task.members] > POOR_CHI2
+        objects[Flag.POOR_MODEL][rows] = objects["chi2"][rows] > POOR_CHI2
         if outcome.candidates:
             found.append(_Found(task.index, outcome.candidates, outcome.candidate_columns))
-            objects[Flag.UNRESOLVED_BLEND][task.members] = _near_candidates(outcome, objects)
+            objects[Flag.UNRESOLVED_BLEND][rows] = _near_candidates(outcome, rows, objects)
 
-        waiting.setdefault(max(task.last_neighbor, n_done), []).append((task, outcome.models))
-        for complete in waiting.pop(n_done, []):
-            _share(coadd, *complete, total, objects)
+        waiting.setdefault(max(task.last_neighbor, n_done), []).append((task, rows, outcome.models))
+        for complete, its_rows, its_models in waiting.pop(n_done, []):
+            fill_shared_columns(coadd, complete.outer, its_rows, its_models, total, objects)
         n_done += 1
         blend_seconds[task.index] = outcome.seconds
         seconds += time.perf_counter() - start
-    for incomplete in itertools.chain.from_iterable(waiting.values()):
-        _share(coadd, *incomplete, total, objects)
+    for incomplete, rows, its_models in itertools.chain.from_iterable(waiting.values()):
+        fill_shared_columns(coadd, incomplete.outer, rows, its_models, total, objects)
+    objects["reason"][sum(len(task.members) for task in plan.tasks[:n_done]) :] = Reason.INTERRUPTED.value
     for task in plan.tasks[n_done:]:
-        objects["reason"][task.members] = Reason.INTERRUPTED.value
         for row, (y, x) in zip(task.members.tolist(), plan.peaks[task.members].tolist(), strict=True):
             models[row + 1] = Source(peak=(y, x), components=())
 
@@ -205,7 +240,9 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     of_candidates = (source for blend in found for source in blend.sources)
     models.update(zip((-candidates["candidate_id"]).tolist(), of_candidates, strict=True))
     return Result(
-        objects=partial(catalog.make_objects, objects, coadd.bands, coadd.unit, plan.config.model),
+        objects=partial(
+            catalog.make_objects, _in_order(objects, np.argsort(order)), coadd.bands, coadd.unit, plan.config.model
+        ),
         parents=partial(catalog.make_parents, _parent_columns(plan)),
         blends=partial(catalog.make_blends, blends),
         candidates=partial(catalog.make_candidates, candidates, coadd.bands, coadd.unit),
@@ -235,14 +272,20 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     )
 
 
-def _near_candidates(outcome: BlendOutcome, objects: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+def _in_order(columns: Mapping[str, NDArray[Any]], order: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
+    """Rows of all columns in another order; the same columns if it is the one that they have."""
+    if (order[1:] > order[:-1]).all():
+        return columns
+    return {name: values[order] for name, values in columns.items()}
+
+
+def _near_candidates(outcome: BlendOutcome, rows: slice, objects: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
     """Whether a candidate of a blend lies within two widths of the PSF of each of its members, (S,)."""
-    members = outcome.task.members
     widths = [gaussian_fwhm(psf) for psf in outcome.task.psfs if psf.any()]
-    square = np.zeros((len(members), len(outcome.candidates)))
+    square = np.zeros((len(outcome.task.members), len(outcome.candidates)))
     for axis in "yx":
-        fitted = objects[f"center_{axis}"][members]
-        own = np.where(np.isfinite(fitted), fitted, objects[axis][members])
+        fitted = objects[f"center_{axis}"][rows]
+        own = np.where(np.isfinite(fitted), fitted, objects[axis][rows])
         square += np.square(own[:, None] - np.asarray(outcome.candidate_columns[axis]))
     return np.asarray((square < (2.0 * np.mean(widths)) ** 2).any(axis=1))
 
@@ -250,7 +293,7 @@ def _near_candidates(outcome: BlendOutcome, objects: Mapping[str, NDArray[Any]])
 def fill_shared_columns(
     coadd: Coadd,
     outer: Box,
-    members: NDArray[np.int64],
+    rows: slice | NDArray[np.int64],
     models: SourceModels,
     total: NDArray[np.float32],
     objects: Mapping[str, NDArray[Any]],
@@ -262,7 +305,7 @@ def fill_shared_columns(
     coadd : Coadd
     outer : Box
         Pixels that the models of the blend can reach, as array index.
-    members : ndarray, shape (S,)
+    rows : slice or ndarray, shape (S,)
         Rows of its sources in `objects`.
     models : SourceModels
         Its sources as observed, in pixels of `outer`.
@@ -275,10 +318,10 @@ def fill_shared_columns(
     flux, flux_err, contested = shared_fluxes(coadd, outer, here, models)
     overlap = observed_metrics(coadd, outer, here, models)
     fluxes, errors, correlation = (
-        np.array([objects[f"{band}_{name}"][members] for band in coadd.bands])
+        np.array([objects[f"{band}_{name}"][rows] for band in coadd.bands])
         for name in ("flux", "flux_err", "flux_correlation")
     )
-    neighbor = _correlated_members(objects, members)
+    neighbor = _correlated_members(objects, rows)
     doubt2 = doubt_of_shares(contested.T, fluxes, errors, correlation, neighbor)
     columns = {
         "redistributed_flux": flux,
@@ -290,45 +333,35 @@ def fill_shared_columns(
     known = np.isfinite(errors)
     for name, values in columns.items():
         for band, of_band in zip(coadd.bands, np.where(known, values.T, np.nan), strict=True):
-            objects[f"{band}_{name}"][members] = of_band
+            objects[f"{band}_{name}"][rows] = of_band
     snr = np.divide(fluxes, errors, out=np.full_like(fluxes, -np.inf), where=errors > 0)
-    of_neighbors = overlap.overlap_fraction[np.arange(len(members)), snr.argmax(axis=0)]
-    objects[Flag.NEIGHBOR_DOMINATED][members] = of_neighbors > 1
+    of_neighbors = overlap.overlap_fraction[np.arange(len(flux)), snr.argmax(axis=0)]
+    objects[Flag.NEIGHBOR_DOMINATED][rows] = of_neighbors > 1
     total_snr = np.sqrt(np.square(np.where(np.isfinite(snr), snr, 0.0)).sum(axis=0))
     strongest = np.fmax.reduce(np.abs(correlation), axis=0)
     # One that was left without any light has no pixels in which to compare it.
     robbed = (of_neighbors == 0) & (strongest > LEAST_CORRELATION)
-    objects[Flag.SHREDDED][members] = ((of_neighbors > 1) | robbed) & (total_snr < LEAST_OWN_SNR)
-    objects["preferred_flux"][members] = _preferred_flux(objects, members, fluxes)
+    objects[Flag.SHREDDED][rows] = ((of_neighbors > 1) | robbed) & (total_snr < LEAST_OWN_SNR)
+    objects["preferred_flux"][rows] = _preferred_flux(objects, rows, fluxes)
 
 
-def _correlated_members(objects: Mapping[str, NDArray[Any]], members: NDArray[np.int64]) -> NDArray[np.int64]:
+def _correlated_members(objects: Mapping[str, NDArray[Any]], rows: slice | NDArray[np.int64]) -> NDArray[np.int64]:
     """Which member of a blend the flux of each is most correlated with, (S,); -1: none of them."""
-    ids, wanted = objects["object_id"][members], objects["correlated_id"][members]
+    ids, wanted = objects["object_id"][rows], objects["correlated_id"][rows]
     order = np.argsort(ids)
     found = order[np.minimum(np.searchsorted(ids[order], wanted), len(ids) - 1)]
     return np.where(ids[found] == wanted, found, -1)
 
 
 def _preferred_flux(
-    objects: Mapping[str, NDArray[Any]], members: NDArray[np.int64], fluxes: NDArray[np.float64]
+    objects: Mapping[str, NDArray[Any]], rows: slice | NDArray[np.int64], fluxes: NDArray[np.float64]
 ) -> NDArray[np.str_]:
     """Which flux of each member is likely to be the better one; fluxes (B, S) are those of the models."""
     # Pixels that are masked have no share, but a model has light there; templates are shares already.
-    whole = ~(objects[Flag.SATURATED] | objects[Flag.MASKED_PEAK])[members]
-    shared = whole & (objects["chi2"][members] > PREFERRED_CHI2) & (objects["model"][members] != Model.TEMPLATE.value)
+    whole = ~(objects[Flag.SATURATED][rows] | objects[Flag.MASKED_PEAK][rows])
+    shared = whole & (objects["chi2"][rows] > PREFERRED_CHI2) & (objects["model"][rows] != Model.TEMPLATE.value)
     preferred = np.where(shared, PreferredFlux.REDISTRIBUTED.value, PreferredFlux.MODEL.value)
     return np.where(np.isfinite(fluxes).any(axis=0), preferred, "")
-
-
-def _share(
-    coadd: Coadd,
-    task: BlendTask,
-    models: SourceModels,
-    total: NDArray[np.float32],
-    objects: Mapping[str, NDArray[Any]],
-) -> None:
-    fill_shared_columns(coadd, task.outer, task.members, models, total, objects)
 
 
 class _Found(NamedTuple):
