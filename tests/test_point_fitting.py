@@ -7,11 +7,11 @@ import pytest
 import scipy.fft
 
 from kermes.errors import ConfigError, InputError, ShapeError
+from kermes.kernels.groups import join_pairs
 from kermes.kernels.points import (
     add_points,
     autocorrelations,
     companion_significance,
-    group_sources,
     marginal_covariances,
     multiply_normal,
     own_blocks,
@@ -179,18 +179,10 @@ def test_conjugate_gradients_agree_with_a_dense_solution(most):
     psf, _, _, centers, flux = problem()
     matrix, pairs, tables, blocks = normal_matrix(psf, centers, flux)
     gradient = np.random.default_rng(2).normal(size=(len(centers), 4)) * np.sqrt(np.diag(matrix)).reshape(-1, 4)
-    members, starts = group_sources(pairs, np.arange(len(pairs)), len(centers), most)
+    members, starts = join_pairs(pairs, np.arange(len(pairs)), len(centers), most)
     step, _ = solve_normal(gradient, pairs, tables, flux, *blocks, members, starts, 1e-10, 500)
     expected = np.linalg.solve(matrix, gradient.ravel()).reshape(-1, 4)
     np.testing.assert_allclose(step, expected, rtol=0, atol=1e-6 * abs(expected).max())
-
-
-@pytest.mark.nojit
-def test_groups_hold_every_source_once_and_are_never_too_large():
-    pairs = np.array([(s, t) for s in range(9) for t in range(s + 1, 9) if t - s < 3])
-    members, starts = group_sources(pairs, np.arange(len(pairs)), 9, 4)
-    assert sorted(members) == list(range(9))
-    assert np.diff(starts).max() <= 4
 
 
 def neighbour_lists(pairs, n):

@@ -1,7 +1,6 @@
 """Profiles fitted in Fourier modes are those of a slow fit to the pixels, with honest errors, wherever they stand."""
 
 from dataclasses import replace
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,7 +54,6 @@ from kermes.profile_fitting import (
     _unknown_variances,
     correlate,
     fit_profiles,
-    group_sources,
 )
 from kermes.profiles import frequencies_of
 from kermes.psf import continued
@@ -800,59 +798,6 @@ def test_maxima_agree_with_the_slow_twin(seed, threshold, share, distance):
     np.testing.assert_array_equal(values[:n], [left[pixel] for pixel in expected])
 
 
-# ---------------------------------------------------------------- groups
-
-fields = st.integers(1, 25).flatmap(
-    lambda n: st.tuples(
-        st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=n, max_size=n),
-        st.lists(st.floats(1, 100), min_size=n, max_size=n),
-    )
-)
-
-
-def slow_groups(positions, brightness, link, largest, ratio):
-    """Join pairs in the order of their distance, all lists of indices."""
-    groups = [{i} for i in range(len(positions))]
-    pairs = sorted(
-        (float(np.hypot(*(positions[i] - positions[j]))), i, j)
-        for i in range(len(positions))
-        for j in range(i + 1, len(positions))
-    )
-    for d, i, j in pairs:
-        a, b = (next(g for g in groups if k in g) for k in (i, j))
-        similar = max(brightness[i], brightness[j]) <= ratio * min(brightness[i], brightness[j])
-        if d < link and similar and a is not b and len(a | b) <= largest:
-            groups = [g for g in groups if g is not a and g is not b] + [a | b]
-    return sorted(sorted(g) for g in groups)
-
-
-@given(fields, st.floats(0.5, 20), st.integers(1, 6), st.floats(2, 50))
-def test_groups_agree_with_the_slow_twin(field, link, largest, ratio):
-    positions, brightness = np.array(field[0], dtype=float), np.array(field[1])
-    members, offsets = group_sources(positions, brightness, link, largest, ratio)
-    groups = [members[a:b].tolist() for a, b in pairwise(offsets)]
-    assert groups == slow_groups(positions, brightness, link, largest, ratio)
-
-
-@given(fields, st.integers(1, 6))
-def test_every_source_is_in_one_group_of_at_most_the_largest_size(field, largest):
-    members, offsets = group_sources(np.array(field[0], dtype=float), None, 13.0, largest, 40.0)
-    assert sorted(members) == list(range(len(field[0])))
-    assert (np.diff(offsets) <= largest).all()
-    assert (np.diff(offsets) > 0).all()
-
-
-def test_the_closest_pairs_are_joined_first():
-    positions = np.array([[0.0, 0], [0, 5], [0, 8], [0, 30]])
-    members, offsets = group_sources(positions, None, 13.0, 2, 40.0)
-    assert [members[a:b].tolist() for a, b in pairwise(offsets)] == [[0], [1, 2], [3]]
-
-
-def test_far_fainter_neighbours_are_not_joined():
-    _, offsets = group_sources(np.array([[0.0, 0], [0, 5]]), np.array([1000.0, 5]), 13.0, 5, 40.0)
-    assert len(offsets) == 3
-
-
 # ---------------------------------------------------------------- the same answer as a fit to the pixels
 
 
@@ -1020,6 +965,13 @@ def test_a_prior_of_width_zero_is_switched_off():
     )
     # In ln r, whose errors are 0.08 and 0.13; with a prior of width 0.5 its mean counts for a thirtieth or more.
     assert free.max() < 3e-3 < 1e-2 < held.max()
+
+
+def test_whole_numbers_are_settings_like_any_other():
+    # Kernels are compiled for floats; for whole numbers they would be compiled once more.
+    config = ProfileConfig(link=13, bright_snr=np.float32(300))
+    assert (type(config.link), type(config.bright_snr)) == (float, float)
+    assert config == ProfileConfig(link=13.0, bright_snr=300.0)
 
 
 @pytest.mark.parametrize("largest_radius", [1.0, 0.0])

@@ -7,10 +7,12 @@ import dataclasses
 import inspect
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
 
 from kermes.errors import ConfigError, FileError
 
@@ -24,6 +26,14 @@ StrayToPoints = Literal["never", "necessary", "always"]
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _make_floats(settings: Any) -> None:
+    """Make floats of whole numbers given for what may be a fraction: kernels would be compiled anew for them."""
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if setting.type == "float" and isinstance(value, int | np.number):
+            object.__setattr__(settings, setting.name, float(value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +66,7 @@ class DetectionConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _make_floats(self)
         _check(self.method in ("psf", "wavelet"), f"detection.method must be 'psf' or 'wavelet', got {self.method!r}")
         _check(self.threshold > 0, f"detection.threshold must be positive, got {self.threshold}")
         _check(self.peak_threshold > 0, f"detection.peak_threshold must be positive, got {self.peak_threshold}")
@@ -92,6 +103,7 @@ class PartitionConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _make_floats(self)
         _check(
             self.largest_side == 0 or self.largest_side >= 32,
             f"partition.largest_side must be 0 or at least 32, got {self.largest_side}",
@@ -118,6 +130,7 @@ class BudgetConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _make_floats(self)
         for name in ("operations", "memory", "total_memory"):
             _check(getattr(self, name) > 0, f"budget.{name} must be positive, got {getattr(self, name)}")
 
@@ -145,6 +158,7 @@ class InitializationConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _make_floats(self)
         _check(
             self.detection_image in ("deconvolved", "chi2", "wavelet"),
             f"initialization.detection_image must be 'deconvolved', 'chi2' or 'wavelet', got {self.detection_image!r}",
@@ -216,6 +230,7 @@ class FitConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _make_floats(self)
         _check(self.max_iterations >= 0, f"fit.max_iterations must be >= 0, got {self.max_iterations}")
         _check(self.exact_every >= 1, f"fit.exact_every must be >= 1, got {self.exact_every}")
         _check(self.patience >= 1, f"fit.patience must be >= 1, got {self.patience}")
@@ -345,6 +360,7 @@ class ProfileConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _make_floats(self)
         for name in ("link", "radius", "bulge_index", "center_box", "tolerance", "brightness_ratio"):
             _check(getattr(self, name) > 0, f"profiles.{name} must be positive, got {getattr(self, name)}")
         for name in (
@@ -457,6 +473,7 @@ class TemplatesConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _make_floats(self)
         _check(bool(self.image), "templates.image must be 'each', 'all' or the name of a band, got an empty name")
         for name in ("point_chi2", "point_chi2_derivatives", "point_chi2_moved"):
             _check(getattr(self, name) > 0, f"templates.{name} must be positive, got {getattr(self, name)}")
@@ -512,6 +529,7 @@ class FreeFormConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _make_floats(self)
         for name in ("min_snr", "point_snr", "strength", "tolerance"):
             _check(getattr(self, name) >= 0, f"free_form.{name} must be >= 0, got {getattr(self, name)}")
         _check(self.floor > 0, f"free_form.floor must be positive, got {self.floor}")
@@ -565,6 +583,7 @@ class Config:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        _make_floats(self)
         _check(
             self.model in ("kermes", "scarlet-lite", "templates"),
             f"model must be 'kermes', 'scarlet-lite' or 'templates', got {self.model!r}",

@@ -12,12 +12,12 @@ from scipy.ndimage import maximum_filter, spline_filter, uniform_filter
 from scipy.spatial import cKDTree
 
 from kermes.errors import ConfigError, InputError, ShapeError
+from kermes.kernels.groups import join_pairs
 from kermes.kernels.points import (
     add_points,
     autocorrelations,
     companion_significance,
     core_sums,
-    group_sources,
     marginal_covariances,
     own_blocks,
     pair_tables,
@@ -411,7 +411,7 @@ def _groups(points: _Points, pairs: IntArray) -> tuple[IntArray, IntArray]:
     square = ((points.centers[pairs[:, 0]] - points.centers[pairs[:, 1]]) ** 2).sum(axis=1)
     near = np.flatnonzero(square < _GROUP_LINK**2)
     order = near[np.argsort(square[near], kind="stable")]
-    members, starts = group_sources(pairs, order, len(points.base), _GROUP_SIZE)
+    members, starts = join_pairs(pairs, order, len(points.base), _GROUP_SIZE)
     return members, starts
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from itertools import pairwise
 from statistics import median
 from threading import Lock
 from typing import Any
@@ -22,6 +21,7 @@ from scipy.spatial import KDTree
 from kermes.config import ProfileConfig
 from kermes.geometry import Box
 from kermes.kernels import correlations, residuals
+from kermes.kernels import groups as group_kernels
 from kermes.kernels import profile_fitting as kernels
 from kermes.kernels import stamps as stamp_kernels
 from kermes.kernels.normal_equations import Variances
@@ -255,7 +255,7 @@ def correlate(variances: Variances, members: IndexArray, offsets: IndexArray) ->
     ----------
     variances : Variances
     members, offsets : ndarray, shape (S,), (G + 1,)
-        Groups; see `group_sources`.
+        Groups: group g has members[offsets[g]:offsets[g + 1]].
     """
     strongest, neighbor = np.empty(variances.flux.shape), np.empty(variances.flux.shape, dtype=np.int64)
     condition = np.empty(len(strongest))
@@ -275,64 +275,10 @@ def _close_pairs(positions: DoubleArray, link: float) -> IndexArray:
     return np.asarray(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))])
 
 
-def group_sources(
-    positions: DoubleArray, brightness: DoubleArray | None, link: float, largest: int, ratio: float
-) -> tuple[IndexArray, IndexArray]:
-    """Group neighbours, the closest pairs first, as long as a group has not too many members.
-
-    Parameters
-    ----------
-    positions : ndarray, shape (S, 2)
-    brightness : ndarray, shape (S,), optional
-        Pairs in which one is more than `ratio` times brighter are not joined.
-    link : float
-        Longest distance that is joined [pixels].
-    largest : int
-        Most members.
-    ratio : float
-
-    Returns
-    -------
-    members : ndarray, shape (S,)
-        Sources, group by group, ascending in each.
-    offsets : ndarray, shape (G + 1,)
-        Group g has members[offsets[g]:offsets[g + 1]]; groups in the order of their first members.
-    """
+def possible_pairs(positions: DoubleArray, link: float) -> IndexArray:
+    """Pairs of sources, the smaller number first, ascending: of many only those that are not farther apart."""
     n = len(positions)
-    if n == 1:
-        return np.zeros(1, dtype=np.int64), np.arange(2)
-    owner = list(range(n))
-    size = [1] * n
-
-    def find(i: int) -> int:
-        while owner[i] != i:
-            i = owner[i]
-        return i
-
-    pairs = _all_pairs(n) if n <= FEW else _close_pairs(positions, link)
-    first, second = pairs.T
-    distance = np.hypot(*(positions[first] - positions[second]).T)
-    if brightness is not None:
-        one, other = brightness[first], brightness[second]
-        distance[np.maximum(one, other) > ratio * np.minimum(one, other)] = np.inf
-    close = np.flatnonzero(distance < link)
-    for i, j in pairs[close[np.argsort(distance[close], kind="stable")]].tolist():
-        a, b = find(i), find(j)
-        if a != b and size[a] + size[b] <= largest:
-            a, b = min(a, b), max(a, b)
-            owner[b] = a
-            size[a] += size[b]
-    groups: dict[int, list[int]] = {}
-    for i in range(n):
-        groups.setdefault(find(i), []).append(i)
-    members = np.array([i for group in groups.values() for i in group], dtype=np.int64)
-    return members, np.cumsum([0, *map(len, groups.values())], dtype=np.int64)
-
-
-def _sets_of(members: IndexArray, offsets: IndexArray) -> list[frozenset[int]]:
-    """Members of each group, in no order."""
-    listed = members.tolist()
-    return [frozenset(listed[first:last]) for first, last in pairwise(offsets.tolist())]
+    return _all_pairs(n) if n <= FEW else _close_pairs(positions, link)
 
 
 class _Engine:
@@ -370,41 +316,45 @@ class _Engine:
         self.snr = np.zeros(len(peaks))
         self.members, self.offsets = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
         self.settled = np.zeros(0, dtype=bool)
-        self.regroup(None)
+        self.regroup(np.ones(len(peaks)))
 
-    def regroup(self, brightness: DoubleArray | None) -> None:
-        config = self.config
-        was_settled = dict(zip(_sets_of(self.members, self.offsets), self.settled.tolist(), strict=True))
-        members, self.offsets = group_sources(
-            self.sources.shapes[:, :2], brightness, config.link, config.largest_group, config.brightness_ratio
+    def regroup(self, brightness: DoubleArray) -> None:
+        """Join neighbours anew.
+
+        In whatever order sources are listed, the faintest of a group chooses its kind first, before a richer profile of
+        a bright neighbour takes up its light.
+        """
+        config, shapes = self.config, self.sources.shapes
+        self.members, self.offsets, self.settled = group_kernels.regroup(
+            shapes,
+            brightness,
+            possible_pairs(shapes[:, :2], config.link),
+            config.link,
+            config.largest_group,
+            config.brightness_ratio,
+            self.snr,
+            self.members,
+            self.offsets,
+            self.settled,
         )
-        # Groups that have the members that they had are as settled as they were.
-        self.settled = np.array([was_settled.get(own, False) for own in _sets_of(members, self.offsets)])
         self.lonely = np.zeros(len(self.settled), dtype=bool)
-        # In whatever order sources are listed, the faintest of a group chooses its kind first, before a richer profile
-        # of a bright neighbour takes up its light.
-        group = np.repeat(np.arange(len(self.settled)), self.offsets[1:] - self.offsets[:-1])
-        self.members = members[np.lexsort((self.snr[members], group))]
 
     def update(self) -> None:
         """Estimate signal-to-noise, and from it how large sources may be; what is larger is drawn anew."""
-        residuals.signal_to_noise(self.sources, self.noise, self.bank.norms, self.snr)
-        config = self.config
-        if config.largest_radius > 0:
-            small = np.zeros(len(self.snr), dtype=bool)
-            small[: len(self.small)] = self.small
-            above = np.empty(len(self.snr), dtype=bool)
-            if not residuals.limit_radii(self.sources, self.snr, small, config.largest_radius, above):
-                return
-            too_large = np.flatnonzero(above)
-            shapes, cap = self.sources.shapes, self.sources.high[:, 2].copy()
-            self.settled[np.logical_or.reduceat(np.isin(self.members, too_large), self.offsets[:-1])] = False
-            self.draw(too_large, 1.0)
-            for part, p in enumerate((2, 6)):
-                # As bright as before in the middle: light that was far out is not to be heaped up there.
-                self.sources.fluxes[:, part] *= np.exp(2 * np.minimum(cap - shapes[:, p], 0.0))[:, None]
-                np.minimum(shapes[:, p], cap, out=shapes[:, p])
-            self.draw(too_large, -1.0)
+        above = np.empty(len(self.snr), dtype=bool)
+        if not residuals.estimate(
+            self.sources, self.noise, self.bank.norms, self.small, self.config.largest_radius, self.snr, above
+        ):
+            return
+        too_large = np.flatnonzero(above)
+        shapes, cap = self.sources.shapes, self.sources.high[:, 2].copy()
+        self.settled[np.logical_or.reduceat(above[self.members], self.offsets[:-1])] = False
+        self.draw(too_large, 1.0)
+        for part, p in enumerate((2, 6)):
+            # As bright as before in the middle: light that was far out is not to be heaped up there.
+            self.sources.fluxes[:, part] *= np.exp(2 * np.minimum(cap - shapes[:, p], 0.0))[:, None]
+            np.minimum(shapes[:, p], cap, out=shapes[:, p])
+        self.draw(too_large, -1.0)
 
     def distrust_wings(self) -> None:
         """Lower the signal-to-noise of what does not stand out: at first, sources on bright wings take their light."""
@@ -491,6 +441,7 @@ class _Engine:
         unknown = _unknown_variances(n, len(self.residual), config.largest_group)
         self.variances = Variances(*(np.concatenate(pair) for pair in zip(self.variances, unknown, strict=True)))
         self.snr = np.concatenate([self.snr, values])
+        self.small = np.concatenate([self.small, np.zeros(n, dtype=bool)])
         self.significance = np.concatenate([self.significance, values])
         self.regroup(np.maximum(self.snr, 5.0))
         touched = np.arange(len(self.snr)) >= n_before
@@ -527,41 +478,45 @@ class _Engine:
 
         Returns whether there are any.
         """
-        groups = len(self.offsets) - 1
-        brightest = np.maximum.reduceat(self.snr[self.members], self.offsets[:-1])
-        order = np.argsort(-brightest, kind="stable")
-        if chosen is not None:
-            order = order[np.logical_or.reduceat(chosen[self.members], self.offsets[:-1])[order]]
-        stamps = np.empty((groups, 4), dtype=np.int64)
-        stamp_kernels.plan_stamps(self.sources, self.members, self.offsets, self.snr, SIDES, LEVELS, stamps)
-        stamp_kernels.find_lonely(stamps, SIDES, self.lonely)
-        if len(order) == 0 or (self.settled[order].all() and candidates is None and not errors):
-            return False
-        modes = self.bank.require(stamps[order])
+        n_sources, n_groups = len(self.snr), len(self.settled)
+        stamps, wanted = np.empty((n_groups, 4), dtype=np.int64), np.empty(n_groups, dtype=bool)
+        if chosen is None:
+            chosen = np.ones(n_sources, dtype=bool)
         if candidates is None:
-            candidates = np.zeros((len(self.snr), N_KINDS), dtype=bool)
-        done = kernels.sweep(
-            self.residual,
-            self.weights,
-            self.soft_weights,
-            self.table,
-            modes,
-            SIDES,
-            self.sources,
-            self.members,
-            self.offsets,
-            order,
-            stamps,
-            brightest <= self.config.bright_snr,
-            LONGEST_STEP,
-            np.where(self.lonely, 2 * steps, steps),
-            self.config.tolerance,
-            candidates,
-            self.penalties,
-            self.variances,
-            errors,
-            self.settled,
-        )
+            candidates = np.zeros((n_sources, N_KINDS), dtype=bool)
+        modes = self.bank.modes
+        while True:
+            done = kernels.sweep(
+                self.residual,
+                self.weights,
+                self.soft_weights,
+                self.table,
+                modes,
+                SIDES,
+                LEVELS,
+                self.sources,
+                self.members,
+                self.offsets,
+                self.snr,
+                self.config.bright_snr,
+                chosen,
+                LONGEST_STEP,
+                steps,
+                self.config.tolerance,
+                candidates,
+                self.penalties,
+                self.variances,
+                errors,
+                self.settled,
+                self.lonely,
+                stamps,
+                wanted,
+            )
+            if done != kernels.MODES_MISSING:
+                break
+            modes = self.bank.require(stamps[wanted])
+        if done == kernels.NOTHING_TO_VISIT:
+            return False
         self.steps += int(done)
         return True
 

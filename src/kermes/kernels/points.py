@@ -422,42 +422,6 @@ def fill_pair(matrix, start_s, start_t, s, t, table, flux):
 
 
 @allocating_kernel
-def group_sources(pairs, order, n_sources, most):
-    """Join sources, pair by pair in the given order, into groups of at most `most`.
-
-    Returns (members (S,), starts (G + 1,)): group g holds members[starts[g] : starts[g + 1]].
-    """
-    label, following = np.arange(n_sources), np.arange(n_sources)
-    size = np.ones(n_sources, dtype=np.int64)
-    for p in order:
-        s, t = pairs[p, 0], pairs[p, 1]
-        first, second = label[s], label[t]
-        if first == second or size[first] + size[second] > most:
-            continue
-        size[first] += size[second]
-        k = t
-        while label[k] != first:
-            label[k] = first
-            k = following[k]
-        # Members of a group form a ring: crossing two links joins two rings.
-        following[s], following[t] = following[t], following[s]
-    members = np.empty(n_sources, dtype=np.int64)
-    starts = np.zeros(n_sources + 1, dtype=np.int64)
-    n_groups, n = 0, 0
-    for s in range(n_sources):
-        if label[s] >= 0:
-            k = s
-            while label[k] >= 0:
-                members[n] = k
-                n += 1
-                label[k] = -1
-                k = following[k]
-            n_groups += 1
-            starts[n_groups] = n
-    return members, starts[: n_groups + 1]
-
-
-@allocating_kernel
 def factorize_groups(members, starts, pairs, tables, flux, of_flux, of_center):
     """Cholesky factors of the blocks of groups, packed in one buffer, and where each begins."""
     n_sources, n_bands = flux.shape

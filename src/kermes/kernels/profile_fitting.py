@@ -4,6 +4,7 @@ import numpy as np
 from rocket_fft import c2c, r2c
 
 from kermes.kernels.decorator import allocating_kernel, fast_kernel, inlined_kernel, kernel
+from kermes.kernels.groups import sort_by
 from kermes.kernels.normal_equations import (
     add_products,
     cholesky,
@@ -35,12 +36,17 @@ from kermes.kernels.stamps import (
     add_planes,
     bands_together,
     draw_source,
+    find_lonely,
     part_inside,
+    plan_stamps,
     see_modes,
     set_of_frequencies,
     set_of_psfs,
     touch,
 )
+
+MODES_MISSING, NOTHING_TO_VISIT = -1, -2
+"""What a sweep returns that needs modes which are not there, and one that finds all groups settled."""
 
 TRIALS = (POINT, EXPONENTIAL, DOUBLE, SERSIC, DOUBLE)
 """Order in which a source is taken for other kinds. A disc with a bulge is tried before a Sersic profile, and again
@@ -915,12 +921,13 @@ def sweep(
     table,
     modes,
     sides,
+    levels,
     sources,
     groups,
     offsets,
-    order,
-    stamps,
-    soft,
+    snr,
+    bright_snr,
+    chosen,
     largest,
     n_steps,
     tolerance,
@@ -929,22 +936,51 @@ def sweep(
     variances,
     errors,
     settled,
+    lonely,
+    stamps,
+    wanted,
 ):
-    """Visit groups one after the other, see `visit_group`; returns the number of steps of all sources.
+    """Visit the groups that have a chosen member, the brightest first, see `visit_group`.
 
-    groups (S,), offsets (G + 1,): members of each group; order: which groups, and when; soft (G,): whether a group
-    sees the soft weights; n_steps (G,); candidates (S, N_KINDS). settled (G,) says which groups another visit would
-    leave as they are: the fit has come to its end, and what has changed since around it does not matter. They are left
-    out, unless they have kinds to choose from or errors are asked for.
+    groups (S,), offsets (G + 1,): members of each group; snr, chosen (S,); candidates (S, N_KINDS); `levels`: see
+    `plan_stamp`. Groups that are not brighter than `bright_snr` see the soft weights. settled (G,) says which groups
+    another visit would leave as they are: the fit has come to its end, and what has changed since around it does not
+    matter. They are left out, unless they have kinds to choose from or errors are asked for.
+
+    stamps (G, 4) takes the stamp of each group, lonely (G,) whether it touches no other, wanted (G,) whether it has a
+    chosen member. Returns the number of steps of all sources, or, with nothing done yet, `NOTHING_TO_VISIT`, or
+    `MODES_MISSING` if `modes` lacks what the stamp of a wanted group needs.
     """
+    n_groups = len(settled)
+    plan_stamps(sources, groups, offsets, snr, sides, levels, stamps)
+    find_lonely(stamps, sides, lonely)
+    faintness, order = np.empty(n_groups), np.empty(n_groups, np.int64)
+    n_wanted, idle, missing = 0, True, False
+    for g in range(n_groups):
+        members = groups[offsets[g] : offsets[g + 1]]
+        wanted[g], faintness[g] = False, np.inf
+        for s in members:
+            wanted[g] = wanted[g] or chosen[s]
+            faintness[g] = min(faintness[g], -snr[s])
+        if wanted[g]:
+            order[n_wanted] = g
+            n_wanted += 1
+            idle = idle and settled[g] and not errors and not may_choose(candidates, members)
+            missing = missing or modes.sets[stamps[g, 0], stamps[g, 3]] < 0
+    if idle:
+        return NOTHING_TO_VISIT
+    if missing:
+        return MODES_MISSING
+    sort_by(order[:n_wanted], faintness)
     mean_weights = np.empty(len(residual))
     nothing = np.zeros(candidates.shape, np.bool_)
     steps = 0
-    for g in order:
+    for g in order[:n_wanted]:
         members = groups[offsets[g] : offsets[g + 1]]
         if settled[g] and not errors and not may_choose(candidates, members):
             continue
-        seen = soft_weights if soft[g] else weights
+        most_steps = 2 * n_steps if lonely[g] else n_steps
+        seen = weights if -faintness[g] > bright_snr else soft_weights
         evenness = mean_weight(seen, sources, members, mean_weights)
         n, most, suffices, change, last = 0, 0, True, 0.0, 0.0
         large = len(members) * sides[stamps[g, 0]] ** 2 > MOST_PIXELS
@@ -958,7 +994,7 @@ def sweep(
             choosing = to_choose and (at_rest or turn >= n_rounds - 2)
             to_choose = to_choose and not choosing
             # Between rounds the surrogate changes more than its last steps would.
-            most = min(n_steps[g], 2) if evenness == UNEVEN and not choosing else n_steps[g]
+            most = min(most_steps, 2) if evenness == UNEVEN and not choosing else most_steps
             _, n, suffices, last = visit_group(
                 residual,
                 seen,

@@ -40,6 +40,16 @@ def limit_radii(sources, snr, small, largest, above):
 
 
 @kernel
+def estimate(sources, noise, psf_norm, small, largest, snr, above):
+    """Estimate how far sources stand out, see `signal_to_noise`, and with it how large they may be.
+
+    See `limit_radii`; no limits if `largest` is 0. Returns whether any source is larger.
+    """
+    signal_to_noise(sources, noise, psf_norm, snr)
+    return largest > 0.0 and limit_radii(sources, snr, small, largest, above)
+
+
+@kernel
 def contrast(images, weights, shapes, sigmas, out):
     """Signal-to-noise of a Gaussian like the PSF on a constant background at the centre of each source; out (S,)."""
     n_bands, height, width = images.shape
