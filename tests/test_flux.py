@@ -116,10 +116,17 @@ def scene_of_three(seed=4):
     return coadd, box, models.astype(np.float32), boxes
 
 
+def shared(coadd, box, total, models):
+    """Share the pixels of a box among models that nobody else disputes; total on the box alone."""
+    whole = np.zeros(coadd.images.shape, dtype=np.float32)
+    whole[:, box.y, box.x] = total
+    return shared_fluxes(coadd, box, whole, models)
+
+
 def test_shared_fluxes_are_the_sums_of_the_shares():
     coadd, box, models, boxes = scene_of_three()
     window, total = (slice(None), box.y, box.x), total_of(models)
-    flux, flux_err, _ = shared_fluxes(coadd, box, total, packed(models, boxes))
+    flux, flux_err, _ = shared(coadd, box, total, packed(models, boxes))
     variance, valid = coadd.variance[window], coadd.valid[window]
     shares = np.array([redistribute(coadd.images[window], variance, valid, model, total) for model in models])
     ratios = np.array([redistribute(np.ones_like(variance), variance, valid, model, total) for model in models])
@@ -127,6 +134,15 @@ def test_shared_fluxes_are_the_sums_of_the_shares():
     np.testing.assert_allclose(flux, shares.sum(axis=(2, 3), dtype=float), rtol=1e-5, atol=1e-6)
     expected = np.sqrt((ratios**2 * np.where(valid, variance, 0)).sum(axis=(2, 3), dtype=float))
     np.testing.assert_allclose(flux_err, expected, rtol=1e-6)
+
+
+def test_pixels_of_a_cutout_are_shared_as_those_of_the_whole():
+    coadd, box, models, boxes = scene_of_three()
+    expected = shared(coadd, box, total_of(models), packed(models, boxes))
+    cutout = coadd.cutout(box.grow(1))
+    assert not cutout.images.flags.c_contiguous
+    found = shared(cutout, Box(1, 1, *box.shape), total_of(models), packed(models, boxes))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_error_of_a_share_is_the_scatter_of_its_flux():
@@ -141,7 +157,7 @@ def test_error_of_a_share_is_the_scatter_of_its_flux():
             psfs=np.ones((2, 3, 3)),
             bands=["g", "r"],
         )
-        flux, flux_err, _ = shared_fluxes(noisy, box, total, packed(models, boxes))
+        flux, flux_err, _ = shared(noisy, box, total, packed(models, boxes))
         fluxes.append(flux)
     # The scatter of a standard deviation from n numbers is 1 / sqrt(2 n) = 0.035; four times that.
     assert np.std(fluxes, axis=0) / flux_err == pytest.approx(np.ones((3, 2)), abs=4 * 0.035)
@@ -151,14 +167,14 @@ def test_what_is_contested_is_how_a_flux_follows_its_model():
     coadd, box, models, boxes = scene_of_three()
     models = np.abs(models)
     # Bright enough that which pixels are claimed does not change.
-    *_, contested = shared_fluxes(coadd, box, total_of(models), packed(models, boxes))
+    *_, contested = shared(coadd, box, total_of(models), packed(models, boxes))
     step = 0.01
     for s in range(3):
         fluxes = []
         for sign in (1, -1):
             changed = models.copy()
             changed[s] *= np.exp(np.float32(0.5 * sign * step))
-            fluxes.append(shared_fluxes(coadd, box, total_of(changed), packed(changed, boxes))[0][s])
+            fluxes.append(shared(coadd, box, total_of(changed), packed(changed, boxes))[0][s])
         # Float32 shares: differences of 1e-2 are known to 1e-4 of the flux.
         np.testing.assert_allclose((fluxes[0] - fluxes[1]) / step, contested[s], rtol=0.01, atol=3e-3)
 

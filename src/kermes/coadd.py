@@ -794,6 +794,16 @@ def psf_of_box(coadd: Coadd, box: Box) -> NDArray[np.float64]:
     )
 
 
+def contiguous(planes: Sequence[NDArray[Any]], box: Box) -> tuple[list[NDArray[Any]], tuple[int, int]]:
+    """Give kernels planes (B, H, W) that hold a box, and where it begins in them.
+
+    The same planes, without a copy, unless one of them is not contiguous, as those of a cutout: then the box alone.
+    """
+    if all(plane.flags.c_contiguous for plane in planes):
+        return list(planes), box.origin
+    return [np.ascontiguousarray(plane[:, box.y, box.x]) for plane in planes], (0, 0)
+
+
 def cut_blend(
     coadd: Coadd,
     box: Box,
@@ -822,14 +832,13 @@ def cut_blend(
     box = box & Box.of_shape(coadd.shape)
     if psfs is None:
         psfs = psf_of_box(coadd, box)
-    window = (slice(None), box.y, box.x)
     shape = (coadd.n_bands, *box.shape)
+    planes, corner = contiguous((coadd.images, coadd.variance, coadd.valid), box)
     images, weights = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
     noise = np.empty(coadd.n_bands, dtype=np.float32)
     kernels.cut_pixels(
-        np.ascontiguousarray(coadd.images[window]),
-        np.ascontiguousarray(coadd.variance[window]),
-        np.ascontiguousarray(coadd.valid[window]),
+        *planes,
+        *corner,
         np.ones(box.shape, dtype=bool) if usable is None else usable,
         psfs.any(axis=(1, 2)),
         images,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kermes.coadd import Coadd
+from kermes.coadd import Coadd, contiguous
 from kermes.config import StrayRule, StrayToPoints
 from kermes.geometry import Box, box_table
 from kermes.kernels import flux as kernels
@@ -246,8 +246,8 @@ def shared_fluxes(
     ----------
     coadd : Coadd
     box : Box
-        Pixels of `total`, as array index of the coadd.
-    total : ndarray, shape (B, h, w)
+        Pixels that the models of the blend can reach, as array index of the coadd.
+    total : ndarray, shape (B, H, W)
         Sum of the positive parts of the models of all sources of the coadd [unit].
     models : SourceModels
         Sources of the blend as observed, in pixels of `box`.
@@ -259,16 +259,9 @@ def shared_fluxes(
         with the squared share; and the derivative of that sum by the logarithm of the brightness of the model, the sum
         of the shares a (1 - a) times the image: what of it depends on the models being right [unit].
     """
-    window = (slice(None), box.y, box.x)
+    planes, (y0, x0) = contiguous((coadd.images, coadd.variance, coadd.valid, total), box)
     flux, noise2, contested = kernels.share_fluxes(
-        np.ascontiguousarray(coadd.images[window]),
-        np.ascontiguousarray(coadd.variance[window]),
-        np.ascontiguousarray(coadd.valid[window]),
-        np.ascontiguousarray(total),
-        models.pixels,
-        models.boxes,
-        models.offsets,
-        LEAST_MODEL,
+        *planes, models.pixels, models.boxes + [y0, x0, 0, 0], models.offsets, LEAST_MODEL
     )
     return flux, np.sqrt(noise2), contested
 

@@ -231,8 +231,8 @@ def _floors(spectra: FloatArray, faintest: FloatArray) -> FloatArray:
 def _support(profiles: list[ProfileComponent], images: list[FloatArray], floors: FloatArray) -> Box:
     """Find the pixels of the coadd where any profile stands out of the noise."""
     support = Box(0, 0, 0, 0)
-    for profile, image, floor in zip(profiles, images, floors, strict=True):
-        support = support | Box.where(image > floor).shift(*profile.box.origin)
+    for profile, image, floor in zip(profiles, images, floors.tolist(), strict=True):
+        support = support | Box(*kernels_free_form.lit_box(image, floor)).shift(*profile.box.origin)
     return support
 
 

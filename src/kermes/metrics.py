@@ -10,7 +10,7 @@ import numpy as np
 from astropy.table import Table
 from numpy.typing import ArrayLike, NDArray
 
-from kermes.coadd import Coadd
+from kermes.coadd import Coadd, contiguous
 from kermes.errors import InputError
 from kermes.geometry import Box
 from kermes.kernels import flux as kernels_flux
@@ -107,21 +107,15 @@ def observed_metrics(coadd: Coadd, box: Box, total: FloatArray, models: SourceMo
     ----------
     coadd : Coadd
     box : Box
-        Pixels of `total`, as array index of the coadd.
-    total : ndarray, shape (B, h, w)
+        Pixels that the models of the blend can reach, as array index of the coadd.
+    total : ndarray, shape (B, H, W)
         Sum of the positive parts of the models of all sources of the coadd [unit].
     models : SourceModels
         Sources of the blend as observed, in pixels of `box`.
     """
-    window = (slice(None), box.y, box.x)
+    planes, (y0, x0) = contiguous((total, coadd.variance, coadd.valid), box)
     largest, fraction, blendedness = kernels.observed_metrics(
-        np.ascontiguousarray(total),
-        np.ascontiguousarray(coadd.variance[window]),
-        np.ascontiguousarray(coadd.valid[window]),
-        models.pixels,
-        models.boxes,
-        models.offsets,
-        LEAST_MODEL,
+        *planes, models.pixels, models.boxes + [y0, x0, 0, 0], models.offsets, LEAST_MODEL
     )
     return ObservedMetrics(max_overlap=largest, overlap_fraction=fraction, blendedness=blendedness)
 

@@ -18,7 +18,7 @@ from kermes.geometry import Box
 from kermes.rendering import SourceModels, outer_box, render_scene
 from kermes.result import Result
 from kermes.scene import Scene
-from kermes.tile import deblend, fill_shared_columns
+from kermes.tile import deblend, shared_columns, shares_of_blend
 
 MARGIN = 15
 """Pixels around a peak that are fitted at least."""
@@ -323,10 +323,15 @@ def _shared_anew(result: Result, changed: Box) -> Result:
             reached = reached | outer
         total = np.zeros((len(result.bands), *result.shape), dtype=np.float32)
         total[:, reached.y, reached.x] = result.model_image(positive=True, box=reached.shift(*result.origin))
+    rows, shares = [], []
     for blend_id, outer in outers.items():
-        rows = np.flatnonzero(objects["blend_id"] == blend_id)
-        sources = tuple(result.models[number] for number in objects["object_id"][rows].tolist())
+        rows.append(np.flatnonzero(objects["blend_id"] == blend_id))
+        sources = tuple(result.models[number] for number in objects["object_id"][rows[-1]].tolist())
         models = render_scene(Scene(sources=sources, box=outer), result.kernels(result.psfs[blend_id]))
-        fill_shared_columns(coadd, outer, rows, models, total, objects)
+        shares.append(shares_of_blend(coadd, outer, models, total))
+    changed_rows = np.concatenate(rows)
+    theirs = {name: values[changed_rows] for name, values in objects.items()}
+    for name, values in shared_columns(theirs, result.bands, np.concatenate(shares, axis=1)).items():
+        objects[name][changed_rows] = values
     table = make_objects(objects, result.bands, result.unit, result.config.model)
     return replace(result, objects=table)

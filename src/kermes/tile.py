@@ -202,6 +202,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     blends = _blend_columns(plan)
     models: dict[int, Source] = {}
     total = np.zeros(coadd.images.shape, dtype=np.float32)
+    shares = np.full((6, plan.n_peaks, coadd.n_bands), np.nan)
     # Blends that cannot be shared yet, by the number of the last one that they wait for.
     waiting: dict[int, list[tuple[BlendTask, slice, SourceModels]]] = {}
     found: list[_Found] = []
@@ -224,12 +225,12 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
 
         waiting.setdefault(max(task.last_neighbor, n_done), []).append((task, rows, outcome.models))
         for complete, its_rows, its_models in waiting.pop(n_done, []):
-            fill_shared_columns(coadd, complete.outer, its_rows, its_models, total, objects)
+            shares[:, its_rows] = shares_of_blend(coadd, complete.outer, its_models, total)
         n_done += 1
         blend_seconds[task.index] = outcome.seconds
         seconds += time.perf_counter() - start
     for incomplete, rows, its_models in itertools.chain.from_iterable(waiting.values()):
-        fill_shared_columns(coadd, incomplete.outer, rows, its_models, total, objects)
+        shares[:, rows] = shares_of_blend(coadd, incomplete.outer, its_models, total)
     objects["reason"][sum(len(task.members) for task in plan.tasks[:n_done]) :] = Reason.INTERRUPTED.value
     for task in plan.tasks[n_done:]:
         for row, (y, x) in zip(task.members.tolist(), plan.peaks[task.members].tolist(), strict=True):
@@ -239,10 +240,9 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     candidates = _candidate_columns(coadd, found)
     of_candidates = (source for blend in found for source in blend.sources)
     models.update(zip((-candidates["candidate_id"]).tolist(), of_candidates, strict=True))
+    objects = _in_order({**objects, **shared_columns(objects, coadd.bands, shares)}, np.argsort(order))
     return Result(
-        objects=partial(
-            catalog.make_objects, _in_order(objects, np.argsort(order)), coadd.bands, coadd.unit, plan.config.model
-        ),
+        objects=partial(catalog.make_objects, objects, coadd.bands, coadd.unit, plan.config.model),
         parents=partial(catalog.make_parents, _parent_columns(plan)),
         blends=partial(catalog.make_blends, blends),
         candidates=partial(catalog.make_candidates, candidates, coadd.bands, coadd.unit),
@@ -290,76 +290,95 @@ def _near_candidates(outcome: BlendOutcome, rows: slice, objects: Mapping[str, N
     return np.asarray((square < (2.0 * np.mean(widths)) ** 2).any(axis=1))
 
 
-def fill_shared_columns(
-    coadd: Coadd,
-    outer: Box,
-    rows: slice | NDArray[np.int64],
-    models: SourceModels,
-    total: NDArray[np.float32],
-    objects: Mapping[str, NDArray[Any]],
-) -> None:
-    """Fill the columns that rest on the light of all blends, of one blend; NaN in bands where nothing is known.
+def shares_of_blend(coadd: Coadd, outer: Box, models: SourceModels, total: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Measure what rests on the light of all blends, for the sources of one of them; see `shared_columns`.
 
     Parameters
     ----------
     coadd : Coadd
     outer : Box
         Pixels that the models of the blend can reach, as array index.
-    rows : slice or ndarray, shape (S,)
-        Rows of its sources in `objects`.
     models : SourceModels
         Its sources as observed, in pixels of `outer`.
     total : ndarray, shape (B, H, W)
         Sum of the positive parts of the models of all blends.
-    objects : mapping of str to ndarray
-        Columns of the table of objects, changed in place.
+
+    Returns
+    -------
+    ndarray, shape (6, S, B)
+        What `shared_fluxes` and `observed_metrics` return.
     """
-    here = np.ascontiguousarray(total[:, outer.y, outer.x])
-    flux, flux_err, contested = shared_fluxes(coadd, outer, here, models)
-    overlap = observed_metrics(coadd, outer, here, models)
-    fluxes, errors, correlation = (
-        np.array([objects[f"{band}_{name}"][rows] for band in coadd.bands])
-        for name in ("flux", "flux_err", "flux_correlation")
+    overlap = observed_metrics(coadd, outer, total, models)
+    return np.stack(
+        [
+            *shared_fluxes(coadd, outer, total, models),
+            overlap.max_overlap,
+            overlap.overlap_fraction,
+            overlap.blendedness,
+        ]
     )
-    neighbor = _correlated_members(objects, rows)
-    doubt2 = doubt_of_shares(contested.T, fluxes, errors, correlation, neighbor)
-    columns = {
-        "redistributed_flux": flux,
-        "redistributed_flux_err": np.sqrt(np.square(flux_err) + doubt2.T),
-        "observed_max_overlap": overlap.max_overlap,
-        "observed_overlap_fraction": overlap.overlap_fraction,
-        "observed_blendedness": overlap.blendedness,
-    }
+
+
+def shared_columns(
+    objects: Mapping[str, NDArray[Any]], bands: Sequence[str], shares: NDArray[np.float64]
+) -> dict[str, NDArray[Any]]:
+    """Make the columns that rest on the light of all blends; NaN in bands where nothing is known.
+
+    Parameters
+    ----------
+    objects : mapping of str to ndarray, shape (S,)
+        Other columns, of whole blends.
+    bands : sequence of str
+    shares : ndarray, shape (6, S, B)
+        From `shares_of_blend`; NaN of objects whose blends are not fitted.
+
+    Returns
+    -------
+    columns : dict of str to ndarray, shape (S,)
+    """
+    fluxes, errors, correlation = (
+        np.array([objects[f"{band}_{name}"] for band in bands]) for name in ("flux", "flux_err", "flux_correlation")
+    )
+    flux, flux_err, contested, largest, fraction, blendedness = np.moveaxis(shares, 2, 1)
+    doubt2 = doubt_of_shares(contested, fluxes, errors, correlation, _correlated_rows(objects))
     known = np.isfinite(errors)
-    for name, values in columns.items():
-        for band, of_band in zip(coadd.bands, np.where(known, values.T, np.nan), strict=True):
-            objects[f"{band}_{name}"][rows] = of_band
+    columns: dict[str, NDArray[Any]] = {}
+    for name, values in {
+        "redistributed_flux": flux,
+        "redistributed_flux_err": np.sqrt(np.square(flux_err) + doubt2),
+        "observed_max_overlap": largest,
+        "observed_overlap_fraction": fraction,
+        "observed_blendedness": blendedness,
+    }.items():
+        for band, of_band in zip(bands, np.where(known, values, np.nan), strict=True):
+            columns[f"{band}_{name}"] = of_band
     snr = np.divide(fluxes, errors, out=np.full_like(fluxes, -np.inf), where=errors > 0)
-    of_neighbors = overlap.overlap_fraction[np.arange(len(flux)), snr.argmax(axis=0)]
-    objects[Flag.NEIGHBOR_DOMINATED][rows] = of_neighbors > 1
+    of_neighbors = fraction[snr.argmax(axis=0), np.arange(fraction.shape[1])]
     total_snr = np.sqrt(np.square(np.where(np.isfinite(snr), snr, 0.0)).sum(axis=0))
     strongest = np.fmax.reduce(np.abs(correlation), axis=0)
     # One that was left without any light has no pixels in which to compare it.
     robbed = (of_neighbors == 0) & (strongest > LEAST_CORRELATION)
-    objects[Flag.SHREDDED][rows] = ((of_neighbors > 1) | robbed) & (total_snr < LEAST_OWN_SNR)
-    objects["preferred_flux"][rows] = _preferred_flux(objects, rows, fluxes)
+    columns[Flag.NEIGHBOR_DOMINATED] = of_neighbors > 1
+    columns[Flag.SHREDDED] = ((of_neighbors > 1) | robbed) & (total_snr < LEAST_OWN_SNR)
+    columns["preferred_flux"] = _preferred_flux(objects, fluxes)
+    return columns
 
 
-def _correlated_members(objects: Mapping[str, NDArray[Any]], rows: slice | NDArray[np.int64]) -> NDArray[np.int64]:
-    """Which member of a blend the flux of each is most correlated with, (S,); -1: none of them."""
-    ids, wanted = objects["object_id"][rows], objects["correlated_id"][rows]
+def _correlated_rows(objects: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+    """Which source of the same blend the flux of each is most correlated with, row (S,); -1: none of them."""
+    ids, wanted, blends = objects["object_id"], objects["correlated_id"], objects["blend_id"]
+    if not len(ids):
+        return np.zeros(0, dtype=np.int64)
     order = np.argsort(ids)
     found = order[np.minimum(np.searchsorted(ids[order], wanted), len(ids) - 1)]
-    return np.where(ids[found] == wanted, found, -1)
+    return np.where((ids[found] == wanted) & (blends[found] == blends), found, -1)
 
 
-def _preferred_flux(
-    objects: Mapping[str, NDArray[Any]], rows: slice | NDArray[np.int64], fluxes: NDArray[np.float64]
-) -> NDArray[np.str_]:
-    """Which flux of each member is likely to be the better one; fluxes (B, S) are those of the models."""
+def _preferred_flux(objects: Mapping[str, NDArray[Any]], fluxes: NDArray[np.float64]) -> NDArray[np.str_]:
+    """Which flux of each object is likely to be the better one; fluxes (B, S) are those of the models."""
     # Pixels that are masked have no share, but a model has light there; templates are shares already.
-    whole = ~(objects[Flag.SATURATED][rows] | objects[Flag.MASKED_PEAK][rows])
-    shared = whole & (objects["chi2"][rows] > PREFERRED_CHI2) & (objects["model"][rows] != Model.TEMPLATE.value)
+    whole = ~(objects[Flag.SATURATED] | objects[Flag.MASKED_PEAK])
+    shared = whole & (objects["chi2"] > PREFERRED_CHI2) & (objects["model"] != Model.TEMPLATE.value)
     preferred = np.where(shared, PreferredFlux.REDISTRIBUTED.value, PreferredFlux.MODEL.value)
     return np.where(np.isfinite(fluxes).any(axis=0), preferred, "")
 

@@ -28,13 +28,14 @@ def cut_row(image, variance, valid, usable, out, weights):
 
 
 @kernel
-def cut_pixels(images, variance, valid, usable, has_psf, out, weights, noise):
+def cut_pixels(images, variance, valid, y0, x0, usable, has_psf, out, weights, noise):
     """Copy the pixels of a blend that are used, with their inverse variance, both zero elsewhere; measure the noise.
 
-    images, variance, valid (B, H, W); usable (H, W), has_psf (B,): a pixel is used where all say so. out, weights
-    (B, H, W); noise (B,) takes the mean of the standard deviation of the valid pixels of a band, NaN if none is used.
+    images, variance, valid (B, H, W), of which the blend has the pixels from y0, x0 on; usable (h, w), has_psf (B,): a
+    pixel is used where all say so. out, weights (B, h, w); noise (B,) takes the mean of the standard deviation of the
+    valid pixels of a band, NaN if none is used.
     """
-    n_bands, height, width = images.shape
+    n_bands, height, width = out.shape
     for b in range(n_bands):
         total, n_valid, used = 0.0, 0, False
         for y in range(height):
@@ -42,9 +43,11 @@ def cut_pixels(images, variance, valid, usable, has_psf, out, weights, noise):
                 for x in range(width):
                     out[b, y, x] = weights[b, y, x] = 0.0
                 continue
-            part, n = total_noise(variance[b, y], valid[b, y])
+            of_noise, is_valid = variance[b, y0 + y, x0 : x0 + width], valid[b, y0 + y, x0 : x0 + width]
+            part, n = total_noise(of_noise, is_valid)
             total += part
             n_valid += n
             # Not the other way round: all rows are to be copied.
-            used = cut_row(images[b, y], variance[b, y], valid[b, y], usable[y], out[b, y], weights[b, y]) or used
+            row = images[b, y0 + y, x0 : x0 + width]
+            used = cut_row(row, of_noise, is_valid, usable[y], out[b, y], weights[b, y]) or used
         noise[b] = total / n_valid if used else np.nan

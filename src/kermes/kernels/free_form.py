@@ -4,7 +4,7 @@ import numpy as np
 from rocket_fft import c2r, r2c
 
 from kermes.kernels.convolution import copy_plane, multiply_conjugate_into, multiply_into, pad_plane
-from kermes.kernels.decorator import allocating_kernel, fast_kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel, kernel
 from kermes.kernels.flux import add_scaled
 
 
@@ -15,6 +15,27 @@ def inner_product(one, other):
     for i in range(len(one)):
         total += np.float64(one[i]) * np.float64(other[i])
     return total
+
+
+@kernel
+def lit_box(image, floor):
+    """Box (y0, x0, height, width) of the pixels of an image that are above a floor; all zero if none is."""
+    height, width = image.shape
+    top, bottom, left, right = height, 0, width, 0
+    for y in range(height):
+        first = 0
+        while first < width and not image[y, first] > floor:
+            first += 1
+        if first == width:
+            continue
+        last = width
+        while not image[y, last - 1] > floor:
+            last -= 1
+        top, bottom = min(top, y), y + 1
+        left, right = min(left, first), max(right, last)
+    if bottom == 0:
+        return 0, 0, 0, 0
+    return top, left, bottom - top, right - left
 
 
 @allocating_kernel
