@@ -15,6 +15,7 @@ what they leave is found with the weights as they are.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -75,18 +76,6 @@ class _Window:
 
     squares: FloatArray
     """Sum of the squares of each PSF, shape (B,)."""
-
-    def observed(self, light: FloatArray, spectra: FloatArray) -> FloatArray:
-        """See light (K, h, w) with spectra (K, B) through the PSFs."""
-        images = np.empty_like(self.residual)
-        kernels_free_form.observe(light, spectra, self.transforms, images)
-        return images
-
-    def gathered(self, images: FloatArray, spectra: FloatArray) -> FloatArray:
-        """Turn derivatives by the images (B, h, w) into those by the light of each spectrum (K, h, w)."""
-        light = np.empty((len(spectra), *self.box.shape), dtype=np.float32)
-        kernels_free_form.gather(images, spectra, self.transforms, light)
-        return light
 
 
 def with_free_form(
@@ -295,22 +284,28 @@ def _solve(
     would leave the light that made up for what they lost, and in bright galaxies more residuals than without a
     correction.
     """
-    residual, weights = window.residual.copy(), window.weights
-    gradient = envelopes * window.gathered(weights * residual, spectra)
-    # Of the light of a pixel, all others known: the weights seen through the squared PSF, as if that were as wide as
-    # the PSF.
-    information = window.gathered(weights, np.square(spectra) * window.squares)
-    diagonal = 1 + np.square(envelopes) * np.maximum(information, 0)
-    # What would be gained if the pixels were independent, and what noise alone would gain: one for each parameter that
-    # the data determine and not the prior.
-    freedom = float(np.sum(1 - 1 / diagonal, dtype=np.float64))
-    if not _product(gradient, gradient / diagonal) - freedom > config.significance * np.sqrt(freedom):
+    weights = window.weights
+    gradient, information, diagonal = np.empty((3, *envelopes.shape), dtype=np.float32)
+    # Noise alone gains one for each parameter that the data determine and not the prior.
+    gain, freedom = kernels_free_form.expect_gain(
+        window.residual,
+        weights,
+        envelopes,
+        spectra,
+        window.squares,
+        window.transforms,
+        gradient,
+        information,
+        diagonal,
+    )
+    if not gain - freedom > config.significance * math.sqrt(freedom):
         return None
+    residual = window.residual.copy()
     lit = np.square(envelopes).max(axis=0)
     mean_weights = np.einsum("bhw,hw->b", weights, lit, dtype=np.float64) / lit.sum(dtype=np.float64)
     # As if the weights of a band were all alike, and the light brighter where they are larger.
     alike = np.maximum((np.square(spectra) * window.squares) @ mean_weights, 1e-30)
-    seen_envelopes = envelopes * np.sqrt(np.maximum(information, 0) / alike[:, None, None]).astype(np.float32)
+    seen_envelopes = envelopes * np.sqrt(information / alike[:, None, None]).astype(np.float32)
     fields = np.zeros_like(envelopes)
     kernels_free_form.descend(
         envelopes,
@@ -330,11 +325,6 @@ def _solve(
         gradient,
     )
     return fields, residual
-
-
-def _product(one: FloatArray, other: FloatArray) -> float:
-    """Sum of products, the same bits on any number of threads; squares of bright pixels are too large for a float32."""
-    return float(np.multiply(one, other, dtype=np.float64).sum())
 
 
 def _blurred(images: FloatArray, sigma: float) -> FloatArray:

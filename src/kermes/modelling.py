@@ -85,16 +85,13 @@ class BlendOutcome:
         return self.models.pixels.nbytes + (0 if self.claims is self.models else self.claims.pixels.nbytes)
 
 
-def _window(blend: Blend, box: Box) -> Blend:
-    """Cut a smaller blend out of a blend."""
-    window = (slice(None), *box.within(blend.box))
-    return replace(
-        blend,
-        images=np.ascontiguousarray(blend.images[window]),
-        weights=np.ascontiguousarray(blend.weights[window]),
-        box=box,
-        peaks=blend.peaks + np.array(blend.box.origin) - np.array(box.origin),
-    )
+def _widened(blend: Blend, box: Box) -> Blend:
+    """Put unused pixels around a blend, so that it fills a larger box."""
+    window = (slice(None), *blend.box.within(box))
+    images, weights = np.zeros((2, len(blend.images), *box.shape), dtype=np.float32)
+    images[window], weights[window] = blend.images, blend.weights
+    shift = np.array(blend.box.origin) - np.array(box.origin)
+    return replace(blend, images=images, weights=weights, box=box, peaks=blend.peaks + shift)
 
 
 def _scaled(blend: Blend, unit: float) -> Blend:
@@ -134,10 +131,9 @@ def _target(sigma: float) -> DoubleArray:
     return model_psf(sigma)
 
 
-def _model_blend(outer: Blend, task: BlendTask, config: Config, rung: Outcome) -> _Modelled:
+def _model_blend(blend: Blend, task: BlendTask, config: Config, rung: Outcome) -> _Modelled:
     """Initialize, fit and measure one blend of free shapes; raises BlendError when the answer is not finite."""
     config = _settings(config, rung)
-    blend = _window(outer, task.box)
     convolution = Convolution.of(fit_kernels(blend, task.kernels), task.box.shape)
     packed = initialize(blend, task.kernels, convolution, _target(config.model_psf_sigma), config.initialization)
     iterations, converged = 0, True
@@ -154,9 +150,7 @@ def _fit_profiles(blend: Blend, task: BlendTask, config: Config, rung: Outcome) 
     """Fit profiles to one blend; raises BlendError when the answer is not finite."""
     most = {Outcome.FULL: DOUBLE, Outcome.SINGLE: EXPONENTIAL, Outcome.POINT: POINT}[rung]
     assert task.bank is not None, "plans for profiles have their modes"
-    # What lies around the box is not used; the fit need not look at it.
-    inner = _window(blend, task.box)
-    fit = fit_profiles(inner.images, inner.weights, task.bank, inner.peaks.astype(np.float64), config.profiles, most)
+    fit = fit_profiles(blend.images, blend.weights, task.bank, blend.peaks.astype(np.float64), config.profiles, most)
     shift = np.array(task.box.origin) - np.array(task.outer.origin)
     fit.sources.shapes[:, :2] += shift
     fit.sources.stamps[:, 1:3] += shift
@@ -181,21 +175,22 @@ def fit_blend(plan: TilePlan, task: BlendTask, earlier: Iterable[BlendOutcome] =
         Of its members alone. Without a single valid pixel they have no light, and NaN for fluxes.
     """
     start = time.perf_counter()
-    cut = cut_blend(plan.coadd, task.outer, plan.peaks[task.rows], usable_pixels(plan, task), task.psfs)
-    _subtract(cut, task, earlier)
-    unit = cut.typical_noise
-    outcome = _without_model(task, cut) if np.isnan(unit) else _climb_down(plan, task, cut, unit)
+    blend = cut_blend(plan.coadd, task.box, plan.peaks[task.rows], usable_pixels(plan, task), task.psfs)
+    _subtract(blend, earlier)
+    unit = blend.typical_noise
+    outcome = _without_model(plan, task) if np.isnan(unit) else _climb_down(plan, task, blend, unit)
     return replace(outcome, seconds=time.perf_counter() - start)
 
 
-def _climb_down(plan: TilePlan, task: BlendTask, cut: Blend, unit: float) -> BlendOutcome:
+def _climb_down(plan: TilePlan, task: BlendTask, blend: Blend, unit: float) -> BlendOutcome:
     """Model a blend on the first rung that works; where that fits badly, on the next one that fits better."""
     ladder, of_templates = rungs(plan.config.model), plan.config.model == "templates"
+    cut = _widened(blend, task.outer)
     reason = Reason.NONE if task.rung is ladder[0] else Reason.BUDGET
     best: BlendOutcome | None = None
     for rung in ladder[ladder.index(task.rung) :]:
         try:
-            outcome = _on_rung(plan, task, cut, unit, rung, reason)
+            outcome = _on_rung(plan, task, blend, cut, unit, rung, reason)
         except BlendError as error:
             logger.warning("blend %d is not modelled as %s: %s", task.index + 1, rung, error)
             reason = Reason.NOT_FINITE if best is None else reason
@@ -213,34 +208,39 @@ def _chi2(outcome: BlendOutcome) -> float:
     return float(np.asarray(outcome.blend_columns["chi2"]))
 
 
-def _on_rung(plan: TilePlan, task: BlendTask, cut: Blend, unit: float, rung: Outcome, reason: Reason) -> BlendOutcome:
-    """Model a blend on one rung, in a unit of flux; raises BlendError if that does not work."""
+def _on_rung(
+    plan: TilePlan, task: BlendTask, blend: Blend, cut: Blend, unit: float, rung: Outcome, reason: Reason
+) -> BlendOutcome:
+    """Model a blend on one rung, in a unit of flux; raises BlendError if that does not work.
+
+    What is around the blend in `cut`, the pixels that its models can reach, is not used: fits need not look at it.
+    """
     if rung is Outcome.PEAK:
         return _with_peaks(plan, task, cut, reason)
-    scaled = _scaled(cut, unit)
     if rung is Outcome.TEMPLATE or plan.config.model == "templates":
-        return _with_templates(plan, task, cut, scaled, unit, rung, reason)
+        return _with_templates(plan, task, cut, _scaled(cut, unit), unit, rung, reason)
+    scaled = _scaled(blend, unit)
     if plan.config.model == "kermes":
         fit = _fit_profiles(scaled, task, plan.config, rung)
         return _with_profiles(plan, task, cut, fit, unit, rung, reason)
     return _with_model(plan, task, cut, _model_blend(scaled, task, plan.config, rung), unit, reason)
 
 
-def _subtract(cut: Blend, task: BlendTask, earlier: Iterable[BlendOutcome]) -> None:
-    """Take the light of other blends off the pixels of a cut-out that are used, in place."""
+def _subtract(blend: Blend, earlier: Iterable[BlendOutcome]) -> None:
+    """Take the light of other blends off the pixels of a blend that are used, in place."""
     for outcome in earlier:
-        if (outcome.task.outer & task.outer).is_empty:
+        if (outcome.task.outer & blend.box).is_empty:
             continue
-        dy, dx = np.array(outcome.task.outer.origin) - np.array(task.outer.origin)
+        dy, dx = np.array(outcome.task.outer.origin) - np.array(blend.box.origin)
         models = outcome.models
         for s, row in enumerate(models.boxes.tolist()):
             box = Box(*row).shift(dy, dx)
-            common = box & Box.of_shape(task.outer.shape)
+            common = box & Box.of_shape(blend.box.shape)
             if common.is_empty:
                 continue
             model = models.pixels[:, models.offsets[s] : models.offsets[s + 1]].reshape(-1, *box.shape)
             window = (slice(None), common.y, common.x)
-            cut.images[window] -= model[:, *common.within(box)] * (cut.weights[window] > 0)
+            blend.images[window] -= model[:, *common.within(box)] * (blend.weights[window] > 0)
 
 
 def _select(models: SourceModels, rows: LabelArray) -> SourceModels:
@@ -698,10 +698,10 @@ def _by_band(name: str, values: DoubleArray, bands: Sequence[str]) -> dict[str, 
     return {f"{band}_{name}": values[:, b] for b, band in enumerate(bands)}
 
 
-def _without_model(task: BlendTask, cut: Blend) -> BlendOutcome:
+def _without_model(plan: TilePlan, task: BlendTask) -> BlendOutcome:
     """Describe a blend without a single valid pixel: sources without light or fluxes."""
-    n_sources, n_bands = len(task.members), len(cut.images)
-    places = (cut.peaks[:n_sources] + np.array(task.outer.origin)).tolist()
+    n_sources, n_bands = len(task.members), plan.coadd.n_bands
+    places = plan.peaks[task.members].tolist()
     nothing = SourceModels(
         boxes=np.zeros((n_sources, 4), dtype=np.int64),
         offsets=np.zeros(n_sources + 1, dtype=np.int64),

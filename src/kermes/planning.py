@@ -437,9 +437,9 @@ def _usable_kernels(psfs: DoubleArray, sigma: float, regularization: float) -> t
 
 
 def usable_pixels(plan: TilePlan, task: BlendTask) -> NDArray[np.bool_]:
-    """Find the pixels of `task.outer` that may be fitted, shape (h, w).
+    """Find the pixels of `task.box` that may be fitted, shape (h, w).
 
-    Those of the footprint in its box, and the background where that is allowed; of a parent that was divided, only
+    Those of the footprint, and the background where that is allowed; of a parent that was divided, only
     those that are nearer to a source of the blend than to any other of the parent.
     """
     return _pixels(plan, task, background=plan.background)
@@ -447,20 +447,19 @@ def usable_pixels(plan: TilePlan, task: BlendTask) -> NDArray[np.bool_]:
 
 def footprint_pixels(plan: TilePlan, task: BlendTask) -> NDArray[np.bool_]:
     """Find the pixels of `task.outer` that belong to the footprint, shape (h, w), as in `usable_pixels`."""
-    return _pixels(plan, task, background=False)
+    usable = np.zeros(task.outer.shape, dtype=bool)
+    usable[task.box.within(task.outer)] = _pixels(plan, task, background=False)
+    return usable
 
 
 def _pixels(plan: TilePlan, task: BlendTask, background: bool) -> NDArray[np.bool_]:
-    window = task.box.within(task.outer)
     labels = plan.labels[task.box.y, task.box.x]
     own = (labels == task.parent.label) & (labels > 0)
     if background:
         own |= labels == 0
     if task.divided:
         own &= _nearest_is_fitted(plan, task)
-    usable = np.zeros(task.outer.shape, dtype=bool)
-    usable[window] = own
-    return usable
+    return np.asarray(own)
 
 
 def _nearest_is_fitted(plan: TilePlan, task: BlendTask) -> NDArray[np.bool_]:

@@ -5,25 +5,36 @@ import numpy as np
 from kermes.kernels.decorator import fast_kernel, kernel
 
 
+@kernel
+def copy_row(image, variance, valid, out, out_variance):
+    """Copy a row, with the variance of its valid pixels and zero for that of the others."""
+    for x in range(len(image)):
+        out[x] = image[x]
+        out_variance[x] = variance[x] if valid[x] else np.float32(0.0)
+
+
 @fast_kernel
-def total_noise(variance, valid):
-    """Sum of the standard deviation over the valid pixels of a row, and their number."""
+def total_noise(variance):
+    """Sum of the standard deviation over the pixels of a row that have a variance, and their number."""
     total, n_valid = 0.0, 0
     for x in range(len(variance)):
-        total += np.float64(np.sqrt(variance[x])) if valid[x] else 0.0
-        n_valid += valid[x]
+        total += np.float64(np.sqrt(variance[x]))
+        n_valid += variance[x] > 0
     return total, n_valid
 
 
 @kernel
-def cut_row(image, variance, valid, usable, out, weights):
-    """Copy the used pixels of a row with their inverse variance, both zero elsewhere; returns whether there are any."""
+def weigh_row(usable, image, weights):
+    """Turn the variance of the used pixels of a row into weights, and set all others to zero.
+
+    Returns whether there are any.
+    """
     used = False
     for x in range(len(image)):
-        take = valid[x] and usable[x]
+        take = usable[x] and weights[x] > 0
         used = used or take
-        out[x] = image[x] if take else np.float32(0.0)
-        weights[x] = np.float32(1.0) / variance[x] if take else np.float32(0.0)
+        image[x] = image[x] if take else np.float32(0.0)
+        weights[x] = np.float32(1.0) / weights[x] if take else np.float32(0.0)
     return used
 
 
@@ -37,17 +48,25 @@ def cut_pixels(images, variance, valid, y0, x0, usable, has_psf, out, weights, n
     """
     n_bands, height, width = out.shape
     for b in range(n_bands):
-        total, n_valid, used = 0.0, 0, False
-        for y in range(height):
-            if not has_psf[b]:
+        noise[b] = np.nan
+        if not has_psf[b]:
+            for y in range(height):
                 for x in range(width):
                     out[b, y, x] = weights[b, y, x] = 0.0
-                continue
-            of_noise, is_valid = variance[b, y0 + y, x0 : x0 + width], valid[b, y0 + y, x0 : x0 + width]
-            part, n = total_noise(of_noise, is_valid)
+            continue
+        # All rows first: the memory that they come from is slow, and what is worked out on the way would wait for it.
+        for y in range(height):
+            row, first, last = y0 + y, x0, x0 + width
+            copy_row(
+                images[b, row, first:last], variance[b, row, first:last], valid[b, row, first:last],
+                out[b, y], weights[b, y],
+            )  # fmt: skip
+        total, n_valid, used = 0.0, 0, False
+        for y in range(height):
+            part, n = total_noise(weights[b, y])
             total += part
             n_valid += n
-            # Not the other way round: all rows are to be copied.
-            row = images[b, y0 + y, x0 : x0 + width]
-            used = cut_row(row, of_noise, is_valid, usable[y], out[b, y], weights[b, y]) or used
-        noise[b] = total / n_valid if used else np.nan
+            # Not the other way round: all rows are to be weighed.
+            used = weigh_row(usable[y], out[b, y], weights[b, y]) or used
+        if used:
+            noise[b] = total / n_valid

@@ -84,6 +84,49 @@ def gather(images, spectra, psf_fft, out):
         copy_plane(out[k], plane)
 
 
+@kernel
+def weigh_pixels(envelope, gradient, information, diagonal):
+    """Turn derivatives by the light of pixels, and what is known of it, into those of the field; all flat."""
+    for i in range(len(envelope)):
+        gradient[i] *= envelope[i]
+        information[i] = max(information[i], np.float32(0.0))
+        diagonal[i] = np.float32(1.0) + envelope[i] * envelope[i] * information[i]
+
+
+@fast_kernel
+def total_gain(gradient, diagonal):
+    """Sums of g g / d and of 1 - 1 / d; squares of bright pixels are too large for a float32."""
+    gain, freedom = 0.0, 0.0
+    for i in range(len(gradient)):
+        gain += np.float64(gradient[i]) * np.float64(gradient[i] / diagonal[i])
+        freedom += np.float64(np.float32(1.0) - np.float32(1.0) / diagonal[i])
+    return gain, freedom
+
+
+@allocating_kernel
+def expect_gain(residual, weights, envelopes, spectra, squares, psf_fft, gradient, information, diagonal):
+    """What would be gained if all pixels of some fields were independent, and what noise alone would gain.
+
+    residual, weights (B, h, w); envelopes (K, h, w) and spectra (K, B) of the light that the fields change; squares
+    (B,): sum of the squares of each PSF. gradient, information, diagonal (K, h, w) take the derivatives by the fields;
+    what is known of the light of a pixel, all others known: the weights seen through the squared PSF, as if that were
+    as wide as the PSF; and one plus what is known of the field there.
+    """
+    n_bands = len(residual)
+    weighted, of_weights = np.empty(residual.shape, np.float32), np.empty(spectra.shape, np.float32)
+    for b in range(n_bands):
+        for y in range(residual.shape[1]):
+            for x in range(residual.shape[2]):
+                weighted[b, y, x] = weights[b, y, x] * residual[b, y, x]
+        for k in range(len(spectra)):
+            of_weights[k, b] = spectra[k, b] * spectra[k, b] * squares[b]
+    gather(weighted, spectra, psf_fft, gradient)
+    gather(weights, of_weights, psf_fft, information)
+    flat_gradient, flat_diagonal = gradient.reshape(-1), diagonal.reshape(-1)
+    weigh_pixels(envelopes.reshape(-1), flat_gradient, information.reshape(-1), flat_diagonal)
+    return total_gain(flat_gradient, flat_diagonal)
+
+
 @allocating_kernel
 def make_filters(spectra, mean_weights, psf_fft):
     """What seeing light with weights that are the same in all pixels of a band, and gathering it, does to transforms.
