@@ -45,6 +45,9 @@ LEVELS = np.array([300.0, 3000.0])
 THRESHOLDS = (2e-3, 3e-4, 1e-4)
 """Modes in which no PSF is stronger than this are left out, for each level."""
 
+FIRST_MODES = 2048
+"""So many modes have room at first, those of a few small stamps."""
+
 LONGEST_STEP = np.array([0.7, 0.7, 0.7, 0.5, 0.5, 0.5, 0.7, 0.5, 0.5, 0.5])
 """Longest step of each shape parameter."""
 
@@ -99,6 +102,9 @@ class ModeBank:
     """Median of them over the bands that have a PSF; 0 if none has."""
 
     _single: FloatArray = field(init=False)
+    _room: tuple[FloatArray, FloatArray] = field(init=False)
+    """Arrays that hold `modes.frequencies` and `modes.psf`, and have room for more."""
+
     _lock: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self) -> None:
@@ -107,6 +113,7 @@ class ModeBank:
         self.sigmas = np.array(widths)
         self.width = median([width for width in widths if width > 0] or [0.0])
         self._single = self.psfs.astype(np.float32)
+        self._room = self._room_for(FIRST_MODES)
         self.modes = Modes(
             sets=np.full((len(SIDES), len(THRESHOLDS)), -1, dtype=np.int64),
             offsets=np.zeros(1, dtype=np.int64),
@@ -115,6 +122,10 @@ class ModeBank:
             frequencies=np.zeros(0, dtype=np.float32),
             psf=np.zeros(0, dtype=np.float32),
         )
+
+    def _room_for(self, n_modes: int) -> tuple[FloatArray, FloatArray]:
+        """Make arrays for so many modes."""
+        return np.empty(2 * n_modes, dtype=np.float32), np.empty(2 * len(self.psfs) * n_modes, dtype=np.float32)
 
     def require(self, stamps: IndexArray) -> Modes:
         """Give the modes, with what some stamps need."""
@@ -128,21 +139,31 @@ class ModeBank:
         return self.modes
 
     def _add(self, k: int, level: int) -> None:
-        side, n_bands = int(SIDES[k]), len(self.psfs)
-        lengths = np.empty(side, dtype=np.int64)
-        frequencies, psf = np.split(np.empty((2 + 2 * n_bands, side * (side // 2 + 1)), dtype=np.float32), [2])
-        n = stamp_kernels.transform_modes(self._single, side, THRESHOLDS[level], lengths, frequencies, psf)
-        old = self.modes
+        side, old = int(SIDES[k]), self.modes
+        first, lengths = int(old.offsets[-1]), np.empty(side, dtype=np.int64)
+
+        def fill() -> int:
+            return first + int(
+                stamp_kernels.transform_modes(self._single, side, THRESHOLDS[level], first, lengths, *self._room)
+            )
+
+        last = fill()
+        if 2 * last > len(self._room[0]):
+            # Four times as much: what is not filled takes no memory, and what is there is rarely copied.
+            self._room = self._room_for(4 * last)
+            for new, values in zip(self._room, (old.frequencies, old.psf), strict=True):
+                new[: len(values)] = values
+            last = fill()
         sets = old.sets.copy()
         sets[k, level] = len(old.offsets) - 1
-        # A new tuple, not changed arrays: another thread may be reading the old one.
+        # A new tuple: another thread may be reading the old one, and what that holds is not changed.
         self.modes = Modes(
             sets=sets,
-            offsets=np.append(old.offsets, old.offsets[-1] + n),
+            offsets=np.append(old.offsets, last),
             lengths=np.concatenate([old.lengths, lengths]),
             starts=np.append(old.starts, old.starts[-1] + side),
-            frequencies=np.concatenate([old.frequencies, frequencies[:, :n].ravel()]),
-            psf=np.concatenate([old.psf, psf[:, :n].ravel()]),
+            frequencies=self._room[0][: 2 * last],
+            psf=self._room[1][: 2 * len(self.psfs) * last],
         )
 
 

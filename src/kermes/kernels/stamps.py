@@ -313,37 +313,45 @@ def find_lonely(stamps, sides, out):
 
 
 @allocating_kernel
-def transform_modes(psfs, side, threshold, lengths, frequencies, psf):
+def transform_modes(psfs, side, threshold, first, lengths, frequencies, psf):
     """List the modes of a stamp up to the last one in each row where some PSF is stronger than a threshold.
 
-    psfs (B, P, Q), odd sides; lengths (side,) takes the number of modes of each row, frequencies (2, M) those along y
-    and x [radians per pixel] and psf (2 B, M) the real and the imaginary part of the transforms of the first band, of
-    the second and so on; M is side * (side // 2 + 1), of which the first are filled. The modes at the Nyquist
-    frequency, whose phase is not defined, are left out. Returns the number of modes.
+    psfs (B, P, Q), odd sides; lengths (side,) takes the number of modes of each row. Flat arrays take the others, from
+    the place on that `first` modes before them fill: frequencies those along y, then along x [radians per pixel], psf
+    the real and the imaginary part of the transforms of the first band, of the second and so on. The modes at the
+    Nyquist frequency, whose phase is not defined, are left out. Returns the number of modes; nothing but `lengths` is
+    filled if the arrays have no room for so many.
     """
     n_bands = len(psfs)
     half = side // 2 + 1
-    planes = np.zeros((n_bands, side, side), np.float32)
+    # Band by band, for the memory that it takes.
+    plane = np.empty((side, side), np.float32)
     transformed = np.empty((n_bands, side, half), np.complex64)
-    for b in range(n_bands):
-        add_wrapped(planes[b], psfs[b])
     axes = np.empty(2, np.int64)
-    axes[0], axes[1] = 1, 2
-    r2c(planes, transformed, axes, True, 1.0, 1)
-    n = 0
+    axes[0], axes[1] = 0, 1
     for i in range(side):
         lengths[i] = 0
-        if 2 * i == side:
-            continue
-        for b in range(n_bands):
+    for b in range(n_bands):
+        plane[:] = 0
+        add_wrapped(plane, psfs[b])
+        r2c(plane, transformed[b], axes, True, 1.0, 1)
+        for i in range(side):
+            if 2 * i == side:
+                continue
             for j in range(lengths[i], half - 1):
                 value = transformed[b, i, j]
                 if value.real * value.real + value.imag * value.imag > threshold * threshold:
                     lengths[i] = j + 1
-        for j in range(lengths[i]):
-            for b in range(n_bands):
-                psf[2 * b, n + j] = transformed[b, i, j].real
-                psf[2 * b + 1, n + j] = transformed[b, i, j].imag
-        n += lengths[i]
-    fill_frequencies(lengths, frequencies)
+    n = np.sum(lengths)
+    if 2 * (first + n) > len(frequencies):
+        return n
+    start = 2 * first * n_bands
+    for b in range(n_bands):
+        m = start + 2 * n * b
+        for i in range(side):
+            for j in range(lengths[i]):
+                psf[m + j] = transformed[b, i, j].real
+                psf[m + n + j] = transformed[b, i, j].imag
+            m += lengths[i]
+    fill_frequencies(lengths, frequencies[2 * first : 2 * (first + n)].reshape(2, n))
     return n
