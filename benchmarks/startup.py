@@ -70,6 +70,8 @@ def run(arguments: list[str], cache: Path) -> tuple[float, float, str]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
+    # Where this is set, Python itself compiles all of kermes at each start, which no user's installation does.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
     seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

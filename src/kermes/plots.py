@@ -463,6 +463,15 @@ def _draw_spectrum(axes: Axes, result: Result, index: int) -> None:
     axes.set_ylabel("flux" + (f" [{unit}]" if unit else ""), fontsize="small")
 
 
+def _leave_out_ticks(panels: Sequence[Axes], label: str) -> None:
+    """Label a strip of pictures; they have no ticks, and what is never drawn need not be made."""
+    for axes in panels:
+        axes.xaxis.set_visible(False)
+        axes.yaxis.set_visible(axes is panels[0])
+    panels[0].set_yticks([])
+    panels[0].set_ylabel(label, fontsize="small")
+
+
 def _draw_object(panels: Sequence[Axes], obj: ObjectHandle, result: Result, scale: ColourScale, first: bool) -> None:
     """Fill one strip; without a coadd there are only model and spectrum."""
     coadd, bands, row = result.coadd, result.bands, obj.row
@@ -486,12 +495,10 @@ def _draw_object(panels: Sequence[Axes], obj: ObjectHandle, result: Result, scal
     own = replace(scale, white=colour_scale(model, bands, noise=scale.noise).white)
     for axes, (title, image) in zip(panels[:-1], images.items(), strict=True):
         axes.imshow(lupton_rgb(image, bands, scale=own), extent=_extent(view), origin="lower")
-        axes.set_xticks([])
-        axes.set_yticks([])
         if first:
             axes.set_title(title, fontsize="medium")
     _mark(panels[0], np.array([peak]), [""], ["white"])
-    panels[0].set_ylabel(f"object {obj.object_id}\n{row['outcome']}", fontsize="small")
+    _leave_out_ticks(panels[:-1], f"object {obj.object_id}\n{row['outcome']}")
     _draw_spectrum(panels[-1], result, row.index)
     if first:
         panels[-1].set_title("spectrum", fontsize="medium")
@@ -653,10 +660,7 @@ def _draw_parts(panels: Sequence[Axes], obj: ObjectHandle, result: Result, coadd
         vmax=RESIDUAL_RANGE,
     )
     panels[-1].set_facecolor((UNKNOWN_GREY / 255,) * 3)
-    for axes in panels:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    panels[0].set_ylabel(f"object {obj.object_id}\n{row['model']}", fontsize="small")
+    _leave_out_ticks(panels, f"object {obj.object_id}\n{row['model']}")
 
 
 def show_parts(result: Result, ids: Sequence[int] | None = None, n: int = 3) -> Figure:
