@@ -125,7 +125,8 @@ class BudgetConfig:
     """Most predicted memory of one blend [GB]."""
 
     total_memory: float = 1.5
-    """Most predicted memory of all blends in work at the same time [GB]; there may be fewer of them than workers."""
+    """Most predicted memory of all blends in work at the same time, with what waits for a slower one [GB]; there may be
+    fewer of them than workers."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 

@@ -227,7 +227,8 @@ def _new_figure(width: float, height: float) -> Figure:
 def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
     """Make the content of a PNG file of a figure."""
     file = BytesIO()
-    figure.savefig(file, format="png", dpi=dpi)
+    # Packed less tightly than by default: a fifth larger, in two thirds of the time.
+    figure.savefig(file, format="png", dpi=dpi, pil_kwargs={"compress_level": 3})
     return file.getvalue()
 
 
