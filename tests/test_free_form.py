@@ -372,3 +372,31 @@ def test_metrics_see_the_corrected_light(result):
     whole = Scene(sources=(result.models[1], result.models[2]), box=Box.of_shape(result.shape))
     models = frame_models(whole, 3)
     assert models.pixels.min() > -1e-5 * models.pixels.max()
+
+
+def test_expected_gain_is_that_of_independent_pixels(light):
+    envelopes, images, spectra, transforms = light
+    envelopes, weights = np.abs(envelopes), np.random.default_rng(6).uniform(0.5, 2, images.shape).astype(np.float32)
+    squares = np.square(blends.PSFS).sum(axis=(1, 2)).astype(np.float32)
+    gradient, information, diagonal = np.empty((3, *envelopes.shape), dtype=np.float32)
+    gain, freedom = kernels_free_form.expect_gain(
+        images, weights, envelopes, spectra, squares, transforms, gradient, information, diagonal
+    )
+    by_light, known = np.empty_like(envelopes), np.empty_like(envelopes)
+    kernels_free_form.gather(weights * images, spectra, transforms, by_light)
+    kernels_free_form.gather(weights, spectra**2 * squares, transforms, known)
+    expected = 1 + envelopes**2 * known
+    np.testing.assert_allclose(gradient, envelopes * by_light, rtol=1e-6)
+    np.testing.assert_allclose(diagonal, expected, rtol=1e-6)
+    assert gain == pytest.approx(np.sum((envelopes * by_light) ** 2 / expected, dtype=float), rel=1e-6)
+    assert freedom == pytest.approx(np.sum(1 - 1 / expected, dtype=float), rel=1e-6)
+
+
+@pytest.mark.nojit
+def test_the_lit_box_holds_all_pixels_above_a_floor():
+    rng = np.random.default_rng(8)
+    for n in (0, 1, 2, 5):
+        image = np.zeros((9, 7), dtype=np.float32)
+        image[rng.integers(0, 9, n), rng.integers(0, 7, n)] = 2.0
+        assert Box(*kernels_free_form.lit_box(image, 1.0)) == Box.where(image > 1)
+        assert Box(*kernels_free_form.lit_box(image, 3.0)).is_empty

@@ -3,6 +3,7 @@
 import gc
 import traceback
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from kermes.planning import plan_tile
 from kermes.psf import model_psf
 from kermes.rendering import SourceModels
 from kermes.scene import ProfileComponent
-from kermes.simulation import simulate_patch
+from kermes.simulation import simulate_patch, simulate_scene
 from kermes.tile import PREFERRED_CHI2
 from results import light_of_candidates
 from tiles import (
@@ -650,6 +651,28 @@ def test_no_more_blends_are_begun_than_memory_holds(config):
 
 
 # ---------------------------------------------------------------- schedule
+
+
+def test_a_slow_blend_holds_up_no_other(monkeypatch):
+    scene = simulate_scene(n_sources=40, shape=(400, 400), bands=("g", "r"), seed=3)
+    plan = plan_tile(scene.coadd, scene.peaks)
+    # More than are begun at a time.
+    assert plan.n_blends > 2 * tile.QUEUE + 2
+    others_done, n_done = Event(), 0
+
+    def slow_first(plan, task, earlier):
+        nonlocal n_done
+        if task is plan.tasks[0]:
+            assert others_done.wait(60), "the other blends are not fitted while the first one is"
+        outcome = modelling.fit_blend(plan, task, earlier)
+        n_done += 1
+        if n_done == plan.n_blends - 1:
+            others_done.set()
+        return outcome
+
+    expected = kermes.deblend(scene.coadd, scene.peaks)
+    monkeypatch.setattr(tile, "fit_blend", slow_first)
+    np.testing.assert_array_equal(values(kermes.deblend(scene.coadd, scene.peaks, workers=2)), values(expected))
 
 
 def test_order_of_the_work_does_not_depend_on_the_order_of_the_peaks(config):

@@ -58,9 +58,12 @@ def cut_pixels(images, variance, valid, y0, x0, usable, has_psf, out, weights, n
         for y in range(height):
             row, first, last = y0 + y, x0, x0 + width
             copy_row(
-                images[b, row, first:last], variance[b, row, first:last], valid[b, row, first:last],
-                out[b, y], weights[b, y],
-            )  # fmt: skip
+                images[b, row, first:last],
+                variance[b, row, first:last],
+                valid[b, row, first:last],
+                out[b, y],
+                weights[b, y],
+            )
         total, n_valid, used = 0.0, 0, False
         for y in range(height):
             part, n = total_noise(weights[b, y])
