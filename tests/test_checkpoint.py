@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import kermes
-from kermes import checkpoint
+from kermes import checkpoint, tile
 from kermes.config import PartitionConfig
 from kermes.errors import FileError
-from tiles import MODELS, changed, configuration, group_scene, same_pixels, values
+from kermes.planning import plan_tile
+from kermes.simulation import simulate_scene
+from tiles import MODELS, changed, configuration, fit_the_first_last, group_scene, same_pixels, values
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -54,6 +56,23 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, whole, tmp_path
     assert sum(fitted) <= len(whole.blends) - 3
     assert same_pixels(result, whole)
     assert not folder.exists()
+
+
+def test_what_is_done_while_a_slow_blend_is_in_work_is_kept(tmp_path, monkeypatch):
+    scene, folder = simulate_scene(n_sources=30, shape=(300, 300), bands=("g", "r"), seed=3), tmp_path / "kept"
+    plan = plan_tile(scene.coadd, scene.peaks)
+    with monkeypatch.context() as patch:
+        patch.setattr(tile, "fit_blend", fit_the_first_last())
+        part = kermes.deblend(scene.coadd, scene.peaks, checkpoint=folder, watch=first(1), workers=2)
+    assert np.count_nonzero(part.objects["reason"] == "interrupted") == len(part) - len(plan.tasks[0].members)
+
+    def fail(plan, task, earlier):
+        raise AssertionError("a blend that was finished is fitted again")
+
+    monkeypatch.setattr(tile, "fit_blend", fail)
+    result = kermes.deblend(scene.coadd, scene.peaks, checkpoint=folder)
+    monkeypatch.undo()
+    assert same_pixels(result, kermes.deblend(scene.coadd, scene.peaks))
 
 
 def test_a_run_that_dies_leaves_what_is_finished(config, whole, tmp_path):

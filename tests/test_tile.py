@@ -3,7 +3,6 @@
 import gc
 import traceback
 from dataclasses import replace
-from threading import Event
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from tiles import (
     MODELS,
     changed,
     configuration,
+    fit_the_first_last,
     for_scene_models,
     group_scene,
     same_pixels,
@@ -658,20 +658,8 @@ def test_a_slow_blend_holds_up_no_other(monkeypatch):
     plan = plan_tile(scene.coadd, scene.peaks)
     # More than are begun at a time.
     assert plan.n_blends > 2 * tile.QUEUE + 2
-    others_done, n_done = Event(), 0
-
-    def slow_first(plan, task, earlier):
-        nonlocal n_done
-        if task is plan.tasks[0]:
-            assert others_done.wait(60), "the other blends are not fitted while the first one is"
-        outcome = modelling.fit_blend(plan, task, earlier)
-        n_done += 1
-        if n_done == plan.n_blends - 1:
-            others_done.set()
-        return outcome
-
     expected = kermes.deblend(scene.coadd, scene.peaks)
-    monkeypatch.setattr(tile, "fit_blend", slow_first)
+    monkeypatch.setattr(tile, "fit_blend", fit_the_first_last())
     np.testing.assert_array_equal(values(kermes.deblend(scene.coadd, scene.peaks, workers=2)), values(expected))
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -56,7 +56,7 @@ QUEUE = 4
 
 def fit_blends(
     plan: TilePlan, workers: int | None = None, checkpoint: Checkpoint | None = None
-) -> Iterator[BlendOutcome]:
+) -> Generator[BlendOutcome]:
     """Model all blends.
 
     Parameters
@@ -81,7 +81,7 @@ def fit_blends(
     return _fit_levels(plan, number_of_workers(workers), checkpoint)
 
 
-def _fit_levels(plan: TilePlan, n_workers: int, checkpoint: Checkpoint | None) -> Iterator[BlendOutcome]:
+def _fit_levels(plan: TilePlan, n_workers: int, checkpoint: Checkpoint | None) -> Generator[BlendOutcome]:
     """Fit one level after the other: the light of the earlier ones is known when the next begins."""
     earlier: list[BlendOutcome] = []
     last = plan.tasks[-1].level if plan.tasks else 0
@@ -89,10 +89,11 @@ def _fit_levels(plan: TilePlan, n_workers: int, checkpoint: Checkpoint | None) -
         for level, tasks in itertools.groupby(plan.tasks, key=lambda task: task.level):
             done = []
             boxes = _bounds([outcome.task.outer for outcome in earlier])
-            for outcome in _fit_level(plan, tasks, earlier, boxes, pool, n_workers, checkpoint):
-                if level < last:
-                    done.append(outcome)
-                yield outcome
+            with closing(_fit_level(plan, tasks, earlier, boxes, pool, n_workers, checkpoint)) as outcomes:
+                for outcome in outcomes:
+                    if level < last:
+                        done.append(outcome)
+                    yield outcome
             earlier += done
 
 
@@ -108,7 +109,7 @@ def _fit_level(
     pool: ThreadPoolExecutor | None,
     n_workers: int,
     checkpoint: Checkpoint | None,
-) -> Iterator[BlendOutcome]:
+) -> Generator[BlendOutcome]:
     def fit(task: BlendTask) -> BlendOutcome:
         known = None if checkpoint is None else checkpoint.restored(task)
         if known is not None:
@@ -117,19 +118,29 @@ def _fit_level(
         near = (bounds[:, 0] < box.y1) & (bounds[:, 1] > box.y0) & (bounds[:, 2] < box.x1) & (bounds[:, 3] > box.x0)
         return fit_blend(plan, task, [earlier[k] for k in np.flatnonzero(near)])
 
-    outcomes = map(fit, tasks) if pool is None else _in_threads(plan, tasks, fit, pool, n_workers)
-    for outcome in outcomes:
+    def keep(outcome: BlendOutcome) -> None:
         if checkpoint is not None:
             checkpoint.add(outcome)
-        yield outcome
+
+    one_by_one = (fit(task) for task in tasks)
+    with closing(one_by_one if pool is None else _in_threads(plan, tasks, fit, keep, pool, n_workers)) as outcomes:
+        for outcome in outcomes:
+            keep(outcome)
+            yield outcome
 
 
 def _in_threads(
-    plan: TilePlan, tasks: Iterable[BlendTask], fit: Any, pool: ThreadPoolExecutor, n_workers: int
-) -> Iterator[BlendOutcome]:
+    plan: TilePlan,
+    tasks: Iterable[BlendTask],
+    fit: Callable[[BlendTask], BlendOutcome],
+    keep: Callable[[BlendOutcome], None],
+    pool: ThreadPoolExecutor,
+    n_workers: int,
+) -> Generator[BlendOutcome]:
     """Yield outcomes in the order of the tasks.
 
-    Those that are done early wait for their turn, so that a slow blend holds up nobody, as far as memory allows.
+    Those that are done early wait for their turn, so that a slow blend holds up nobody, as far as memory allows. If the
+    end comes before their turn, they, and those in work, are given to `keep`.
     """
     ceiling = 1e9 * plan.config.budget.total_memory
     backlog: deque[Future[BlendOutcome]] = deque()
@@ -172,8 +183,9 @@ def _in_threads(
         while backlog:
             yield collected()
     finally:
-        for future in backlog:
-            future.cancel()
+        for future in [future for future in backlog if not future.cancel()]:
+            if future.exception() is None:
+                keep(future.result())
 
 
 def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
@@ -542,9 +554,9 @@ def deblend(
 def _run(plan: TilePlan, workers: int | None, folder: Path | None, watch: Watch | None) -> Result:
     """Do what is planned; the checkpoint stays, with all that is finished, if it was not done to the end."""
     checkpoint = None if folder is None else Checkpoint(folder, plan)
-    outcomes = fit_blends(plan, workers, checkpoint)
     try:
-        result = collect(plan, outcomes if watch is None else watch(plan, outcomes))
+        with closing(fit_blends(plan, workers, checkpoint)) as outcomes:
+            result = collect(plan, outcomes if watch is None else watch(plan, outcomes))
     except BaseException:
         if checkpoint is not None:
             checkpoint.flush()
