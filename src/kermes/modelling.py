@@ -185,12 +185,11 @@ def fit_blend(plan: TilePlan, task: BlendTask, earlier: Iterable[BlendOutcome] =
 def _climb_down(plan: TilePlan, task: BlendTask, blend: Blend, unit: float) -> BlendOutcome:
     """Model a blend on the first rung that works; where that fits badly, on the next one that fits better."""
     ladder, of_templates = rungs(plan.config.model), plan.config.model == "templates"
-    cut = _widened(blend, task.outer)
     reason = Reason.NONE if task.rung is ladder[0] else Reason.BUDGET
     best: BlendOutcome | None = None
     for rung in ladder[ladder.index(task.rung) :]:
         try:
-            outcome = _on_rung(plan, task, blend, cut, unit, rung, reason)
+            outcome = _on_rung(plan, task, blend, unit, rung, reason)
         except BlendError as error:
             logger.warning("blend %d is not modelled as %s: %s", task.index + 1, rung, error)
             reason = Reason.NOT_FINITE if best is None else reason
@@ -208,13 +207,10 @@ def _chi2(outcome: BlendOutcome) -> float:
     return float(np.asarray(outcome.blend_columns["chi2"]))
 
 
-def _on_rung(
-    plan: TilePlan, task: BlendTask, blend: Blend, cut: Blend, unit: float, rung: Outcome, reason: Reason
-) -> BlendOutcome:
-    """Model a blend on one rung, in a unit of flux; raises BlendError if that does not work.
-
-    What is around the blend in `cut`, the pixels that its models can reach, is not used: fits need not look at it.
-    """
+def _on_rung(plan: TilePlan, task: BlendTask, blend: Blend, unit: float, rung: Outcome, reason: Reason) -> BlendOutcome:
+    """Model a blend on one rung, in a unit of flux; raises BlendError if that does not work."""
+    # All pixels that its models can reach. Those around the blend are not used, and fits need not look at them.
+    cut = _widened(blend, task.outer)
     if rung is Outcome.PEAK:
         return _with_peaks(plan, task, cut, reason)
     if rung is Outcome.TEMPLATE or plan.config.model == "templates":

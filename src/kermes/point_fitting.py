@@ -394,9 +394,9 @@ def _nearest(centers: DoubleArray) -> DoubleArray:
     return np.asarray(cKDTree(centers).query(centers, 2)[0])[:, 1]
 
 
-def _find_pairs(points: _Points, psf: _Psf) -> IntArray:
-    """Pairs (n, 2) of coupled sources, in order."""
-    pairs = cKDTree(points.centers).query_pairs(psf.pair_radius, output_type="ndarray").astype(np.int64)
+def close_pairs(positions: DoubleArray, distance: float) -> IntArray:
+    """Pairs (n, 2) of positions (S, 2) that are not farther apart, the smaller number first, ascending."""
+    pairs = cKDTree(positions).query_pairs(distance, output_type="ndarray").astype(np.int64)
     pairs.sort(axis=1)
     return np.ascontiguousarray(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))])
 
@@ -473,7 +473,7 @@ def _fit(state: _State, data: _Data, psf: _Psf, settings: PointSettings, n_steps
     sums = np.zeros((n_sources, n_bands, 3))
     stale = np.arange(n_sources)
     fresh = True
-    pairs = _find_pairs(state.points, psf)
+    pairs = close_pairs(state.points.centers, psf.pair_radius)
     most = np.empty((n_sources, 1))
     comparisons = 0
     converged = False
@@ -620,7 +620,7 @@ class _Covariances(NamedTuple):
 
 
 def _covariances(points: _Points, psf: _Psf, settings: PointSettings, chosen: IntArray) -> _Covariances:
-    pairs = _find_pairs(points, psf)
+    pairs = close_pairs(points.centers, psf.pair_radius)
     tables = _tables(points, pairs, psf)
     square = ((points.centers[pairs[:, 0]] - points.centers[pairs[:, 1]]) ** 2).sum(axis=1)
     first, second = pairs.T.ravel(), pairs[:, ::-1].T.ravel()
@@ -741,13 +741,17 @@ def _search(state: _State, data: _Data, psf: _Psf, settings: PointSettings) -> t
         points = _insert(_select(state.points, keep), pixels, settings)
         changed = np.concatenate([pixels, state.points.centers[~keep]])
         state = _render(_seen(points, data, psf, settings), data, psf)
-        state = _solve_fluxes(state, data, psf, _close_to(changed, state.points), _find_pairs(state.points, psf))
+        state = _solve_fluxes(
+            state, data, psf, _close_to(changed, state.points), close_pairs(state.points.centers, psf.pair_radius)
+        )
         comparisons += 2
         points = state.points
         keep = points.listed | ((points.flux * points.amplitude).sum(axis=1) > 0)
         if not keep.all():
             state = _render(_select(points, keep), data, psf)
-            state = _solve_fluxes(state, data, psf, _close_to(changed, state.points), _find_pairs(state.points, psf))
+            state = _solve_fluxes(
+                state, data, psf, _close_to(changed, state.points), close_pairs(state.points.centers, psf.pair_radius)
+            )
             comparisons += 2
     return state, data, comparisons
 
@@ -908,7 +912,7 @@ def fit_points(
         prior=_prior(listed, settings),
     )
     state = _render(_seen(points, data, psf, settings), data, psf)
-    everything, pairs = np.arange(n_sources), _find_pairs(state.points, psf)
+    everything, pairs = np.arange(n_sources), close_pairs(state.points.centers, psf.pair_radius)
     for _ in range(2):
         state = _solve_fluxes(state, data, psf, everything, pairs)
     state = _render(_seen(state.points, data, psf, settings), data, psf)

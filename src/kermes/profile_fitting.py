@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import KDTree
 
 from kermes.config import ProfileConfig
 from kermes.geometry import Box
@@ -26,7 +25,7 @@ from kermes.kernels import profile_fitting as kernels
 from kermes.kernels import stamps as stamp_kernels
 from kermes.kernels.normal_equations import Variances
 from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, N_KINDS, N_SHAPE, POINT, SERSIC, Modes, Sources
-from kermes.point_fitting import PointFit, PointSettings, fit_points
+from kermes.point_fitting import PointFit, PointSettings, close_pairs, fit_points
 from kermes.scene import ProfileComponent, Scene, Source, kernel_table
 
 DoubleArray = NDArray[np.float64]
@@ -290,16 +289,10 @@ def _all_pairs(n: int) -> IndexArray:
     return np.stack(np.triu_indices(n, 1), axis=1)
 
 
-def _close_pairs(positions: DoubleArray, link: float) -> IndexArray:
-    """Those of the pairs whose positions are not farther apart, in the same order."""
-    pairs = KDTree(positions).query_pairs(link, output_type="ndarray")
-    return np.asarray(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))])
-
-
 def possible_pairs(positions: DoubleArray, link: float) -> IndexArray:
     """Pairs of sources, the smaller number first, ascending: of many only those that are not farther apart."""
     n = len(positions)
-    return _all_pairs(n) if n <= FEW else _close_pairs(positions, link)
+    return _all_pairs(n) if n <= FEW else close_pairs(positions, link)
 
 
 class _Engine:

@@ -209,7 +209,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     coadd = plan.coadd
     # Blend by blend, so that each has a slice of every column.
     order = np.concatenate([np.zeros(0, dtype=np.int64), *(task.members for task in plan.tasks)])
-    ends = np.cumsum([len(task.members) for task in plan.tasks]).tolist()
+    offsets = np.cumsum([0, *(len(task.members) for task in plan.tasks)]).tolist()
     objects = _in_order(_object_columns(plan), order)
     blends = _blend_columns(plan)
     models: dict[int, Source] = {}
@@ -223,7 +223,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         start = time.perf_counter()
         task = outcome.task
         assert task is plan.tasks[n_done], "one outcome per blend, in the order of the plan"
-        rows = slice(ends[n_done] - len(task.members), ends[n_done])
+        rows = slice(offsets[n_done], offsets[n_done + 1])
         for name, values in outcome.columns.items():
             objects[name][rows] = values
         for name, value in outcome.blend_columns.items():
@@ -241,9 +241,10 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         n_done += 1
         blend_seconds[task.index] = outcome.seconds
         seconds += time.perf_counter() - start
+    start = time.perf_counter()
     for incomplete, rows, its_models in itertools.chain.from_iterable(waiting.values()):
         shares[:, rows] = shares_of_blend(coadd, incomplete.outer, its_models, total)
-    objects["reason"][sum(len(task.members) for task in plan.tasks[:n_done]) :] = Reason.INTERRUPTED.value
+    objects["reason"][offsets[n_done] :] = Reason.INTERRUPTED.value
     for task in plan.tasks[n_done:]:
         for row, (y, x) in zip(task.members.tolist(), plan.peaks[task.members].tolist(), strict=True):
             models[row + 1] = Source(peak=(y, x), components=())
@@ -253,6 +254,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     of_candidates = (source for blend in found for source in blend.sources)
     models.update(zip((-candidates["candidate_id"]).tolist(), of_candidates, strict=True))
     objects = _in_order({**objects, **shared_columns(objects, coadd.bands, shares)}, np.argsort(order))
+    seconds += time.perf_counter() - start
     return Result(
         objects=partial(catalog.make_objects, objects, coadd.bands, coadd.unit, plan.config.model),
         parents=partial(catalog.make_parents, _parent_columns(plan)),
