@@ -21,6 +21,7 @@ from kermes.geometry import Box
 from kermes.initialization import fit_kernels, initialize
 from kermes.kernels import flux as kernels_flux
 from kermes.kernels import metrics as kernels_metrics
+from kermes.kernels import residuals as kernels_residuals
 from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, POINT, SERSIC
 from kermes.measurement import Fluxes, measure_fluxes, point_fluxes
 from kermes.metrics import BlendMetrics, blend_metrics, model_metrics
@@ -32,6 +33,7 @@ from kermes.rendering import (
     SourceModels,
     combine_sources,
     frame_models,
+    render_both,
     render_packed,
     render_scene,
     unpack,
@@ -282,7 +284,7 @@ def _with_model(
         task,
         cut,
         scene=replace(scene, sources=scene.sources[:n_sources]),
-        everything=everything,
+        residual=_left_by(everything, cut),
         models=models,
         claims=models,
         candidates=(),
@@ -311,13 +313,16 @@ def _with_profiles(
     n_sources, n_fitted = len(task.members), len(task.rows)
     sources = fit.sources
     scene = scene_of_fit(fit, cut.peaks, task.outer, unit, plan.config.model_psf_sigma)
-    everything = render_scene(scene, task.kernels)
-    corrected = _with_free_form(scene, everything, fit, cut, task, plan.config)
+    everything, in_frame = render_both(scene, task.kernels)
+    residual = _left_by(everything, cut)
+    corrected = _with_free_form(scene, residual, fit, cut, task, plan.config)
     changed = [s for s, source in enumerate(corrected.sources) if source is not scene.sources[s]]
     if changed:
         scene = corrected
         those = replace(scene, sources=tuple(scene.sources[s] for s in changed))
-        everything = everything.replaced(changed, render_scene(those, task.kernels))
+        observed, evaluated = render_both(those, task.kernels)
+        everything, in_frame = everything.replaced(changed, observed), in_frame.replaced(changed, evaluated)
+        residual = _left_by(everything, cut)
     found = n_fitted + _own_candidates(sources.shapes[:, :2], n_sources, n_fitted)
     members = np.arange(n_sources)
     models = _select(everything, members)
@@ -325,7 +330,6 @@ def _with_profiles(
     double = kinds == DOUBLE
     bulge = double[:, None] & np.isfinite(fit.flux_err[:n_sources])
     n_components = np.array([len(source.components) for source in scene.sources[:n_sources]])
-    fitted = replace(scene, sources=scene.sources[:n_fitted])
     dy, dx = np.array(task.outer.origin) + np.array(plan.coadd.origin)
     bands = plan.coadd.bands
     return _describe(
@@ -333,20 +337,13 @@ def _with_profiles(
         task,
         cut,
         scene=replace(scene, sources=scene.sources[:n_sources]),
-        everything=everything,
+        residual=residual,
         models=models,
         claims=_select(everything, np.concatenate([members, found])) if len(found) else models,
         candidates=tuple(scene.sources[s] for s in found),
-        candidate_columns={
-            "y": sources.shapes[found, 0] + dy,
-            "x": sources.shapes[found, 1] + dx,
-            "significance": fit.significance[found - n_fitted],
-            "origin": np.full(len(found), Origin.RESIDUAL.value),
-            **_by_band("flux", sources.fluxes[found].sum(axis=1) * unit, bands),
-            **_by_band("flux_err", fit.flux_err[found] * unit, bands),
-        },
+        candidate_columns=_candidate_columns(fit, found, (dy, dx), unit, bands) if len(found) else {},
         boxes=models.boxes,
-        metrics=_first(model_metrics(frame_models(fitted, len(cut.images)), task.outer.shape), n_sources),
+        metrics=_first(model_metrics(_select(in_frame, np.arange(n_fitted)), task.outer.shape), n_sources),
         flux=sources.fluxes[:n_sources].sum(axis=1) * unit,
         flux_err=fit.flux_err[:n_sources] * unit,
         iterations=fit.iterations,
@@ -369,6 +366,21 @@ def _with_profiles(
         },
         blend_columns={"n_components": n_components.sum(), f"n_{rung}": n_sources},
     )
+
+
+def _candidate_columns(
+    fit: ProfileFit, found: LabelArray, origin: tuple[int, int], unit: float, bands: Sequence[str]
+) -> dict[str, ArrayLike]:
+    """Columns of sources that nobody listed, given as rows of the fit, in a unit of flux."""
+    sources = fit.sources
+    return {
+        "y": sources.shapes[found, 0] + origin[0],
+        "x": sources.shapes[found, 1] + origin[1],
+        "significance": fit.significance[found - fit.n_listed],
+        "origin": np.full(len(found), Origin.RESIDUAL.value),
+        **_by_band("flux", sources.fluxes[found].sum(axis=1) * unit, bands),
+        **_by_band("flux_err", fit.flux_err[found] * unit, bands),
+    }
 
 
 def _shape_columns(kinds: LabelArray, shapes: DoubleArray, variances: DoubleArray) -> dict[str, ArrayLike]:
@@ -452,7 +464,7 @@ def _with_templates(
         task,
         cut,
         scene=replace(scene, sources=scene.sources[:n_sources]),
-        everything=everything,
+        residual=_left_by(everything, cut),
         models=models,
         claims=models,
         candidates=(),
@@ -550,12 +562,17 @@ def _own_candidates(positions: DoubleArray, n_sources: int, n_fitted: int) -> La
     return np.flatnonzero(square.argmin(axis=1) < n_sources)
 
 
-def _with_free_form(
-    scene: Scene, models: SourceModels, fit: ProfileFit, cut: Blend, task: BlendTask, config: Config
-) -> Scene:
-    """Correct the profiles of members where they do not suffice; the same scene if all do."""
+def _left_by(models: SourceModels, cut: Blend) -> FloatArray:
+    """What models leave of the pixels of a blend, shape (B, H, W)."""
     residual = cut.images.copy()
     kernels_flux.add_models(residual, models.pixels, models.boxes, models.offsets, -1.0)
+    return residual
+
+
+def _with_free_form(
+    scene: Scene, residual: FloatArray, fit: ProfileFit, cut: Blend, task: BlendTask, config: Config
+) -> Scene:
+    """Correct the profiles of members where they do not suffice; the same scene if all do."""
     flux = fit.sources.fluxes.sum(axis=1)
     # How well the light is seen, whatever it is taken for.
     square = np.square(flux) / (fit.variances.flux - fit.doubt)
@@ -589,7 +606,7 @@ def _with_peaks(plan: TilePlan, task: BlendTask, cut: Blend, reason: Reason) -> 
         task,
         cut,
         scene=scene,
-        everything=models,
+        residual=_left_by(models, cut),
         models=models,
         claims=models,
         candidates=(),
@@ -618,7 +635,7 @@ def _describe(
     cut: Blend,
     *,
     scene: Scene,
-    everything: SourceModels,
+    residual: FloatArray,
     models: SourceModels,
     claims: SourceModels,
     candidates: tuple[Source, ...],
@@ -634,18 +651,15 @@ def _describe(
 ) -> BlendOutcome:
     """Describe a blend that was modelled.
 
-    everything: all sources as observed, with neighbours and those that nobody listed; boxes (S, 4): the pixels of its
-    members that chi2 and flags refer to.
+    residual (B, H, W): what all sources leave, with neighbours and those that nobody listed; boxes (S, 4): the pixels
+    of its members that chi2 and flags refer to.
     """
-    residual = cut.images.copy()
-    kernels_flux.add_models(residual, everything.pixels, everything.boxes, everything.offsets, -1.0)
-    whole = np.array([[0, 0, *task.outer.shape]], dtype=np.int64)
-    chi2 = kernels_metrics.mean_chi2(residual, cut.weights, np.concatenate([boxes, whole]))
+    chi2 = kernels_metrics.mean_chi2(residual, cut.weights, boxes)
+    total_chi2, n_pixels = kernels_residuals.total_chi2(residual, cut.weights)
     unknown = np.isnan(flux_err)
     top, left = boxes[:, 0] + task.outer.y0, boxes[:, 1] + task.outer.x0
     bottom, right = top + boxes[:, 2], left + boxes[:, 3]
     height, width = plan.coadd.shape
-    n_pixels = np.count_nonzero(cut.weights)
     common = {"iterations": iterations, "converged": converged}
     per_band = {
         "flux": flux,
@@ -668,7 +682,7 @@ def _describe(
         columns={
             **of_bands,
             **common,
-            "chi2": chi2[:-1],
+            "chi2": chi2,
             Flag.MISSING_BAND: unknown.any(axis=1),
             Flag.NO_DATA: unknown.all(axis=1),
             Flag.NOT_CONVERGED: not converged,
@@ -680,9 +694,9 @@ def _describe(
         candidate_columns=candidate_columns,
         blend_columns={
             **common,
-            "chi2": chi2[-1],
+            "chi2": total_chi2 / n_pixels if n_pixels else np.nan,
             "n_pixels": n_pixels,
-            "loss": 0.5 * chi2[-1] * n_pixels,
+            "loss": 0.5 * total_chi2 if n_pixels else np.nan,
             **blend_columns,
         },
         seconds=np.nan,

@@ -287,7 +287,7 @@ def sufficient_reach(error: DoubleArray, peak_snr: ArrayLike, fraction: float = 
     reach : ndarray, shape (K,)
         Smallest half side r [pixels] of a kernel whose outside is negligible in every band.
     """
-    snr = np.nan_to_num(np.abs(np.asarray(peak_snr, dtype=np.float64)), posinf=1e30)
+    snr = np.fmin(np.fmax(np.abs(np.asarray(peak_snr, dtype=np.float64)), 0.0), 1e30)
     largest = (snr[:, :, None] * error).max(axis=1, initial=0.0)
     return np.asarray(((largest >= fraction).sum(axis=1) - 1).clip(0), dtype=np.int64)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -436,7 +437,15 @@ def _planes(component: CubeComponent) -> list[FactorizedComponent]:
     return planes
 
 
-def _divide(scene: Scene, n_bands: int) -> tuple[Packed, PackedProfiles, _Templates]:
+class _Parts(NamedTuple):
+    """What a scene is made of."""
+
+    packed: Packed
+    profiles: PackedProfiles
+    templates: _Templates
+
+
+def _divide(scene: Scene, n_bands: int) -> _Parts:
     """Pack the factorized components and cubes of a scene, its profiles and its templates, in pixels of its box."""
     factorized: list[FactorizedComponent] = []
     profiles: list[ProfileComponent] = []
@@ -462,7 +471,7 @@ def _divide(scene: Scene, n_bands: int) -> tuple[Packed, PackedProfiles, _Templa
                     f"got a {type(component).__name__}"
                 )
     of_factorized, of_profiles, of_templates = (np.array(numbers, dtype=np.int64) for numbers in owners)
-    return (
+    return _Parts(
         _pack(factorized, of_factorized, scene.box, n_bands),
         PackedProfiles(
             boxes=box_table((component.box for component in profiles), scene.box.origin),
@@ -502,15 +511,9 @@ def _draw(
     )
 
 
-def _combine(
-    packed: Packed,
-    rendered: Rendered,
-    profiles: PackedProfiles,
-    templates: _Templates,
-    n_sources: int,
-    shape: tuple[int, int],
-) -> SourceModels:
+def _combine(parts: _Parts, rendered: Rendered, n_sources: int, shape: tuple[int, int]) -> SourceModels:
     """Add up the rendered components of each source and its templates, on pixels that hold its profiles too."""
+    packed, profiles, templates = parts
     boxes, offsets = kernels_flux.source_boxes(
         np.concatenate([rendered.boxes, profiles.within(shape), templates.boxes]),
         np.concatenate([packed.sources, profiles.sources, templates.sources]),
@@ -550,9 +553,13 @@ def render_scene(scene: Scene, kernels: KernelSet) -> SourceModels:
     -----
     O(B side^2 log side) for a component on a stamp of that side.
     """
-    packed, profiles, templates = _divide(scene, kernels.n_bands)
+    return _observed(_divide(scene, kernels.n_bands), scene, kernels)
+
+
+def _observed(parts: _Parts, scene: Scene, kernels: KernelSet) -> SourceModels:
+    packed, profiles, _ = parts
     rendered = render_packed(packed, kernels, scene.box.shape, lit_only=True)
-    models = _combine(packed, rendered, profiles, templates, len(scene.sources), scene.box.shape)
+    models = _combine(parts, rendered, len(scene.sources), scene.box.shape)
     for side in np.unique(profiles.boxes[:, 2]).tolist():
         _draw(profiles, profiles.boxes[:, 2] == side, stamp_modes(side), kernels.psf_transforms(side), models)
     return models
@@ -564,15 +571,25 @@ def frame_models(scene: Scene, n_bands: int) -> SourceModels:
     Parameters, errors and what is returned are as in `render_scene`; profiles are those of
     `ProfileComponent.evaluate`, zero below a millionth of their peak, and templates as observed.
     """
-    packed, profiles, templates = _divide(scene, n_bands)
+    return _in_frame(_divide(scene, n_bands), scene)
+
+
+def _in_frame(parts: _Parts, scene: Scene) -> SourceModels:
+    packed, profiles, _ = parts
     unconvolved = Rendered(boxes=packed.boxes, offsets=packed.offsets, pixels=packed.morphologies[None])
-    models = _combine(packed, unconvolved, profiles, templates, len(scene.sources), scene.box.shape)
+    models = _combine(parts, unconvolved, len(scene.sources), scene.box.shape)
     kinds = list(zip(profiles.boxes[:, 2].tolist(), profiles.sigmas, strict=True))
     for side, sigma in sorted(set(kinds)):
         members = np.array([kind == (side, sigma) for kind in kinds])
         without_psf = np.empty((0, side, side // 2 + 1), dtype=np.complex64)
         _draw(profiles, members, frame_modes(side, sigma), without_psf, models)
     return models
+
+
+def render_both(scene: Scene, kernels: KernelSet) -> tuple[SourceModels, SourceModels]:
+    """Render every source as observed, and evaluate it in the model frame: `render_scene` and `frame_models`."""
+    parts = _divide(scene, kernels.n_bands)
+    return _observed(parts, scene, kernels), _in_frame(parts, scene)
 
 
 def outer_box(box: Box, psfs: NDArray[np.float64], image: Box) -> Box:
