@@ -1109,7 +1109,8 @@ def test_doubt_is_the_mean_square_of_the_change_to_the_likely_kinds():
     np.testing.assert_array_equal(engine.sources.doubt[1, 2:], 0.0)
     # Each choice counts once, however often it is made, and both count.
     fill_doubt(engine.sources, members[::-1], 0, losses, chosen, noted)
-    doubt, lean = total_doubt(engine.sources)
+    doubt, lean = np.empty((2, 2, 2))
+    total_doubt(engine.sources, doubt, lean)
     np.testing.assert_allclose(doubt, expected + expected[::-1])
     np.testing.assert_allclose(lean, mean + mean[::-1])
 

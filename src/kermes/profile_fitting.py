@@ -228,7 +228,8 @@ def _prior(config: ProfileConfig) -> DoubleArray:
 def _new_sources(peaks: DoubleArray, n_bands: int, config: ProfileConfig) -> Sources:
     """Exponential sources without light, at the prior mean."""
     n = len(peaks)
-    weight, shapes, low, high = block = np.repeat(_prior(config)[:, None], n, axis=1)
+    weight, shapes, low, high = block = np.empty((4, n, N_SHAPE))
+    block[:] = _prior(config)[:, None]
     block[1:, :, :2] += peaks
     return Sources(
         kinds=np.full(n, EXPONENTIAL),
@@ -356,10 +357,14 @@ class _Engine:
     def update(self) -> None:
         """Estimate signal-to-noise, and from it how large sources may be; what is larger is drawn anew."""
         above = np.empty(len(self.snr), dtype=bool)
-        if not residuals.estimate(
+        residuals.estimate(
             self.sources, self.noise, self.bank.norms, self.small, self.config.largest_radius, self.snr, above
-        ):
-            return
+        )
+        if above.any():
+            self._limit(above)
+
+    def _limit(self, above: NDArray[np.bool_]) -> None:
+        """Make sources that are larger than they may be, shape (S,), as large as that."""
         too_large = np.flatnonzero(above)
         shapes, cap = self.sources.shapes, self.sources.high[:, 2].copy()
         self.settled[np.logical_or.reduceat(above[self.members], self.offsets[:-1])] = False
@@ -372,9 +377,9 @@ class _Engine:
 
     def distrust_wings(self) -> None:
         """Lower the signal-to-noise of what does not stand out: at first, sources on bright wings take their light."""
-        contrast = np.empty(len(self.snr))
-        residuals.contrast(self.images, self.weights, self.sources.shapes, self.bank.sigmas, contrast)
-        np.minimum(self.snr, CONTRAST * contrast, out=self.snr)
+        residuals.limit_by_contrast(
+            self.images, self.weights, self.sources.shapes, self.bank.sigmas, CONTRAST, self.snr
+        )
 
     def soften(self) -> None:
         """Add the error of imperfect models of bright sources, as their neighbours see it."""
@@ -390,16 +395,17 @@ class _Engine:
 
     def admit_misfit(self) -> None:
         """Scale the variances by the chi2 of the core of each source where that is above one, and add the doubt."""
-        extended = self.sources.kinds != POINT
-        radii = 2 * self.bank.width + np.where(extended, np.exp(self.sources.shapes[:, 2]), 0.0)
-        chi2 = np.empty(len(radii))
-        residuals.core_chi2(self.residual, self.weights, self.sources, radii, chi2)
-        scale = np.maximum(chi2, 1.0)[:, None]
-        for variance in (self.variances.flux, self.variances.shape):
-            variance *= scale
-        self.doubt, self.lean = kernels.total_doubt(self.sources)
-        self.variances.flux[:] += self.doubt
-        self.variances.shape[:, :2] += CENTER_FLOOR**2
+        self.doubt, self.lean = np.empty((2, len(self.snr), len(self.residual)))
+        kernels.admit_misfit(
+            self.residual,
+            self.weights,
+            self.sources,
+            self.bank.width,
+            CENTER_FLOOR,
+            self.variances,
+            self.doubt,
+            self.lean,
+        )
 
     def average(self) -> None:
         """Give sources the mean flux of the kinds that they might be, after `admit_misfit`.
@@ -424,19 +430,16 @@ class _Engine:
     def add_residual_peaks(self) -> NDArray[np.bool_]:
         """Add point sources where much is left of the data; returns which groups' members to visit, shape (S,)."""
         config = self.config
-        left, seen = (np.empty(self.residual.shape[1:], dtype=np.float32) for _ in range(2))
-        residuals.significance(
-            self.images, self.residual, self.weights, self.bank.sigmas, config.residual_snr, left, seen
-        )
         limit = 4 * len(self.snr) + 10
         found, values = np.empty((limit, 2)), np.empty(limit)
-        n = residuals.find_maxima(
-            left,
-            seen,
+        n = residuals.search(
+            self.images,
+            self.residual,
             self.weights,
+            self.bank.sigmas,
+            self.sources.shapes,
             config.residual_snr,
             config.residual_share,
-            self.sources.shapes[:, :2].copy(),
             config.residual_distance,
             found,
             values,
@@ -487,13 +490,15 @@ class _Engine:
         chosen: NDArray[np.bool_] | None = None,
         candidates: NDArray[np.bool_] | None = None,
         errors: bool = False,
+        update: bool = False,
     ) -> bool:
         """Visit the groups that have a chosen member, the brightest first, but for those that are settled.
 
-        Returns whether there are any.
+        With `update` that comes next. Returns whether there are any groups to visit.
         """
         n_sources, n_groups = len(self.snr), len(self.settled)
         stamps, wanted = np.empty((n_groups, 4), dtype=np.int64), np.empty(n_groups, dtype=bool)
+        above = np.empty(n_sources, dtype=bool)
         if chosen is None:
             chosen = np.ones(n_sources, dtype=bool)
         if candidates is None:
@@ -525,10 +530,18 @@ class _Engine:
                 self.lonely,
                 stamps,
                 wanted,
+                update,
+                self.noise,
+                self.bank.norms,
+                self.small,
+                self.config.largest_radius,
+                above,
             )
             if done != kernels.MODES_MISSING:
                 break
             modes = self.bank.require(stamps[wanted])
+        if update and above.any():
+            self._limit(above)
         if done == kernels.NOTHING_TO_VISIT:
             return False
         self.steps += int(done)
@@ -599,8 +612,7 @@ def _fit_in_groups(
 ) -> ProfileFit:
     """Fit all sources, neighbours jointly, in sweeps over the groups."""
     engine = _Engine(images, weights, bank, peaks, config, most)
-    engine.sweep(0)
-    engine.update()
+    engine.sweep(0, update=True)
     engine.distrust_wings()
     engine.regroup(np.maximum(engine.snr, 5.0))
     bright = engine.snr > config.bright_snr
@@ -608,17 +620,14 @@ def _fit_in_groups(
         _fit_bright_first(engine, bright)
     # Around bright sources twice: what the first visits leave of them is still much to those that come late.
     for _ in range(2 if bright.any() else 1):
-        engine.sweep(config.steps)
-        engine.update()
+        engine.sweep(config.steps, update=True)
     engine.soften()
-    engine.sweep(config.steps, candidates=engine.candidates(bright))
-    engine.update()
+    engine.sweep(config.steps, candidates=engine.candidates(bright), update=True)
     for _ in range(config.residual_rounds):
         touched = engine.add_residual_peaks()
         if not touched.any():
             break
-        engine.sweep(config.steps, touched, engine.candidates(~touched))
-        engine.update()
+        engine.sweep(config.steps, touched, engine.candidates(~touched), update=True)
     loss, converged = engine.loss(), False
     for _ in range(config.max_sweeps):
         before = loss
@@ -691,8 +700,7 @@ def _fit_crowded(
     wide[listed] = (points.broadening > 5 * points.broadening_err) & (points.broadening > LEAST_BROADENING)
     wide &= engine.snr > config.sersic_snr
     if wide.any() and most > POINT:
-        engine.sweep(config.steps, wide, engine.candidates(~wide))
-        engine.update()
+        engine.sweep(config.steps, wide, engine.candidates(~wide), update=True)
         engine.sweep(0, wide & (engine.sources.kinds != POINT), errors=True)
     if hidden.any():
         engine.sweep(0, masked, errors=True)
@@ -768,8 +776,7 @@ def _inside_brighter(positions: DoubleArray, snr: DoubleArray, engine: _Engine) 
 def _evidence(sources: Sources) -> DoubleArray:
     """Smallest rise of the penalised loss to any simpler kind than the chosen one."""
     simpler = np.arange(N_KINDS) < sources.kinds[:, None]
-    rise = np.where(simpler & np.isfinite(sources.evidence), sources.evidence, np.inf).min(axis=1)
-    return np.where(np.isfinite(rise), rise, np.nan)
+    return np.asarray(np.fmin.reduce(np.where(simpler, sources.evidence, np.nan), axis=1))
 
 
 def _fit_bright_first(engine: _Engine, bright: NDArray[np.bool_]) -> None:
@@ -787,20 +794,16 @@ def _fit_bright_first(engine: _Engine, bright: NDArray[np.bool_]) -> None:
     if (first & outshone).any() and engine.config.largest_radius > 0:
         engine.small = outshone
         engine.sources.high[outshone, 2] = np.log(engine.config.largest_radius)
-        engine.sweep(8, first & ~outshone)
-        engine.update()
+        engine.sweep(8, first & ~outshone, update=True)
         engine.sweep(5, first & ~outshone, engine.candidates(~first | outshone))
         engine.small = np.zeros_like(outshone)
         engine.update()
-    engine.sweep(8, first)
-    engine.update()
-    engine.sweep(5, first, engine.candidates())
-    engine.update()
+    engine.sweep(8, first, update=True)
+    engine.sweep(5, first, engine.candidates(), update=True)
     engine.soften()
     engine.sweep(0, ~first)
     engine.sweep(4, bright)
-    engine.sweep(0, ~bright)
-    engine.update()
+    engine.sweep(0, ~bright, update=True)
     engine.soften()
 
 

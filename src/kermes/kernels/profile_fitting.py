@@ -25,6 +25,7 @@ from kermes.kernels.profiles import (
     fill_column,
     interpolate_index,
 )
+from kermes.kernels.residuals import core_chi2, estimate
 from kermes.kernels.stamps import (
     DOUBLE,
     EXPONENTIAL,
@@ -508,11 +509,13 @@ def fill_doubt(sources, members, s, losses, chosen, noted):
                     lean[k, b] += share * change
 
 
-@allocating_kernel
-def total_doubt(sources):
-    """Sum what the choices of all sources leave open of each flux. Returns the square and the mean, both (S, B)."""
+@kernel
+def total_doubt(sources, doubt, lean):
+    """Sum what the choices of all sources leave open of each flux: the square and the mean, doubt and lean (S, B)."""
     n_sources, n_partners, n_bands = sources.doubt.shape
-    doubt, lean = np.zeros((n_sources, n_bands)), np.zeros((n_sources, n_bands))
+    for s in range(n_sources):
+        for b in range(n_bands):
+            doubt[s, b] = lean[s, b] = 0.0
     for s in range(n_sources):
         for k in range(n_partners):
             m = sources.partners[s, k]
@@ -520,7 +523,30 @@ def total_doubt(sources):
                 for b in range(n_bands):
                     doubt[m, b] += sources.doubt[s, k, b]
                     lean[m, b] += sources.lean[s, k, b]
-    return doubt, lean
+
+
+@allocating_kernel
+def admit_misfit(residual, weights, sources, width, floor, variances, doubt, lean):
+    """Scale the variances by the chi2 of the core of each source where that is above one, and add the doubt.
+
+    The core reaches two widths of the PSF beyond the half-light radius; floor is the error of centres that more light
+    does not lower. doubt, lean (S, B): see `total_doubt`.
+    """
+    n_sources, n_bands = doubt.shape
+    radii, chi2 = np.empty(n_sources), np.empty(n_sources)
+    for s in range(n_sources):
+        radii[s] = 2 * width
+        if sources.kinds[s] != POINT:
+            radii[s] += np.exp(sources.shapes[s, 2])
+    core_chi2(residual, weights, sources, radii, chi2)
+    total_doubt(sources, doubt, lean)
+    for s in range(n_sources):
+        # What is not a number stays so.
+        scale = 1.0 if chi2[s] < 1.0 else chi2[s]
+        for b in range(n_bands):
+            variances.flux[s, b] = variances.flux[s, b] * scale + doubt[s, b]
+        for j in range(variances.shape.shape[1]):
+            variances.shape[s, j] = variances.shape[s, j] * scale + (floor * floor if j < 2 else 0.0)
 
 
 @kernel
@@ -939,6 +965,12 @@ def sweep(
     lonely,
     stamps,
     wanted,
+    updating,
+    noise,
+    psf_norm,
+    small,
+    largest_radius,
+    above,
 ):
     """Visit the groups that have a chosen member, the brightest first, see `visit_group`.
 
@@ -948,8 +980,10 @@ def sweep(
     matter. They are left out, unless they have kinds to choose from or errors are asked for.
 
     stamps (G, 4) takes the stamp of each group, lonely (G,) whether it touches no other, wanted (G,) whether it has a
-    chosen member. Returns the number of steps of all sources, or, with nothing done yet, `NOTHING_TO_VISIT`, or
-    `MODES_MISSING` if `modes` lacks what the stamp of a wanted group needs.
+    chosen member. With `updating`, `estimate` comes last, with the arguments after it.
+
+    Returns the number of steps of all sources, or `NOTHING_TO_VISIT`, or, with nothing done yet, `MODES_MISSING` if
+    `modes` lacks what the stamp of a wanted group needs.
     """
     n_groups = len(settled)
     plan_stamps(sources, groups, offsets, snr, sides, levels, stamps)
@@ -968,8 +1002,8 @@ def sweep(
             idle = idle and settled[g] and not errors and not may_choose(candidates, members)
             missing = missing or modes.sets[stamps[g, 0], stamps[g, 3]] < 0
     if idle:
-        return NOTHING_TO_VISIT
-    if missing:
+        n_wanted = 0
+    elif missing:
         return MODES_MISSING
     sort_by(order[:n_wanted], faintness)
     mean_weights = np.empty(len(residual))
@@ -1023,4 +1057,6 @@ def sweep(
             for h in range(len(settled)):
                 if settled[h] and h != g and touch(stamps, sides, g, h):
                     settled[h] = False
-    return steps
+    if updating:
+        estimate(sources, noise, psf_norm, small, largest_radius, snr, above)
+    return NOTHING_TO_VISIT if idle else steps

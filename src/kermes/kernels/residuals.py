@@ -28,32 +28,36 @@ def signal_to_noise(sources, noise, psf_norm, out):
 def limit_radii(sources, snr, small, largest, above):
     """Set how large sources may be: the brighter, the larger, `largest` at a signal-to-noise of 10 and if `small` (S,).
 
-    above (S,) takes which of them are larger than that. Returns whether any is.
+    above (S,) takes which of them are larger than that.
     """
-    found = False
     for s in range(len(snr)):
         cap = np.log(largest if small[s] else largest * max(snr[s] / 10, 0.8) ** 0.3)
         sources.high[s, 2] = sources.high[s, 6] = cap
         above[s] = sources.shapes[s, 2] > cap or sources.shapes[s, 6] > cap
-        found = found or above[s]
-    return found
 
 
 @kernel
 def estimate(sources, noise, psf_norm, small, largest, snr, above):
     """Estimate how far sources stand out, see `signal_to_noise`, and with it how large they may be.
 
-    See `limit_radii`; no limits if `largest` is 0. Returns whether any source is larger.
+    above (S,) takes which are larger; none is if `largest` is 0. See `limit_radii`.
     """
     signal_to_noise(sources, noise, psf_norm, snr)
-    return largest > 0.0 and limit_radii(sources, snr, small, largest, above)
+    if largest > 0.0:
+        limit_radii(sources, snr, small, largest, above)
+    else:
+        for s in range(len(above)):
+            above[s] = False
 
 
 @kernel
-def contrast(images, weights, shapes, sigmas, out):
-    """Signal-to-noise of a Gaussian like the PSF on a constant background at the centre of each source; out (S,)."""
+def limit_by_contrast(images, weights, shapes, sigmas, factor, snr):
+    """Lower the signal-to-noise (S,) of sources that do not stand out of what is around them.
+
+    At most it is a factor times that of a Gaussian like the PSF on a constant background at the centre of the source.
+    """
     n_bands, height, width = images.shape
-    for s in range(len(out)):
+    for s in range(len(snr)):
         y, x = shapes[s, 0], shapes[s, 1]
         total = 0.0
         for b in range(n_bands):
@@ -75,7 +79,7 @@ def contrast(images, weights, shapes, sigmas, out):
                 signal = sum_gd - sum_g * sum_d / sum_w
                 if norm > 1e-6 * sum_gg and signal > 0.0:
                     total += signal * signal / norm
-        out[s] = np.sqrt(total)
+        snr[s] = min(snr[s], factor * np.sqrt(total))
 
 
 @kernel
@@ -222,11 +226,11 @@ def significance(images, residual, weights, sigmas, threshold, left, seen):
 
 @kernel
 def find_maxima(left, seen, weights, threshold, share, positions, distance, found, values):
-    """Find local maxima of `left` above threshold + share * seen, farther than a distance from all positions (S, 2).
+    """Find local maxima of `left` above threshold + share * seen, farther than a distance from all positions.
 
-    A maximum is not exceeded by any of the 24 pixels around it; of equal ones the first in raster order counts. found
-    (N, 2), values (N,) are filled from the front, the rest of the maxima is dropped when they are full. Returns their
-    number.
+    positions (S, 2 or more). A maximum is not exceeded by any of the 24 pixels around it; of equal ones the first in
+    raster order counts. found (N, 2), values (N,) are filled from the front, the rest of the maxima is dropped when
+    they are full. Returns their number.
     """
     height, width = left.shape
     n = 0
@@ -254,3 +258,12 @@ def find_maxima(left, seen, weights, threshold, share, positions, distance, foun
                 found[n, 0], found[n, 1], values[n] = y, x, value
                 n += 1
     return n
+
+
+@allocating_kernel
+def search(images, residual, weights, sigmas, positions, threshold, share, distance, found, values):
+    """Find where a point source, with the PSF widths sigmas (B,), stands out of what is left; see `find_maxima`."""
+    _, height, width = residual.shape
+    left, seen = np.empty((height, width), np.float32), np.empty((height, width), np.float32)
+    significance(images, residual, weights, sigmas, threshold, left, seen)
+    return find_maxima(left, seen, weights, threshold, share, positions, distance, found, values)
