@@ -27,6 +27,7 @@ from kermes.kernels.profile_fitting import (
     EVEN,
     MOST_PIXELS,
     UNEVEN,
+    admit_misfit,
     evaluate_group,
     fill_doubt,
     fit_group,
@@ -1113,6 +1114,39 @@ def test_doubt_is_the_mean_square_of_the_change_to_the_likely_kinds():
     total_doubt(engine.sources, doubt, lean)
     np.testing.assert_allclose(doubt, expected + expected[::-1])
     np.testing.assert_allclose(lean, mean + mean[::-1])
+
+
+def test_variances_grow_with_the_chi2_of_the_core_and_the_doubt():
+    """The first of two sources has a poor model, the second one that suffices; both may be of other kinds."""
+    rng = np.random.default_rng(3)
+    engine = engine_of(noisy(draw(PAIR)), np.rint([s[:2] for s in PAIR]))
+    sources = engine.sources
+    sources.kinds[1] = POINT
+    sources.partners[:, 0], sources.partners[0, 1] = (0, 1), 1
+    sources.doubt[:], sources.lean[:] = rng.random((2, *sources.doubt.shape))
+    residual, weights = rng.normal(size=(2, 64, 64)), rng.random((2, 64, 64)) * (rng.random((2, 64, 64)) > 0.1)
+    residual[:, :, :34] *= 3
+    variances = _unknown_variances(2, 2, DEFAULT.largest_group)
+    variances.flux[:], variances.shape[:] = rng.random((2, 2)), rng.random((2, 7))
+    variances.shape[1, 2:] = np.nan
+    before = variances.flux.copy(), variances.shape.copy()
+    doubt, lean = np.empty((2, 2, 2))
+    residual, weights = residual.astype(np.float32), weights.astype(np.float32)
+    admit_misfit(residual, weights, sources, BANK.width, 0.01, variances, doubt, lean)
+
+    y, x = np.mgrid[:64, :64]
+    scale = []
+    for s, radius in enumerate((2 * BANK.width + np.exp(sources.shapes[0, 2]), 2 * BANK.width)):
+        core = np.hypot(y - sources.shapes[s, 0], x - sources.shapes[s, 1]) <= radius
+        used = core & (weights > 0)
+        scale.append(max((weights * residual**2)[used].sum() / used.sum(), 1.0))
+    assert scale[0] > 1.0
+    assert scale[1] == 1.0
+    for total, parts in ((doubt, sources.doubt), (lean, sources.lean)):
+        np.testing.assert_allclose(total, [parts[0, 0], parts[0, 1] + parts[1, 0]])
+    np.testing.assert_allclose(variances.flux, before[0] * np.array(scale)[:, None] + doubt, rtol=1e-5)
+    expected = before[1] * np.array(scale)[:, None] + 0.01**2 * (np.arange(7) < 2)
+    np.testing.assert_allclose(variances.shape, expected, rtol=1e-5)
 
 
 def test_who_may_not_choose_keeps_what_is_known_of_its_kind():

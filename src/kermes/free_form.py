@@ -205,7 +205,7 @@ def _reach(blend: Blend, kernels: KernelSet, rows: IndexArray) -> IndexArray:
     y, x = blend.peaks[rows].T
     snr = blend.images[:, y, x].T / blend.noise_rms
     # A masked core says nothing: it may be a saturated star's.
-    snr[(blend.weights[:, y, x] == 0).T & blend.weights.any(axis=(1, 2))] = np.inf
+    snr[(blend.weights[:, y, x] == 0).T & np.isfinite(blend.noise_rms)] = np.inf
     return np.maximum(sufficient_reach(kernels.psf_cut_error(blend.psfs), snr), LEAST_REACH)
 
 
