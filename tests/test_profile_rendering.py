@@ -14,7 +14,7 @@ from kermes.geometry import Box
 from kermes.kernels.profile_rendering import add_stamp, clear_rounding, fold_modes
 from kermes.profiles import intensity
 from kermes.psf import difference_kernels, model_psf
-from kermes.rendering import KernelSet, convolve, frame_models, outer_box, render_both, render_scene, render_source
+from kermes.rendering import KernelSet, convolve, frame_models, outer_box, render_scene, render_source
 from kermes.scene import PointComponent, ProfileComponent, Scene, Source, frame_modes, stamp_modes
 
 OPTICS = KernelSet(KERNELS, PSFS)
@@ -250,14 +250,6 @@ def test_the_model_frame_is_what_the_components_evaluate_to():
         assert box == one.box & IMAGE
         expected = one.model(3)[(slice(None), *box.within(one.box))]
         np.testing.assert_allclose(pixels, expected, rtol=0, atol=OF_PEAK * expected.max())
-
-
-def test_both_frames_come_out_as_each_alone():
-    scene = a_mixture()
-    expected = render_scene(scene, OPTICS), frame_models(scene, 3)
-    for got, alone in zip(render_both(scene, OPTICS), expected, strict=True):
-        for name in ("boxes", "offsets", "pixels"):
-            np.testing.assert_array_equal(getattr(got, name), getattr(alone, name))
 
 
 def test_the_model_frame_may_differ_between_components():

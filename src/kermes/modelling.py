@@ -32,9 +32,11 @@ from kermes.rendering import (
     Convolution,
     SourceModels,
     combine_sources,
+    divide,
     frame_models,
-    render_both,
+    frame_parts,
     render_packed,
+    render_parts,
     render_scene,
     unpack,
 )
@@ -313,16 +315,16 @@ def _with_profiles(
     n_sources, n_fitted = len(task.members), len(task.rows)
     sources = fit.sources
     scene = scene_of_fit(fit, cut.peaks, task.outer, unit, plan.config.model_psf_sigma)
-    everything, in_frame = render_both(scene, task.kernels)
+    parts = divide(scene, len(cut.images))
+    everything = render_parts(parts, task.kernels)
     residual = _left_by(everything, cut)
     corrected = _with_free_form(scene, residual, fit, cut, task, plan.config)
     changed = [s for s, source in enumerate(corrected.sources) if source is not scene.sources[s]]
     if changed:
         scene = corrected
         those = replace(scene, sources=tuple(scene.sources[s] for s in changed))
-        observed, evaluated = render_both(those, task.kernels)
-        everything, in_frame = everything.replaced(changed, observed), in_frame.replaced(changed, evaluated)
-        residual = _left_by(everything, cut)
+        everything = everything.replaced(changed, render_scene(those, task.kernels))
+        residual, parts = _left_by(everything, cut), divide(scene, len(cut.images))
     found = n_fitted + _own_candidates(sources.shapes[:, :2], n_sources, n_fitted)
     members = np.arange(n_sources)
     models = _select(everything, members)
@@ -343,7 +345,7 @@ def _with_profiles(
         candidates=tuple(scene.sources[s] for s in found),
         candidate_columns=_candidate_columns(fit, found, (dy, dx), unit, bands) if len(found) else {},
         boxes=models.boxes,
-        metrics=_first(model_metrics(_select(in_frame, np.arange(n_fitted)), task.outer.shape), n_sources),
+        metrics=_first(model_metrics(_select(frame_parts(parts), np.arange(n_fitted)), task.outer.shape), n_sources),
         flux=sources.fluxes[:n_sources].sum(axis=1) * unit,
         flux_err=fit.flux_err[:n_sources] * unit,
         iterations=fit.iterations,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -437,16 +436,37 @@ def _planes(component: CubeComponent) -> list[FactorizedComponent]:
     return planes
 
 
-class _Parts(NamedTuple):
-    """What a scene is made of."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Parts:
+    """What a scene is made of, in pixels of its box."""
 
     packed: Packed
+    """Factorized components and cubes."""
+
     profiles: PackedProfiles
     templates: _Templates
+    n_sources: int
+    shape: tuple[int, int]
+    """Height and width of the box."""
+
+    def combine(self, rendered: Rendered) -> SourceModels:
+        """Add up the rendered components and the templates of each source, on pixels that hold its profiles too."""
+        packed, profiles, templates = self.packed, self.profiles, self.templates
+        boxes, offsets = kernels_flux.source_boxes(
+            np.concatenate([rendered.boxes, profiles.within(self.shape), templates.boxes]),
+            np.concatenate([packed.sources, profiles.sources, templates.sources]),
+            self.n_sources,
+        )
+        pixels = kernels_flux.combine_components(
+            rendered.pixels, rendered.boxes, rendered.offsets, packed.sources, packed.spectra, boxes, offsets
+        )
+        models = SourceModels(boxes=boxes, offsets=offsets, pixels=pixels)
+        templates.add(models)
+        return models
 
 
-def _divide(scene: Scene, n_bands: int) -> _Parts:
-    """Pack the factorized components and cubes of a scene, its profiles and its templates, in pixels of its box."""
+def divide(scene: Scene, n_bands: int) -> Parts:
+    """Pack the components of a scene, kind by kind; raises InputError as `render_scene`."""
     factorized: list[FactorizedComponent] = []
     profiles: list[ProfileComponent] = []
     templates: list[CubeComponent] = []
@@ -471,20 +491,22 @@ def _divide(scene: Scene, n_bands: int) -> _Parts:
                     f"got a {type(component).__name__}"
                 )
     of_factorized, of_profiles, of_templates = (np.array(numbers, dtype=np.int64) for numbers in owners)
-    return _Parts(
-        _pack(factorized, of_factorized, scene.box, n_bands),
-        PackedProfiles(
+    return Parts(
+        packed=_pack(factorized, of_factorized, scene.box, n_bands),
+        profiles=PackedProfiles(
             boxes=box_table((component.box for component in profiles), scene.box.origin),
             shapes=np.array([c.shape for c in profiles]).reshape(-1, 6),
             spectra=np.array([c.spectrum for c in profiles], dtype=np.float32).reshape(-1, n_bands),
             sources=of_profiles,
             sigmas=tuple(c.sigma for c in profiles),
         ),
-        _Templates(
+        templates=_Templates(
             boxes=box_table((component.box for component in templates), scene.box.origin),
             cubes=tuple(c.cube for c in templates),
             sources=of_templates,
         ),
+        n_sources=len(scene.sources),
+        shape=scene.box.shape,
     )
 
 
@@ -509,22 +531,6 @@ def _draw(
         to.offsets,
         to.pixels,
     )
-
-
-def _combine(parts: _Parts, rendered: Rendered, n_sources: int, shape: tuple[int, int]) -> SourceModels:
-    """Add up the rendered components of each source and its templates, on pixels that hold its profiles too."""
-    packed, profiles, templates = parts
-    boxes, offsets = kernels_flux.source_boxes(
-        np.concatenate([rendered.boxes, profiles.within(shape), templates.boxes]),
-        np.concatenate([packed.sources, profiles.sources, templates.sources]),
-        n_sources,
-    )
-    pixels = kernels_flux.combine_components(
-        rendered.pixels, rendered.boxes, rendered.offsets, packed.sources, packed.spectra, boxes, offsets
-    )
-    models = SourceModels(boxes=boxes, offsets=offsets, pixels=pixels)
-    templates.add(models)
-    return models
 
 
 def render_scene(scene: Scene, kernels: KernelSet) -> SourceModels:
@@ -553,13 +559,13 @@ def render_scene(scene: Scene, kernels: KernelSet) -> SourceModels:
     -----
     O(B side^2 log side) for a component on a stamp of that side.
     """
-    return _observed(_divide(scene, kernels.n_bands), scene, kernels)
+    return render_parts(divide(scene, kernels.n_bands), kernels)
 
 
-def _observed(parts: _Parts, scene: Scene, kernels: KernelSet) -> SourceModels:
-    packed, profiles, _ = parts
-    rendered = render_packed(packed, kernels, scene.box.shape, lit_only=True)
-    models = _combine(parts, rendered, len(scene.sources), scene.box.shape)
+def render_parts(parts: Parts, kernels: KernelSet) -> SourceModels:
+    """Do what `render_scene` does with a scene that was divided already."""
+    profiles = parts.profiles
+    models = parts.combine(render_packed(parts.packed, kernels, parts.shape, lit_only=True))
     for side in np.unique(profiles.boxes[:, 2]).tolist():
         _draw(profiles, profiles.boxes[:, 2] == side, stamp_modes(side), kernels.psf_transforms(side), models)
     return models
@@ -571,25 +577,19 @@ def frame_models(scene: Scene, n_bands: int) -> SourceModels:
     Parameters, errors and what is returned are as in `render_scene`; profiles are those of
     `ProfileComponent.evaluate`, zero below a millionth of their peak, and templates as observed.
     """
-    return _in_frame(_divide(scene, n_bands), scene)
+    return frame_parts(divide(scene, n_bands))
 
 
-def _in_frame(parts: _Parts, scene: Scene) -> SourceModels:
-    packed, profiles, _ = parts
-    unconvolved = Rendered(boxes=packed.boxes, offsets=packed.offsets, pixels=packed.morphologies[None])
-    models = _combine(parts, unconvolved, len(scene.sources), scene.box.shape)
+def frame_parts(parts: Parts) -> SourceModels:
+    """Do what `frame_models` does with a scene that was divided already."""
+    packed, profiles = parts.packed, parts.profiles
+    models = parts.combine(Rendered(boxes=packed.boxes, offsets=packed.offsets, pixels=packed.morphologies[None]))
     kinds = list(zip(profiles.boxes[:, 2].tolist(), profiles.sigmas, strict=True))
     for side, sigma in sorted(set(kinds)):
         members = np.array([kind == (side, sigma) for kind in kinds])
         without_psf = np.empty((0, side, side // 2 + 1), dtype=np.complex64)
         _draw(profiles, members, frame_modes(side, sigma), without_psf, models)
     return models
-
-
-def render_both(scene: Scene, kernels: KernelSet) -> tuple[SourceModels, SourceModels]:
-    """Render every source as observed, and evaluate it in the model frame: `render_scene` and `frame_models`."""
-    parts = _divide(scene, kernels.n_bands)
-    return _observed(parts, scene, kernels), _in_frame(parts, scene)
 
 
 def outer_box(box: Box, psfs: NDArray[np.float64], image: Box) -> Box:
