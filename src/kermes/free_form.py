@@ -124,7 +124,6 @@ def with_free_form(
     residual, unit = residual.copy(), np.float32(blend.typical_noise)
     noise: FloatArray = blend.noise_rms / unit
     noise[np.isnan(noise)] = np.inf
-    squares = np.square(blend.psfs).sum(axis=(1, 2)).astype(np.float32)
     sources = list(scene.sources)
     for s, reach in zip(rows.tolist(), _reach(blend, kernels, rows).tolist(), strict=True):
         profiles = [component for component in sources[s].components if isinstance(component, ProfileComponent)]
@@ -137,7 +136,7 @@ def with_free_form(
             support = _support(profiles, images, _floors(spectra, floor * noise)) & scene.box
         if support.is_empty:
             continue
-        window = _window(support, reach, residual, unit, blend, kernels, squares)
+        window = _window(support, reach, residual, unit, blend, kernels)
         shapes = np.stack([move_pixels(i, p.box, window.box) for i, p in zip(images, profiles, strict=True)])
         spectra, shapes, window = _corrections(spectra, shapes, floor * noise, window, profiles[0].sigma, config)
         residual[(slice(None), *window.box.within(scene.box))] = window.residual * unit
@@ -228,13 +227,7 @@ def _support(profiles: list[ProfileComponent], images: list[FloatArray], floors:
 
 
 def _window(
-    support: Box,
-    reach: int,
-    residual: FloatArray,
-    unit: np.float32,
-    blend: Blend,
-    kernels: KernelSet,
-    squares: FloatArray,
+    support: Box, reach: int, residual: FloatArray, unit: np.float32, blend: Blend, kernels: KernelSet
 ) -> _Window:
     """Cut out what the light of a support reaches, in a unit of flux."""
     box = support.grow(reach) & blend.box
@@ -244,7 +237,7 @@ def _window(
         residual=residual[cut] / unit,
         weights=blend.weights[cut] * unit**2,
         transforms=kernels.psf_transforms(transform_side(max(support.shape) + 2 * reach)),
-        squares=squares,
+        squares=np.square(blend.psfs).sum(axis=(1, 2)).astype(np.float32),
     )
 
 

@@ -32,11 +32,9 @@ from kermes.rendering import (
     Convolution,
     SourceModels,
     combine_sources,
-    divide,
     frame_models,
-    frame_parts,
+    pack_scene,
     render_packed,
-    render_parts,
     render_scene,
     unpack,
 )
@@ -315,8 +313,8 @@ def _with_profiles(
     n_sources, n_fitted = len(task.members), len(task.rows)
     sources = fit.sources
     scene = scene_of_fit(fit, cut.peaks, task.outer, unit, plan.config.model_psf_sigma)
-    parts = divide(scene, len(cut.images))
-    everything = render_parts(parts, task.kernels)
+    packed = pack_scene(scene, len(cut.images))
+    everything = packed.observed(task.kernels)
     residual = _left_by(everything, cut)
     corrected = _with_free_form(scene, residual, fit, cut, task, plan.config)
     changed = [s for s, source in enumerate(corrected.sources) if source is not scene.sources[s]]
@@ -324,7 +322,7 @@ def _with_profiles(
         scene = corrected
         those = replace(scene, sources=tuple(scene.sources[s] for s in changed))
         everything = everything.replaced(changed, render_scene(those, task.kernels))
-        residual, parts = _left_by(everything, cut), divide(scene, len(cut.images))
+        residual, packed = _left_by(everything, cut), pack_scene(scene, len(cut.images))
     found = n_fitted + _own_candidates(sources.shapes[:, :2], n_sources, n_fitted)
     members = np.arange(n_sources)
     models = _select(everything, members)
@@ -345,7 +343,7 @@ def _with_profiles(
         candidates=tuple(scene.sources[s] for s in found),
         candidate_columns=_candidate_columns(fit, found, (dy, dx), unit, bands) if len(found) else {},
         boxes=models.boxes,
-        metrics=_first(model_metrics(_select(frame_parts(parts), np.arange(n_fitted)), task.outer.shape), n_sources),
+        metrics=_first(model_metrics(_select(packed.in_frame(), np.arange(n_fitted)), task.outer.shape), n_sources),
         flux=sources.fluxes[:n_sources].sum(axis=1) * unit,
         flux_err=fit.flux_err[:n_sources] * unit,
         iterations=fit.iterations,
@@ -651,7 +649,7 @@ def _describe(
     columns: Mapping[str, ArrayLike],
     blend_columns: Mapping[str, ArrayLike],
 ) -> BlendOutcome:
-    """Describe a blend that was modelled.
+    """Describe a blend with valid pixels that was modelled.
 
     residual (B, H, W): what all sources leave, with neighbours and those that nobody listed; boxes (S, 4): the pixels
     of its members that chi2 and flags refer to.
@@ -696,9 +694,9 @@ def _describe(
         candidate_columns=candidate_columns,
         blend_columns={
             **common,
-            "chi2": total_chi2 / n_pixels if n_pixels else np.nan,
+            "chi2": total_chi2 / n_pixels,
             "n_pixels": n_pixels,
-            "loss": 0.5 * total_chi2 if n_pixels else np.nan,
+            "loss": 0.5 * total_chi2,
             **blend_columns,
         },
         seconds=np.nan,

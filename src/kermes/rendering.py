@@ -405,7 +405,7 @@ class PackedProfiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Templates:
+class PackedTemplates:
     """What a scene has of light as it is observed."""
 
     boxes: NDArray[np.int64]
@@ -425,33 +425,41 @@ class _Templates:
             pixels[:, *Box(y0, x0, height, width).within(box)] += cube
 
 
-def _planes(component: CubeComponent) -> list[FactorizedComponent]:
-    """Write a cube as components that have light in one band each."""
-    planes = []
-    for b, plane in enumerate(component.cube):
-        spectrum = np.zeros(len(component.cube), dtype=np.float32)
-        spectrum[b] = np.abs(plane).max(initial=0.0)
-        morphology = plane / spectrum[b] if spectrum[b] > 0 else plane
-        planes.append(FactorizedComponent(spectrum=spectrum, morphology=morphology, box=component.box))
-    return planes
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Parts:
-    """What a scene is made of, in pixels of its box."""
+class PackedScene:
+    """The components of a scene, kind by kind, in pixels of its box."""
 
-    packed: Packed
+    factorized: Packed
     """Factorized components and cubes."""
 
     profiles: PackedProfiles
-    templates: _Templates
+    templates: PackedTemplates
     n_sources: int
     shape: tuple[int, int]
     """Height and width of the box."""
 
-    def combine(self, rendered: Rendered) -> SourceModels:
+    def observed(self, kernels: KernelSet) -> SourceModels:
+        """Render every source as observed, see `render_scene`."""
+        profiles = self.profiles
+        models = self._combined(render_packed(self.factorized, kernels, self.shape, lit_only=True))
+        for side in np.unique(profiles.boxes[:, 2]).tolist():
+            _draw(profiles, profiles.boxes[:, 2] == side, stamp_modes(side), kernels.psf_transforms(side), models)
+        return models
+
+    def in_frame(self) -> SourceModels:
+        """Evaluate every source in the model frame, see `frame_models`."""
+        packed, profiles = self.factorized, self.profiles
+        models = self._combined(Rendered(boxes=packed.boxes, offsets=packed.offsets, pixels=packed.morphologies[None]))
+        kinds = list(zip(profiles.boxes[:, 2].tolist(), profiles.sigmas, strict=True))
+        for side, sigma in sorted(set(kinds)):
+            members = np.array([kind == (side, sigma) for kind in kinds])
+            without_psf = np.empty((0, side, side // 2 + 1), dtype=np.complex64)
+            _draw(profiles, members, frame_modes(side, sigma), without_psf, models)
+        return models
+
+    def _combined(self, rendered: Rendered) -> SourceModels:
         """Add up the rendered components and the templates of each source, on pixels that hold its profiles too."""
-        packed, profiles, templates = self.packed, self.profiles, self.templates
+        packed, profiles, templates = self.factorized, self.profiles, self.templates
         boxes, offsets = kernels_flux.source_boxes(
             np.concatenate([rendered.boxes, profiles.within(self.shape), templates.boxes]),
             np.concatenate([packed.sources, profiles.sources, templates.sources]),
@@ -465,8 +473,19 @@ class Parts:
         return models
 
 
-def divide(scene: Scene, n_bands: int) -> Parts:
-    """Pack the components of a scene, kind by kind; raises InputError as `render_scene`."""
+def _planes(component: CubeComponent) -> list[FactorizedComponent]:
+    """Write a cube as components that have light in one band each."""
+    planes = []
+    for b, plane in enumerate(component.cube):
+        spectrum = np.zeros(len(component.cube), dtype=np.float32)
+        spectrum[b] = np.abs(plane).max(initial=0.0)
+        morphology = plane / spectrum[b] if spectrum[b] > 0 else plane
+        planes.append(FactorizedComponent(spectrum=spectrum, morphology=morphology, box=component.box))
+    return planes
+
+
+def pack_scene(scene: Scene, n_bands: int) -> PackedScene:
+    """Pack the components of a scene, in any mix, in pixels of its box; raises InputError for those of other kinds."""
     factorized: list[FactorizedComponent] = []
     profiles: list[ProfileComponent] = []
     templates: list[CubeComponent] = []
@@ -491,8 +510,8 @@ def divide(scene: Scene, n_bands: int) -> Parts:
                     f"got a {type(component).__name__}"
                 )
     of_factorized, of_profiles, of_templates = (np.array(numbers, dtype=np.int64) for numbers in owners)
-    return Parts(
-        packed=_pack(factorized, of_factorized, scene.box, n_bands),
+    return PackedScene(
+        factorized=_pack(factorized, of_factorized, scene.box, n_bands),
         profiles=PackedProfiles(
             boxes=box_table((component.box for component in profiles), scene.box.origin),
             shapes=np.array([c.shape for c in profiles]).reshape(-1, 6),
@@ -500,7 +519,7 @@ def divide(scene: Scene, n_bands: int) -> Parts:
             sources=of_profiles,
             sigmas=tuple(c.sigma for c in profiles),
         ),
-        templates=_Templates(
+        templates=PackedTemplates(
             boxes=box_table((component.box for component in templates), scene.box.origin),
             cubes=tuple(c.cube for c in templates),
             sources=of_templates,
@@ -559,16 +578,7 @@ def render_scene(scene: Scene, kernels: KernelSet) -> SourceModels:
     -----
     O(B side^2 log side) for a component on a stamp of that side.
     """
-    return render_parts(divide(scene, kernels.n_bands), kernels)
-
-
-def render_parts(parts: Parts, kernels: KernelSet) -> SourceModels:
-    """Do what `render_scene` does with a scene that was divided already."""
-    profiles = parts.profiles
-    models = parts.combine(render_packed(parts.packed, kernels, parts.shape, lit_only=True))
-    for side in np.unique(profiles.boxes[:, 2]).tolist():
-        _draw(profiles, profiles.boxes[:, 2] == side, stamp_modes(side), kernels.psf_transforms(side), models)
-    return models
+    return pack_scene(scene, kernels.n_bands).observed(kernels)
 
 
 def frame_models(scene: Scene, n_bands: int) -> SourceModels:
@@ -577,19 +587,7 @@ def frame_models(scene: Scene, n_bands: int) -> SourceModels:
     Parameters, errors and what is returned are as in `render_scene`; profiles are those of
     `ProfileComponent.evaluate`, zero below a millionth of their peak, and templates as observed.
     """
-    return frame_parts(divide(scene, n_bands))
-
-
-def frame_parts(parts: Parts) -> SourceModels:
-    """Do what `frame_models` does with a scene that was divided already."""
-    packed, profiles = parts.packed, parts.profiles
-    models = parts.combine(Rendered(boxes=packed.boxes, offsets=packed.offsets, pixels=packed.morphologies[None]))
-    kinds = list(zip(profiles.boxes[:, 2].tolist(), profiles.sigmas, strict=True))
-    for side, sigma in sorted(set(kinds)):
-        members = np.array([kind == (side, sigma) for kind in kinds])
-        without_psf = np.empty((0, side, side // 2 + 1), dtype=np.complex64)
-        _draw(profiles, members, frame_modes(side, sigma), without_psf, models)
-    return models
+    return pack_scene(scene, n_bands).in_frame()
 
 
 def outer_box(box: Box, psfs: NDArray[np.float64], image: Box) -> Box:
