@@ -424,3 +424,32 @@ def residual_sums(residual, variance, valid, model, y, x, radii):
                 out[b, 6] += (value - other) ** 2 / (noise2 + other_noise2)
                 out[b, 7] += 1
     return out
+
+
+def misfit_factors(residual, weights, models, centers, areas, width):
+    """Models are images (S, B, H, W), zero outside of their boxes."""
+    side = 2 * int(1.25 * width) + 1
+    offsets = np.arange(side)
+    distance2 = np.subtract.outer(offsets, offsets) ** 2
+    coherence = np.exp(-distance2 / (4 * width**2)).mean() ** 2
+    y, x = np.indices(residual.shape[1:])
+    deviation = np.zeros(residual.shape)
+    for model, (center_y, center_x) in zip(models, centers, strict=True):
+        blocks = 1000 * ((y - center_y + side // 2) // side) + (x - center_x + side // 2) // side
+        excess, squares = 0.0, 0.0
+        for block in np.unique(blocks):
+            inside = blocks == block
+            for w, r, m in zip(weights, residual, model, strict=True):
+                q = (w * m * m)[inside].sum()
+                excess += (w * r * m)[inside].sum() ** 2 - q
+                squares += q**2
+        deviation = np.maximum(deviation, np.sqrt(max(excess, 0.0) / (coherence * squares)) * model)
+    factors = np.ones(models.shape[:2])
+    for s, b in np.ndindex(factors.shape):
+        both = models[s, b] * deviation[b]
+        if not both.any():
+            continue
+        own = both.sum() ** 2 / (both**2).sum()
+        area = areas[b] * own / (areas[b] + own)
+        factors[s, b] += area * (weights[b] * both**2).sum() / (models[s, b] ** 2).sum()
+    return factors

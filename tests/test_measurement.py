@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from scipy import ndimage, signal
 
+import kermes
+import reference
 from blends import KERNELS, TARGET, blend_of, gaussian, observe, observed, source, three_sources
 from kermes.coadd import Coadd
 from kermes.geometry import Box
-from kermes.measurement import measure_fluxes, noise_factors
+from kermes.measurement import measure_fluxes, misfit_factors, noise_factors
 from kermes.psf import difference_kernels, model_psf
-from kermes.rendering import KernelSet, pack
+from kermes.rendering import KernelSet, SourceModels, pack
 from kermes.scene import FactorizedComponent, Scene, Source
-from kermes.simulation import MoffatPsf
+from kermes.simulation import MoffatPsf, simulate_scene
 
 
 def neighbours():
@@ -169,6 +171,144 @@ def test_two_sources_on_one_pixel_keep_their_common_flux_with_large_errors():
     # How much belongs to which is not known.
     assert np.isfinite(fluxes.flux_err).all()
     assert (fluxes.flux_err > 100 * alone.flux_err).all()
+
+
+# ---------------------------------------------------------------- what models do not hold
+
+
+WIDTH = 1.7
+AREA = 4 * np.pi * WIDTH**2
+SHAPE = (70, 80)
+
+
+def images_of(sources):
+    """Images (S, 2, H, W) of round Gaussians (y, x, sigma, flux), seen in two bands, the second twice as bright."""
+    y, x = np.indices(SHAPE)
+    images = [
+        flux * np.exp(-((y - y0) ** 2 + (x - x0) ** 2) / (2 * sigma**2)) / (2 * np.pi * sigma**2)
+        for y0, x0, sigma, flux in sources
+    ]
+    return np.array([[image, 2 * image] for image in images], dtype=np.float32)
+
+
+def packed_models(images, boxes):
+    pieces = [
+        image[(slice(None), *Box(*box).within(Box.of_shape(SHAPE)))] for image, box in zip(images, boxes, strict=True)
+    ]
+    sizes = [piece[0].size for piece in pieces]
+    return SourceModels(
+        boxes=np.array(boxes),
+        offsets=np.cumsum([0, *sizes]),
+        pixels=np.concatenate([piece.reshape(2, -1) for piece in pieces], axis=1),
+    )
+
+
+def structured(rng, image, eta):
+    """Make what a model does not hold: eta times the model times a field of variance one, as coherent as a PSF."""
+    field = ndimage.gaussian_filter(rng.normal(size=SHAPE), WIDTH, mode="wrap")
+    return eta * image * field / np.sqrt(1 / AREA)
+
+
+def test_misfit_is_that_of_a_slow_twin():
+    rng = np.random.default_rng(0)
+    images = images_of([(30, 30, 5.0, 4000.0), (34, 40, 2.0, 300.0), (60, 75, 1.7, 200.0)])
+    boxes = [(9, 8, 45, 41), (22, 29, 24, 23), (49, 64, 21, 16)]
+    weights = rng.uniform(0.5, 2.0, size=(2, *SHAPE)).astype(np.float32)
+    weights[:, 35:37, 20:50] = 0
+    noise = rng.normal(size=(2, *SHAPE)) / np.sqrt(np.maximum(weights, 0.5))
+    residual = (noise + structured(rng, images[0], 0.2)).astype(np.float32)
+    cut = np.zeros_like(images)
+    for s, box in enumerate(boxes):
+        window = (s, slice(None), *Box(*box).within(Box.of_shape(SHAPE)))
+        cut[window] = images[window]
+    centers = np.array([[30.4, 29.6], [34.0, 40.2], [59.7, 75.0]])
+    factors = misfit_factors(residual, weights, packed_models(images, boxes), centers, np.array([AREA, 0.9 * AREA]))
+    width = np.sqrt(0.95 * AREA / (4 * np.pi))
+    expected = reference.misfit_factors(
+        residual, weights, cut, [(30, 30), (34, 40), (60, 75)], [AREA, 0.9 * AREA], width
+    )
+    assert expected[:2].min() > 1.5
+    np.testing.assert_allclose(factors, expected, rtol=1e-5)
+
+
+def test_misfit_of_a_galaxy_is_the_scatter_that_its_structure_gives_to_fluxes():
+    rng, eta, n = np.random.default_rng(1), 0.15, 200
+    images = images_of([(35, 35, 6.0, 30000.0), (40, 41, 1.7, 300.0)])
+    models = packed_models(images, [(0, 0, *SHAPE)] * 2)
+    weights = np.ones((2, *SHAPE), dtype=np.float32)
+    centers = np.array([[35.0, 35.0], [40.0, 41.0]])
+    factors, fluxes = np.empty((n, 2, 2)), np.empty((n, 2, 2))
+    norm = np.square(images).sum(axis=(2, 3))
+    for i in range(n):
+        residual = (rng.normal(size=weights.shape) + structured(rng, images[0], eta)).astype(np.float32)
+        factors[i] = misfit_factors(residual, weights, models, centers, np.full(2, AREA))
+        fluxes[i] = (images * residual).sum(axis=(2, 3)) / norm
+    # What pixels alone would give is 1 / sqrt(norm). The variance of 200 is known to 10 %, 30 % at three sigma; the
+    # neighbour sees residuals of its own where they are large, and then more than there are on average.
+    scatter2 = fluxes.var(axis=0) * norm
+    assert scatter2.min() > 5
+    ratio = np.median(factors, axis=0) / scatter2
+    assert ratio[0] == pytest.approx(1.0, abs=0.3)
+    assert ratio[1].min() > 0.7
+    assert ratio[1].max() < 1.6
+
+
+def test_noise_is_no_misfit():
+    rng = np.random.default_rng(2)
+    images = images_of([(35, 35, 4.0, 20000.0), (40, 41, 1.7, 300.0)])
+    models = packed_models(images, [(0, 0, *SHAPE)] * 2)
+    weights = np.ones((2, *SHAPE), dtype=np.float32)
+    centers = np.array([[35.0, 35.0], [40.0, 41.0]])
+    factors = [
+        misfit_factors(rng.normal(size=weights.shape).astype(np.float32), weights, models, centers, np.full(2, AREA))
+        for _ in range(50)
+    ]
+    # Some ten places decide, so that noise gives a few tenths, in half of the cases; not the thousands of that test.
+    assert np.median(factors) < 1.1
+    assert np.mean(factors) < 2
+    assert np.max(factors) < 20
+    assert (misfit_factors(0 * weights, weights, models, centers, np.full(2, AREA)) == 1).all()
+    assert (misfit_factors(weights, weights, models, centers, np.zeros(2)) == 1).all()
+
+
+def test_misfit_is_the_same_mirrored_and_elsewhere():
+    rng = np.random.default_rng(3)
+    images = images_of([(30, 32, 4.0, 9000.0), (36, 40, 1.7, 300.0)])
+    weights = np.ones((2, *SHAPE), dtype=np.float32)
+    residual = (rng.normal(size=weights.shape) + structured(rng, images[0], 0.2)).astype(np.float32)
+    boxes = [(10, 10, 41, 45), (25, 29, 23, 23)]
+    centers, areas = np.array([[30.0, 32.0], [36.0, 40.0]]), np.full(2, AREA)
+    models = packed_models(images, boxes)
+    expected = misfit_factors(residual, weights, models, centers, areas)
+    assert expected.min() > 1.2
+    mirrored = [(SHAPE[0] - y - h, x, h, w) for y, x, h, w in boxes]
+    flipped = misfit_factors(
+        np.ascontiguousarray(residual[:, ::-1]),
+        weights,
+        packed_models(images[:, :, ::-1], mirrored),
+        np.array([[SHAPE[0] - 1 - y, x] for y, x in centers]),
+        areas,
+    )
+    np.testing.assert_allclose(flipped, expected, rtol=1e-5)
+    moved = replace(models, boxes=models.boxes + np.array([7, 9, 0, 0]))
+    shifted = misfit_factors(np.roll(residual, (7, 9), (1, 2)), weights, moved, centers + [7, 9], areas)
+    np.testing.assert_allclose(shifted, expected, rtol=1e-6)
+
+
+def test_fluxes_of_irregular_galaxies_have_errors_that_hold_their_knots():
+    pulls, signal_to_noise = [], []
+    for seed in range(8):
+        scene = simulate_scene(kind="knots", seed=seed)
+        objects = kermes.deblend(scene.coadd, peaks=scene.peaks).objects
+        listed = scene.truth[np.asarray(scene.truth["peak_index"]) >= 0]
+        for band in scene.coadd.bands:
+            flux, error = (np.asarray(objects[f"{band}_flux{suffix}"]) for suffix in ("", "_err"))
+            pulls.append((flux - np.asarray(listed[f"{band}_flux"])) / error)
+            signal_to_noise.append(flux / error)
+    bright = np.concatenate(pulls)[np.concatenate(signal_to_noise) > 30]
+    assert len(bright) > 100
+    # Without what the knots add, half of them are beyond 1.1 errors.
+    assert np.median(np.abs(bright)) < 0.9
 
 
 # ---------------------------------------------------------------- correlated noise

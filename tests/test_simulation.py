@@ -607,13 +607,14 @@ def test_fluxes_are_better_with_the_psf_that_is_there_than_with_that_of_the_midd
         ),
     }  # fmt: skip
     relative, pull = wrong_by(stars_under_a_varying_psf, middle)
-    assert np.median(pull) > 1.3
+    # What a wrong PSF leaves counts as structure that models do not hold, so that errors are fair even then.
+    assert np.median(pull) < 1.3
     for name, psfs in sampled.items():
         better, fair = wrong_by(stars_under_a_varying_psf, psfs)
         # A third in this scene and others; half leaves room for the noise of forty stars.
         assert np.median(better) < 0.5 * np.median(relative), name
         # 0.67 for errors that are what is claimed; one PSF serves a whole blend, so that a little is left.
-        assert np.median(fair) < 1.3, name
+        assert np.median(fair) < 1.0, name
 
 
 @pytest.mark.parametrize(

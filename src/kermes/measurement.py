@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from kermes.coadd import Blend, Coadd, psf_of_box
 from kermes.geometry import Box
 from kermes.initialization import reach_of_components
+from kermes.kernels import residuals as kernels_residuals
 from kermes.kernels import spectra as kernels_spectra
-from kermes.rendering import KernelSet, Packed, render_packed
+from kermes.rendering import KernelSet, Packed, SourceModels, render_packed
 
 DoubleArray = NDArray[np.float64]
 FloatArray = NDArray[np.float32]
@@ -125,6 +126,54 @@ def point_fluxes(
         if norm > 0:
             flux[k], flux_err[k] = float((weighted * image[window]).sum()) / norm, norm**-0.5
     return flux, flux_err
+
+
+def misfit_factors(
+    residual: FloatArray, weights: FloatArray, models: SourceModels, centers: DoubleArray, areas: DoubleArray
+) -> DoubleArray:
+    """Find how much larger the variances of fluxes are because models do not hold all that galaxies are made of.
+
+    Galaxies have arms and knots, and no PSF is known exactly. What a model does not hold is noise to its own flux and
+    to those of its neighbours, with a standard deviation of eta times the model. Residuals tell how large eta is for
+    each source: of a smooth galaxy it is zero, however bright that is.
+
+    Parameters
+    ----------
+    residual : ndarray, shape (B, H, W)
+        What all models together leave.
+    weights : ndarray, shape (B, H, W)
+        Inverse variance; zero where a pixel is not used.
+    models : SourceModels
+        Models m as observed, in pixels of the residual.
+    centers : ndarray, shape (S, 2)
+        Centres of the sources, in the same pixels.
+    areas : ndarray, shape (B,)
+        Effective area 1 / sum(P^2) of the PSF [pixels]; 0 without one.
+
+    Returns
+    -------
+    factors : ndarray, shape (S, B)
+        At least 1; exactly 1 where no residual is larger than noise makes it.
+
+    Notes
+    -----
+    Structure is seen through the PSF, so that it is alike within blocks of about its width. With a = sum(w r m) and
+    q = sum(w m^2) over the pixels of a block, a^2 has the mean q from noise alone, and q + c eta^2 q^2 with structure:
+    c is the mean of the autocorrelation of a Gaussian PSF over all pairs of the pixels of a block. So
+    eta^2 = sum(a^2 - q) / (c sum(q^2)) over the blocks of all bands, where that is positive. Pixels then have the
+    standard deviation e, the largest eta m of all sources: where these overlap all see the same residuals. That changes
+    the variance of a flux by the factor 1 + sum(w (m e)^2) / sum(m^2) A_P A / (A_P + A), with the areas of the PSF and
+    of m e, the latter (sum(m e))^2 / sum((m e)^2); of Gaussians this is exact. Cost O(B n) of the pixels of all models.
+    """
+    known = areas[areas > 0]
+    width = float(np.sqrt(np.median(known) / (4 * np.pi))) if len(known) else 0.0
+    if width == 0.0:
+        return np.ones((len(models.boxes), len(residual)))
+    middle = np.floor(centers + 0.5).astype(np.int64)
+    factors: DoubleArray = kernels_residuals.misfit_factors(
+        residual, weights, models.pixels, models.boxes, models.offsets, middle, areas, width
+    )
+    return factors
 
 
 LEAST_EMPTY = 1000

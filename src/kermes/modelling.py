@@ -23,7 +23,7 @@ from kermes.kernels import flux as kernels_flux
 from kermes.kernels import metrics as kernels_metrics
 from kermes.kernels import residuals as kernels_residuals
 from kermes.kernels.stamps import DOUBLE, EXPONENTIAL, POINT, SERSIC
-from kermes.measurement import Fluxes, measure_fluxes, point_fluxes
+from kermes.measurement import Fluxes, measure_fluxes, misfit_factors, point_fluxes
 from kermes.metrics import BlendMetrics, blend_metrics, model_metrics
 from kermes.planning import BlendTask, TilePlan, footprint_pixels, rungs, usable_pixels
 from kermes.profile_fitting import KINDS, Correlations, ProfileFit, fit_profiles, scene_of_fit
@@ -316,6 +316,7 @@ def _with_profiles(
     packed = pack_scene(scene, len(cut.images))
     everything = packed.observed(task.kernels)
     residual = _left_by(everything, cut)
+    flux_err = _with_misfit(fit, residual, cut, everything, task)
     corrected = _with_free_form(scene, residual, fit, cut, task, plan.config)
     changed = [s for s, source in enumerate(corrected.sources) if source is not scene.sources[s]]
     if changed:
@@ -341,11 +342,11 @@ def _with_profiles(
         models=models,
         claims=_select(everything, np.concatenate([members, found])) if len(found) else models,
         candidates=tuple(scene.sources[s] for s in found),
-        candidate_columns=_candidate_columns(fit, found, (dy, dx), unit, bands) if len(found) else {},
+        candidate_columns=_candidate_columns(fit, found, flux_err, (dy, dx), unit, bands) if len(found) else {},
         boxes=models.boxes,
         metrics=_first(model_metrics(_select(packed.in_frame(), np.arange(n_fitted)), task.outer.shape), n_sources),
         flux=sources.fluxes[:n_sources].sum(axis=1) * unit,
-        flux_err=fit.flux_err[:n_sources] * unit,
+        flux_err=flux_err[:n_sources] * unit,
         iterations=fit.iterations,
         converged=fit.converged,
         columns={
@@ -369,7 +370,12 @@ def _with_profiles(
 
 
 def _candidate_columns(
-    fit: ProfileFit, found: LabelArray, origin: tuple[int, int], unit: float, bands: Sequence[str]
+    fit: ProfileFit,
+    found: LabelArray,
+    flux_err: DoubleArray,
+    origin: tuple[int, int],
+    unit: float,
+    bands: Sequence[str],
 ) -> dict[str, ArrayLike]:
     """Columns of sources that nobody listed, given as rows of the fit, in a unit of flux."""
     sources = fit.sources
@@ -379,7 +385,7 @@ def _candidate_columns(
         "significance": fit.significance[found - fit.n_listed],
         "origin": np.full(len(found), Origin.RESIDUAL.value),
         **_by_band("flux", sources.fluxes[found].sum(axis=1) * unit, bands),
-        **_by_band("flux_err", fit.flux_err[found] * unit, bands),
+        **_by_band("flux_err", flux_err[found] * unit, bands),
     }
 
 
@@ -567,6 +573,18 @@ def _left_by(models: SourceModels, cut: Blend) -> FloatArray:
     residual = cut.images.copy()
     kernels_flux.add_models(residual, models.pixels, models.boxes, models.offsets, -1.0)
     return residual
+
+
+def _with_misfit(
+    fit: ProfileFit, residual: FloatArray, cut: Blend, models: SourceModels, task: BlendTask
+) -> DoubleArray:
+    """Errors of the fluxes (S, B), with what the structure that profiles do not hold adds to them."""
+    assert task.bank is not None, "plans for profiles have their modes"
+    norms = task.bank.norms
+    areas = np.divide(1.0, np.square(norms), out=np.zeros(len(norms)), where=norms > 0)
+    factors = misfit_factors(residual, cut.weights, models, fit.sources.shapes[:, :2], areas)
+    # What lies between the kinds of models is no noise of pixels.
+    return np.asarray(np.sqrt((fit.variances.flux - fit.doubt) * factors + fit.doubt))
 
 
 def _with_free_form(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import allocating_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel, kernel
 from kermes.kernels.metrics import weighted_squares
 from kermes.kernels.stamps import POINT
 
@@ -267,3 +267,145 @@ def search(images, residual, weights, sigmas, positions, threshold, share, dista
     left, seen = np.empty((height, width), np.float32), np.empty((height, width), np.float32)
     significance(images, residual, weights, sigmas, threshold, left, seen)
     return find_maxima(left, seen, weights, threshold, share, positions, distance, found, values)
+
+
+@fast_kernel
+def project_row(residual, weights, model, along, square):
+    """Sums over a row of w r m and w m m, added to `along` and `square`."""
+    total, norm = 0.0, 0.0
+    for x in range(len(model)):
+        weighted = weights[x] * model[x]
+        total += np.float64(weighted * residual[x])
+        norm += np.float64(weighted * model[x])
+    return along + total, square + norm
+
+
+@kernel
+def structure_of_band(residual, weights, model, row, center_y, center_x, side):
+    """Sums over the blocks of a source (h w,) on its box `row` of a^2 - q and q^2 in one band.
+
+    a = sum(w r m) and q = sum(w m m) of a block; the block in the middle has the center in its middle.
+    """
+    y0, x0, height, width = row[0], row[1], row[2], row[3]
+    # Distances from the first pixel of the box to the first edge of a block in it.
+    first_y, first_x = (center_y - side // 2 - y0) % side, (center_x - side // 2 - x0) % side
+    excess, squares = 0.0, 0.0
+    top = 0
+    while top < height:
+        bottom = min(first_y if top == 0 and first_y > 0 else top + side, height)
+        left = 0
+        while left < width:
+            right = min(first_x if left == 0 and first_x > 0 else left + side, width)
+            a, q = 0.0, 0.0
+            for y in range(top, bottom):
+                a, q = project_row(
+                    residual[y0 + y, x0 + left : x0 + right],
+                    weights[y0 + y, x0 + left : x0 + right],
+                    model[y * width + left : y * width + right],
+                    a,
+                    q,
+                )
+            excess += a * a - q
+            squares += q * q
+            left = right
+        top = bottom
+    return excess, squares
+
+
+@kernel
+def mean_coherence(side, width):
+    """Mean over all pairs of the pixels of a block of exp(-d^2 / (4 width^2)), d their distance."""
+    along = 0.0
+    for i in range(side):
+        for j in range(side):
+            along += np.exp(-(((i - j) / (2 * width)) ** 2))
+    return (along / (side * side)) ** 2
+
+
+@kernel
+def fill_structure(residual, weights, models, boxes, offsets, centers, width, out):
+    """Fill the variance of the light of each source relative to its model that residuals tell of, out (S,).
+
+    See `kermes.measurement.misfit_factors`. residual, weights (B, H, W); models (B, n) on boxes (S, 4); centers (S, 2),
+    pixels of the image; width: of the PSF. Zero where residuals are no larger than noise makes them.
+    """
+    side = 2 * int(1.25 * width) + 1
+    coherence = mean_coherence(side, width)
+    for s in range(len(boxes)):
+        excess, squares = 0.0, 0.0
+        for b in range(len(residual)):
+            part, part2 = structure_of_band(
+                residual[b],
+                weights[b],
+                models[b, offsets[s] : offsets[s + 1]],
+                boxes[s],
+                centers[s, 0],
+                centers[s, 1],
+                side,
+            )
+            excess += part
+            squares += part2
+        out[s] = max(excess, 0.0) / (coherence * squares) if squares > 0.0 else 0.0
+
+
+@kernel
+def raise_to(row, model, factor):
+    """Raise the pixels of a row to those of a model, times a factor, where they are below in size."""
+    for x in range(len(row)):
+        row[x] = max(row[x], factor * abs(model[x]))
+
+
+@fast_kernel
+def compare_with_noise(weights, structure, model):
+    """Sums over a row of w (m s)^2, (m s)^2, m s and m^2."""
+    relative, both2, both, square = 0.0, 0.0, 0.0, 0.0
+    for x in range(len(model)):
+        product = model[x] * structure[x]
+        relative += np.float64(weights[x] * product * product)
+        both2 += np.float64(product * product)
+        both += np.float64(product)
+        square += np.float64(model[x] * model[x])
+    return relative, both2, both, square
+
+
+@allocating_kernel
+def misfit_factors(residual, weights, models, boxes, offsets, centers, areas, width):
+    """By how much models that do not hold all structure make the variance of each flux larger, (S, B), at least 1.
+
+    See `kermes.measurement.misfit_factors`; areas (B,): of the PSF [pixels], width: that
+    of a Gaussian with the median of them.
+    """
+    n_bands = len(residual)
+    structure = np.empty(len(boxes))
+    fill_structure(residual, weights, models, boxes, offsets, centers, width, structure)
+    factors = np.ones((len(boxes), n_bands))
+    if not structure.any():
+        return factors
+    deviation = np.empty(residual.shape[1:], dtype=np.float32)
+    for b in range(n_bands):
+        deviation[:] = 0
+        for s in range(len(boxes)):
+            if structure[s] > 0.0:
+                y0, x0, h, w = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
+                for y in range(h):
+                    start = offsets[s] + y * w
+                    row = deviation[y0 + y, x0 : x0 + w]
+                    raise_to(row, models[b, start : start + w], np.float32(np.sqrt(structure[s])))
+        for s in range(len(boxes)):
+            y0, x0, h, w = boxes[s, 0], boxes[s, 1], boxes[s, 2], boxes[s, 3]
+            relative, both2, both, square = 0.0, 0.0, 0.0, 0.0
+            for y in range(h):
+                start = offsets[s] + y * w
+                part = compare_with_noise(
+                    weights[b, y0 + y, x0 : x0 + w],
+                    deviation[y0 + y, x0 : x0 + w],
+                    models[b, start : start + w],
+                )
+                relative += part[0]
+                both2 += part[1]
+                both += part[2]
+                square += part[3]
+            if both2 > 0.0 and areas[b] > 0.0:
+                own = both * both / both2
+                factors[s, b] += relative / square * areas[b] * own / (areas[b] + own)
+    return factors
