@@ -534,6 +534,8 @@ def test_replacing_one_field_keeps_the_others():
         ({"variance": np.ones(SHAPE) * units.nJy**2}, InputError, "unit must be given: variance is in nJy2"),
         ({"unit": "nJy", "zero_point": 27.0}, InputError, "zero_point must be 31.4 for images in nJy, got 27"),
         ({"zero_point": np.nan}, InputError, "zero_point must be an AB magnitude"),
+        ({"noise_factors": [1.0] * 3}, ShapeError, r"noise_factors must be one number, or one for each of the 2 bands"),
+        ({"noise_factors": [1.0, 0.0]}, InputError, r"noise_factors must be positive and finite, got \[1.0, 0.0\]"),
         ({"origin": (0.5, 0)}, InputError, "origin must be two whole numbers"),
         ({"origin": 3}, InputError, "origin must be two whole numbers"),
         ({"wcs": "TAN"}, InputError, "wcs must be an astropy WCS of two pixel axes on the sky, got 'TAN'"),

@@ -11,11 +11,14 @@ import reference
 from blends import KERNELS, TARGET, blend_of, gaussian, observe, observed, source, three_sources
 from kermes.coadd import Coadd
 from kermes.geometry import Box
+from kermes.kernels import detection as kernels_detection
 from kermes.measurement import measure_fluxes, misfit_factors, noise_factors
+from kermes.photometry import measure
 from kermes.psf import difference_kernels, model_psf
 from kermes.rendering import KernelSet, SourceModels, pack
+from kermes.result import StampKind
 from kermes.scene import FactorizedComponent, Scene, Source
-from kermes.simulation import MoffatPsf, simulate_scene
+from kermes.simulation import MoffatPsf, render_truth, simulate_scene
 
 
 def neighbours():
@@ -342,11 +345,118 @@ def test_correlated_noise_has_the_factor_of_its_correlation():
     assert factor == pytest.approx(expected, rel=0.1)
 
 
-def test_sources_in_footprints_and_too_few_pixels_do_not_count():
-    noise = np.random.default_rng(2).normal(size=(1, 200, 200))
-    footprints = np.zeros((200, 200), dtype=int)
+def test_sources_junk_and_too_few_pixels_do_not_count():
+    rng = np.random.default_rng(2)
+    noise = rng.normal(size=(1, 200, 200))
+    nothing = np.zeros((200, 200), dtype=int)
+    footprints = nothing.copy()
     footprints[50:150, 50:150] = 1
-    noise[0, 60:140, 60:140] += 100
-    assert noise_factors(noisy_coadd(noise), footprints)[0] == pytest.approx(1, abs=0.1)
+    bright = noise.copy()
+    bright[0, 60:140, 60:140] += 100
+    assert noise_factors(noisy_coadd(bright), footprints) == pytest.approx(1, abs=0.1)
+    # Nor do bright sources outside of them, as long as most places have none.
+    spotted = noise.copy()
+    spotted[0, :, :70] += 50 * rng.exponential(size=(200, 70))
+    assert noise_factors(noisy_coadd(spotted), nothing) == pytest.approx(1, abs=0.15)
+    assert noise_factors(noisy_coadd(9 * noise), footprints) == 1
+    assert noise_factors(noisy_coadd(0 * noise), footprints) == 1
+    assert noise_factors(noisy_coadd(2 * noise), np.ones((200, 200), dtype=int)) == 1
+    # Nine places weigh less than what is expected.
     footprints[:] = 1
-    assert np.isnan(noise_factors(noisy_coadd(noise), footprints)).all()
+    footprints[90:102, 90:102] = 0
+    assert noise_factors(noisy_coadd(2 * noise), footprints) < 1.4
+
+
+def test_places_are_those_of_a_slow_twin():
+    rng = np.random.default_rng(4)
+    images = rng.normal(size=(2, 31, 40)).astype(np.float32)
+    variance = rng.uniform(0.5, 2.0, size=images.shape).astype(np.float32)
+    valid = rng.uniform(size=images.shape) < 0.8
+    valid[:, :12, :9] = False
+    labels = (rng.uniform(size=images.shape[1:]) < 0.2).astype(np.int64)
+    psfs = np.array([model_psf(sigma, 15) for sigma in (1.2, 1.7)])
+    half, step, first = 3, 5, 3
+    found = kernels_detection.points_in_noise(images, variance, valid, labels, psfs, half, step)
+    expected = []
+    for image, of_pixel, good, psf in zip(images, variance, valid, psfs, strict=True):
+        core = psf[7 - half : 8 + half, 7 - half : 8 + half]
+        for y in range(first, 31 - half, step):
+            for x in range(first, 40 - half, step):
+                window = np.s_[y - half : y + half + 1, x - half : x + half + 1]
+                p = np.where(good[window], core, 0)
+                known = labels[y, x] == 0 and good[y, x] and (p**2).sum() > 0.5 * (core**2).sum()
+                signal, information = (p * image[window] / of_pixel[window]).sum(), (p**2 / of_pixel[window]).sum()
+                expected.append(signal / np.sqrt(information) if known else np.nan)
+    assert 20 < np.isfinite(expected).sum() < len(expected)
+    np.testing.assert_allclose(found.ravel(), expected, rtol=1e-6)
+
+
+def resampled(seed):
+    """Make a scene whose noise is that of an image that was resampled."""
+    scene = simulate_scene(seed=seed, shape=(160, 160), n_sources=20, bands=("g", "r"))
+    coadd, rng = scene.coadd, np.random.default_rng(seed)
+    images = np.zeros(coadd.images.shape)
+    for k in range(len(scene.truth)):
+        light, box = render_truth(scene, k)
+        seen = box & coadd.box
+        images[:, seen.y, seen.x] += light[(slice(None), *seen.within(box))]
+    # Tents, as of a linear interpolation, on noise that is larger so that pixels have their variance.
+    kernel = np.outer([0.5, 1, 0.5], [0.5, 1, 0.5])
+    noise = [
+        ndimage.convolve(rng.normal(size=coadd.shape), kernel / np.sqrt((kernel**2).sum()), mode="wrap")
+        for _ in coadd.bands
+    ]
+    images += np.array(noise) * np.sqrt(coadd.variance)
+    return scene, Coadd(images=images, variance=coadd.variance, psfs=coadd.psfs, bands=coadd.bands)
+
+
+def test_errors_are_those_of_the_noise_that_resampled_images_have():
+    pulls, factors = {True: [], False: []}, []
+    for seed in range(12):
+        scene, coadd = resampled(seed)
+        listed = scene.truth[np.asarray(scene.truth["peak_index"]) >= 0]
+        for heed, found in pulls.items():
+            result = kermes.deblend(coadd, scene.peaks, config=kermes.Config(correlated_noise=heed))
+            if heed:
+                factors.append(result.noise_factors)
+            for band in coadd.bands:
+                flux, error = (np.asarray(result.objects[f"{band}_flux{suffix}"]) for suffix in ("", "_err"))
+                found.append((flux - np.asarray(listed[f"{band}_flux"]))[flux > 3 * error] / error[flux > 3 * error])
+    # Sums over these PSFs have 2.3 times as much noise: the tent has an area of 7 pixels, the PSF one of 36, both
+    # together are 5 times as much as one pixel. Nine of ten fluxes would be expected within 1.64 errors.
+    assert 2.1 < np.mean(factors) < 2.6
+    beyond = {heed: np.mean(np.abs(np.concatenate(found)) > 1.64) for heed, found in pulls.items()}
+    assert beyond[False] > 0.4
+    assert beyond[True] < 0.16
+
+
+def test_factors_of_noise_that_are_given_count_for_all_errors_of_fluxes():
+    scene = simulate_scene(seed=3, shape=(110, 110), n_sources=8, bands=("g", "r"))
+    for model in ("scarlet-lite", "templates"):
+        plain, twice = (
+            kermes.deblend(replace_factors(scene.coadd, factors), scene.peaks, config=kermes.Config(model=model))
+            for factors in (1.0, [2.0, 1.0])
+        )
+        assert twice.noise_factors.tolist() == [2.0, 1.0]
+        for band, factor in (("g", 2.0), ("r", 1.0)):
+            for name in ("flux", "flux_err"):
+                expected = plain.objects[f"{band}_{name}"] * (factor if name == "flux_err" else 1.0)
+                np.testing.assert_allclose(twice.objects[f"{band}_{name}"], expected, rtol=1e-12)
+            share = twice.objects[f"{band}_redistributed_flux_err"] / plain.objects[f"{band}_redistributed_flux_err"]
+            # But for a flux below its error, of which more is in doubt.
+            assert np.count_nonzero(abs(share - factor) > 1e-6) <= 1
+        measured = [measure(result, StampKind.REDISTRIBUTED) for result in (plain, twice)]
+        for name in ("aperture_3_flux_err", "psf_flux_err", "centroid_y_err"):
+            ratio = np.asarray(measured[1][f"g_{name}"] / measured[0][f"g_{name}"])
+            assert (abs(ratio[np.isfinite(ratio)] - 2) < 0.01).mean() > 0.5, name
+
+
+def replace_factors(coadd, factors):
+    return Coadd(
+        images=coadd.images,
+        variance=coadd.variance,
+        psfs=coadd.psfs,
+        bands=coadd.bands,
+        unit=coadd.unit,
+        noise_factors=factors,
+    )

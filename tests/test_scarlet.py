@@ -282,6 +282,7 @@ def test_profiles_become_pixels_and_the_loss_is_stated(tmp_path):
     assert back.objects["object_id"].tolist() == [4, 7, 8, 9]
     for name in ("origin", "shape", "unit", "zero_point", "bands"):
         assert getattr(back, name) == getattr(result, name), name
+    assert back.noise_factors.tolist() == result.noise_factors.tolist()
     assert back.wcs.pixel_to_world(3, 5).separation(result.wcs.pixel_to_world(3, 5)).arcsec < 1e-6
     for handle in result:
         got = back[handle.object_id]

@@ -228,6 +228,7 @@ def test_everything_else_comes_back(result, written):
     opened = kermes.open(written)
     for name in ("bands", "config", "shape", "origin", "unit", "zero_point", "timings"):
         assert getattr(opened, name) == getattr(result, name), name
+    assert opened.noise_factors.tolist() == result.noise_factors.tolist()
 
 
 def test_the_sky_comes_back(result, written):

@@ -710,7 +710,7 @@ def test_templates_of_all_bands_share_neighbours_of_any_colour():
 
 def test_flux_and_columns_are_those_of_the_footprint():
     truth = simulated()
-    config = with_templates(stray="nearest-footprint")
+    config = replace(with_templates(stray="nearest-footprint"), correlated_noise=False)
     result = deblend(truth.coadd, truth.peaks, config=config)
     plan = plan_tile(truth.coadd, truth.peaks, config=config)
     task = next(task for task in plan.tasks if len(task.members) > 2)

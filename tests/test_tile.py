@@ -196,7 +196,8 @@ def test_shifting_the_image_by_whole_pixels_shifts_the_answer(config):
         images = np.full((3, 180, 180), np.nan, dtype=np.float32)
         images[:, top : top + 70, left : left + 66] = content.images
         variance = content.variance[:, :1, :1]
-        coadd = changed(content, images=images, variance=variance)
+        # Noise is measured at other places.
+        coadd = changed(content, images=images, variance=variance, noise_factors=1.0)
         results.append(kermes.deblend(coadd, peaks + [top, left], config=config))
     here, there = results
     assert_centers_are_shifted(there, here, (7, 13))
@@ -280,10 +281,12 @@ def test_pixels_outside_of_given_footprints_are_not_used(config):
     labels[box.y, box.x] = 1
     junk = np.where(labels > 0, coadd.images, 1e3)
     clean, dirty = (
-        kermes.deblend(changed(coadd, images=images), peaks[:1], footprints=labels, config=config)
-        for images in (coadd.images, junk)
+        kermes.deblend(changed(coadd, images=images), peaks[:1], footprints=labels, config=settings)
+        for images, settings in ((coadd.images, replace(config, correlated_noise=False)), (junk, config))
     )
     np.testing.assert_array_equal(values(dirty), values(clean))
+    # Nor do they pass for noise.
+    assert (dirty.noise_factors == 1).all()
 
 
 # ---------------------------------------------------------------- sources that nobody listed

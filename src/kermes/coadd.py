@@ -241,6 +241,10 @@ class Coadd:
     bad_planes: tuple[str, ...] = BAD_PLANES
     """Planes whose pixels are not used."""
 
+    noise_factors: NDArray[np.float64] | None = None
+    """How much more noise a sum over the PSF has than if pixels were independent, as those of resampled images are not:
+    shape (B,), or one number. None: not known, and measured when the image is deblended."""
+
     peaks: NDArray[np.int64] | None = None
     """Peaks (N, 2) that came with the data, (y, x) in the coadd's coordinates; None: none came."""
 
@@ -286,6 +290,7 @@ class Coadd:
             "mask_planes": planes,
             "bad_planes": tuple(dict.fromkeys(bad_planes)),
             "psfs": _checked_psfs(self.psfs, bands, self.name),
+            "noise_factors": _checked_factors(self.noise_factors, bands),
             "origin": _checked_origin(self.origin),
             "wcs": _checked_wcs(self.wcs),
         }.items():
@@ -737,6 +742,20 @@ def _checked_wcs(wcs: Any) -> Any:
             f"wcs must be an astropy WCS of two pixel axes on the sky, got {' '.join(repr(wcs).split()):.80}"
         )
     return wcs
+
+
+def _checked_factors(factors: Any, bands: tuple[str, ...]) -> NDArray[np.float64] | None:
+    """Check `noise_factors`, one positive number per band."""
+    if factors is None:
+        return None
+    values = _native(factors, "noise_factors").astype(np.float64)
+    if values.shape not in ((), (len(bands),)):
+        raise ShapeError(
+            f"noise_factors must be one number, or one for each of the {len(bands)} bands, got {values.shape}"
+        )
+    if not ((values > 0) & (values < np.inf)).all():
+        raise InputError(f"noise_factors must be positive and finite, got {values.tolist()}")
+    return np.array(np.broadcast_to(values, len(bands)))
 
 
 def _checked_zero_point(zero_point: Any, unit: units.UnitBase | None) -> float | None:

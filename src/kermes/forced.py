@@ -384,6 +384,7 @@ def forced_photometry(result: Result, coadd: Coadd) -> Table:
     in the inverse-variance mean of its bands. On other pixels the ellipse M of a profile becomes J M J^T, with J the
     derivatives of the mapping at its centre; free shapes are resampled by cubic splines. Weighted linear least squares
     with the inverse variance of the pixels (Lang, Hogg & Mykytyn 2016 call it forced photometry); see `joint_fluxes`.
+    Errors are those of the pixels times `Coadd.noise_factors`, if these are known; see `measurement.noise_factors`.
     """
     grid = _Grid.of(result, coadd)
     ids = result.model_ids()[0]
@@ -395,6 +396,9 @@ def forced_photometry(result: Result, coadd: Coadd) -> Table:
     y, x = centers[:n_objects].T
     columns |= {"y": y + coadd.origin[0], "x": x + coadd.origin[1]}
     columns["ra"], columns["dec"] = coadd.sky(y=columns["y"], x=columns["x"])
+    factors = coadd.noise_factors
+    if factors is None:
+        factors = result.noise_factors if coadd is result.coadd else np.ones(coadd.n_bands)
     height, width = coadd.shape
     columns["flag_outside"] = ~((y > -0.5) & (y < height - 0.5) & (x > -0.5) & (x < width - 0.5))
     for b, band in enumerate(coadd.bands):
@@ -414,7 +418,7 @@ def forced_photometry(result: Result, coadd: Coadd) -> Table:
         )[:, 0]
         values: dict[str, Any] = {
             "flux": found.flux,
-            "flux_err": found.flux_err,
+            "flux_err": found.flux_err * factors[b],
             "correlation": found.correlation,
             "neighbor_id": np.where(found.neighbor >= 0, ids[found.neighbor], 0),
             "chi2": chi2,

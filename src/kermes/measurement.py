@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kermes.coadd import Blend, Coadd, psf_of_box
+from kermes.coadd import Blend, Coadd, contiguous, psf_of_box
 from kermes.geometry import Box
 from kermes.initialization import reach_of_components
+from kermes.kernels import detection as kernels_detection
 from kermes.kernels import residuals as kernels_residuals
 from kermes.kernels import spectra as kernels_spectra
 from kermes.rendering import KernelSet, Packed, SourceModels, render_packed
@@ -176,49 +177,90 @@ def misfit_factors(
     return factors
 
 
-LEAST_EMPTY = 1000
-"""Fewest pixels without a source from which the noise is measured."""
+FACTOR_STEP = 0.05
+"""Factors are rounded to this: small images tell no more, and white noise mostly has exactly 1."""
+
+LARGEST_FACTOR = 5.0
+"""Where noise seems to be more than this or less than its inverse, the pixels hold something else."""
+
+LARGEST_OFFSET = 3.0
+"""The same where the median is farther from zero than this [sigma of a point source]."""
+
+MOST_PLACES = 10_000
+"""So many places at most tell of the noise of a band: it is then known to one per cent."""
+
+FEW_PLACES = 30.0
+"""So many places weigh as much as the expectation that noise is independent from pixel to pixel."""
+
+ALIKE_PLACES = 200.0
+"""So many places of one band weigh as much as what all bands together say."""
 
 
-def noise_factors(coadd: Coadd, footprints: NDArray[np.int64]) -> DoubleArray:
+def noise_factors(coadd: Coadd, footprints: NDArray[np.int64], psfs: DoubleArray | None = None) -> DoubleArray:
     """Measure how much larger the errors of fluxes are than the variance of the pixels says.
 
-    Coadds are resampled, so that the noise of neighbouring pixels is correlated: sums over a PSF have more noise than
-    independent pixels would give them, or their variance is not what it says. All errors of kermes are those of
-    independent pixels; multiply them by this.
+    Coadds are resampled, so that the noise of neighbouring pixels is correlated; light of sources too faint to be found
+    adds to it. Sums over a PSF then have more noise than independent pixels would give them, or their variance is not
+    what it says.
 
     Parameters
     ----------
     coadd : Coadd
     footprints : ndarray, shape (H, W)
         Zero in pixels without a source.
+    psfs : ndarray, shape (B, P, Q), optional
+        PSF of each band, zero in a band without one. None: those in the middle of the image.
 
     Returns
     -------
     factors : ndarray, shape (B,)
-        Robust width, from the 16th to the 50th percentile, of the signal-to-noise of point sources,
-        sum(w psf I) / sqrt(sum(w psf^2)), at the valid pixels outside of all footprints: 1 for white noise of the
-        variance that the coadd has. NaN in a band with fewer than `LEAST_EMPTY` such pixels.
+        1 for white noise of the variance that the coadd has, and where nothing is known; in steps of `FACTOR_STEP`.
 
     Notes
     -----
-    The lower half alone, as faint sources that were not detected are in the upper one. With the PSF at the middle of
-    the image. O(H W log HW) per band.
+    Half the distance between the 16th and the 84th percentile of the signal-to-noise of point sources,
+    sum(w P I) / sqrt(sum(w P^2)), at places one width of the PSF apart outside of all footprints, without those that
+    are far above. A band does not count in which this is not between `LARGEST_FACTOR` and its inverse, or the median
+    farther from zero than `LARGEST_OFFSET`. Where there are few places bands are taken to be alike, and noise to be
+    white: with n places of a band, N in all bands, and squared widths s_b^2 with the mean s^2 over all places,
+    factor^2 = (n s_b^2 + `ALIKE_PLACES` t) / (n + `ALIKE_PLACES`) and t = (N s^2 + `FEW_PLACES`) / (N + `FEW_PLACES`).
     """
-    from scipy.signal import oaconvolve
+    psfs = psf_of_box(coadd, Box.of_shape(coadd.shape)) if psfs is None else psfs
+    power = np.square(psfs).sum(axis=(1, 2))
+    if not power.any():
+        return np.ones(coadd.n_bands)
+    sigma = float(np.median((4 * np.pi * power[power > 0]) ** -0.5))
+    half = min(max(2, round(2.5 * sigma)), psfs.shape[1] // 2, psfs.shape[2] // 2)
+    step = max(2, round(2.355 * sigma), int(np.ceil(np.sqrt(np.prod(coadd.shape) / MOST_PLACES))))
+    planes, _ = contiguous((coadd.images, coadd.variance, coadd.valid), Box.of_shape(coadd.shape))
+    found = kernels_detection.points_in_noise(
+        *planes, np.ascontiguousarray(footprints, dtype=np.int64), np.ascontiguousarray(psfs), half, step
+    )
+    if found.shape[1] == 0:
+        return np.ones(coadd.n_bands)
+    found.sort(axis=1)  # NaN last
+    n_places = np.count_nonzero(np.isfinite(found), axis=1)
+    low, middle = (_quantiles(found, n_places, share) for share in (0.1587, 0.5))
+    # What is far above is a source outside of the footprints.
+    with np.errstate(invalid="ignore"):
+        n_places = np.count_nonzero(found < (middle + 4 * (middle - low))[:, None], axis=1)
+    low, high = (_quantiles(found, n_places, share) for share in (0.1587, 0.8413))
+    width = 0.5 * (high - low)
+    plausible = (width > 1 / LARGEST_FACTOR) & (width < LARGEST_FACTOR) & (np.abs(middle) < LARGEST_OFFSET)
+    n_places[~plausible] = 0
+    if not n_places.any():
+        return np.ones(coadd.n_bands)
+    square = np.where(n_places > 0, np.square(width), 0.0)
+    total = n_places.sum()
+    together = ((n_places * square).sum() + FEW_PLACES) / (total + FEW_PLACES)
+    factors = np.sqrt((n_places * square + ALIKE_PLACES * together) / (n_places + ALIKE_PLACES))
+    return np.asarray(np.round(factors / FACTOR_STEP) * FACTOR_STEP)
 
-    factors = np.full(coadd.n_bands, np.nan)
-    psfs = psf_of_box(coadd, Box.of_shape(coadd.shape))
-    for b, psf in enumerate(psfs):
-        valid = coadd.valid[b]
-        empty = valid & (footprints == 0)
-        if empty.sum() < LEAST_EMPTY or not psf.any():
-            continue
-        weights = np.divide(1.0, coadd.variance[b], out=np.zeros(coadd.shape), where=valid)
-        mirrored = psf[::-1, ::-1]
-        signal = oaconvolve(weights * np.where(valid, coadd.images[b], 0), mirrored, mode="same")
-        information = oaconvolve(weights, mirrored**2, mode="same")
-        known = empty & (information > 0.5 * np.median(information[empty]))
-        low, middle = np.percentile(signal[known] / np.sqrt(information[known]), [15.87, 50])
-        factors[b] = middle - low
-    return factors
+
+def _quantiles(ascending: DoubleArray, n: NDArray[np.int64], share: float) -> DoubleArray:
+    """Quantile of the first n (B,) of ascending values (B, N), between the two nearest; of none any number."""
+    place = share * np.maximum(n - 1, 0)
+    below = np.floor(place).astype(np.int64)
+    rows = np.arange(len(ascending))
+    first, second = ascending[rows, below], ascending[rows, np.minimum(below + 1, np.maximum(n - 1, 0))]
+    return np.asarray(first + (place - below) * (second - first))

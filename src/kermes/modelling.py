@@ -148,11 +148,19 @@ def _model_blend(blend: Blend, task: BlendTask, config: Config, rung: Outcome) -
     return _Modelled(rung=rung, fluxes=fluxes, iterations=iterations, converged=converged)
 
 
-def _fit_profiles(blend: Blend, task: BlendTask, config: Config, rung: Outcome) -> ProfileFit:
+def _quiet(weights: FloatArray, factors: DoubleArray) -> FloatArray:
+    """Weights (B, H, W) that sums over the PSF have, whose noise is larger by factors (B,) than pixels tell."""
+    if (factors == 1.0).all():
+        return weights
+    return np.asarray(weights * (factors**-2).astype(np.float32)[:, None, None])
+
+
+def _fit_profiles(blend: Blend, task: BlendTask, plan: TilePlan, rung: Outcome) -> ProfileFit:
     """Fit profiles to one blend; raises BlendError when the answer is not finite."""
     most = {Outcome.FULL: DOUBLE, Outcome.SINGLE: EXPONENTIAL, Outcome.POINT: POINT}[rung]
     assert task.bank is not None, "plans for profiles have their modes"
-    fit = fit_profiles(blend.images, blend.weights, task.bank, blend.peaks.astype(np.float64), config.profiles, most)
+    weights = _quiet(blend.weights, plan.noise_factors)
+    fit = fit_profiles(blend.images, weights, task.bank, blend.peaks.astype(np.float64), plan.config.profiles, most)
     shift = np.array(task.box.origin) - np.array(task.outer.origin)
     fit.sources.shapes[:, :2] += shift
     fit.sources.stamps[:, 1:3] += shift
@@ -219,7 +227,7 @@ def _on_rung(plan: TilePlan, task: BlendTask, blend: Blend, unit: float, rung: O
         return _with_templates(plan, task, cut, _scaled(cut, unit), unit, rung, reason)
     scaled = _scaled(blend, unit)
     if plan.config.model == "kermes":
-        fit = _fit_profiles(scaled, task, plan.config, rung)
+        fit = _fit_profiles(scaled, task, plan, rung)
         return _with_profiles(plan, task, cut, fit, unit, rung, reason)
     return _with_model(plan, task, cut, _model_blend(scaled, task, plan.config, rung), unit, reason)
 
@@ -292,7 +300,7 @@ def _with_model(
         boxes=boxes[:n_sources],
         metrics=_first(blend_metrics(packed, n_fitted, task.outer.shape), n_sources),
         flux=fluxes.flux[:n_sources] * unit,
-        flux_err=fluxes.flux_err[:n_sources] * unit,
+        flux_err=fluxes.flux_err[:n_sources] * plan.noise_factors * unit,
         iterations=modelled.iterations,
         converged=modelled.converged,
         columns={
@@ -316,7 +324,7 @@ def _with_profiles(
     packed = pack_scene(scene, len(cut.images))
     everything = packed.observed(task.kernels)
     residual = _left_by(everything, cut)
-    flux_err = _with_misfit(fit, residual, cut, everything, task)
+    flux_err = _with_misfit(fit, residual, _quiet(cut.weights, plan.noise_factors), everything, task)
     corrected = _with_free_form(scene, residual, fit, cut, task, plan.config)
     changed = [s for s, source in enumerate(corrected.sources) if source is not scene.sources[s]]
     if changed:
@@ -478,7 +486,7 @@ def _with_templates(
         boxes=models.boxes,
         metrics=_first(model_metrics(frame_models(scene, coadd.n_bands), task.outer.shape), n_sources),
         flux=shared.flux[:n_sources] * unit,
-        flux_err=shared.flux_err[:n_sources] * unit,
+        flux_err=shared.flux_err[:n_sources] * plan.noise_factors * unit,
         iterations=0,
         converged=True,
         columns={
@@ -576,13 +584,13 @@ def _left_by(models: SourceModels, cut: Blend) -> FloatArray:
 
 
 def _with_misfit(
-    fit: ProfileFit, residual: FloatArray, cut: Blend, models: SourceModels, task: BlendTask
+    fit: ProfileFit, residual: FloatArray, weights: FloatArray, models: SourceModels, task: BlendTask
 ) -> DoubleArray:
     """Errors of the fluxes (S, B), with what the structure that profiles do not hold adds to them."""
     assert task.bank is not None, "plans for profiles have their modes"
     norms = task.bank.norms
     areas = np.divide(1.0, np.square(norms), out=np.zeros(len(norms)), where=norms > 0)
-    factors = misfit_factors(residual, cut.weights, models, fit.sources.shapes[:, :2], areas)
+    factors = misfit_factors(residual, weights, models, fit.sources.shapes[:, :2], areas)
     # What lies between the kinds of models is no noise of pixels.
     return np.asarray(np.sqrt((fit.variances.flux - fit.doubt) * factors + fit.doubt))
 
@@ -632,7 +640,7 @@ def _with_peaks(plan: TilePlan, task: BlendTask, cut: Blend, reason: Reason) -> 
         boxes=models.boxes,
         metrics=model_metrics(frame_models(scene, len(cut.images)), task.outer.shape),
         flux=np.nan_to_num(flux),
-        flux_err=flux_err,
+        flux_err=flux_err * plan.noise_factors,
         iterations=0,
         converged=True,
         columns={

@@ -70,7 +70,8 @@ def measure(
     -----
     *Apertures*: the exact area of each pixel in the circle times its flux.
 
-    *Errors of fluxes*: the variance of the stamp, summed as the flux is, and what the fit adds. With s the error of the
+    *Errors of fluxes*: the variance of the stamp, summed as the flux is, times the square of `Result.noise_factors`, as
+    are those of moments; and what the fit adds. With s the error of the
     model's total flux, m the model and p the part of its flux that the same measurement finds on it, that is p^2 times
     the excess of s^2 over what noise alone makes it, sum(m)^2 / sum(m^2 / V): the residual of a least-squares fit does
     not covary with its parameters, and the noise of the pixels is counted already. Most of it is the doubt whose light
@@ -116,7 +117,12 @@ def measure(
         _sum_up(_cut(handle, StampKind(kind), bands, radii, widths), radii, widths, sums, handle.index)
     columns = empty_columns(measurement_columns(bands, radii), len(result))
     columns["object_id"][:] = result.objects["object_id"]
-    for name, values in _columns(sums, radii, model_err, on_model=StampKind(kind) is StampKind.MODEL).items():
+    noise2 = np.square(result.noise_factors[b])
+    # Sums over the object, whose noise is larger than that of independent pixels.
+    sums.fluxes[..., 1] *= noise2
+    sums.under_moments[..., 6:] *= noise2[:, None]
+    found = _columns(sums, radii, model_err, noise2, on_model=StampKind(kind) is StampKind.MODEL)
+    for name, values in found.items():
         if values.ndim == 1:
             columns[name] = values
         else:
@@ -342,11 +348,12 @@ def _sum_up(pixels: _Pixels, radii: tuple[float, ...], widths: _PsfWidths, sums:
 
 
 def _columns(
-    sums: _Sums, radii: tuple[float, ...], model_err: DoubleArray, *, on_model: bool
+    sums: _Sums, radii: tuple[float, ...], model_err: DoubleArray, noise2: DoubleArray, *, on_model: bool
 ) -> dict[str, NDArray[Any]]:
     """Find the values of the columns: (N,) for those of the objects, (N, B) for those of the bands.
 
-    model_err (N, B) is the error of the total flux of the model, zero where it is not known.
+    model_err (N, B) is the error of the total flux of the model, zero where it is not known; noise2 (B,) the factor by
+    which the variance of sums is larger than that of independent pixels, which those of `sums` have.
     """
     y, x, yy, xx, xy = np.moveaxis(sums.moments, 2, 0)
     columns: dict[str, NDArray[Any]] = {
@@ -363,7 +370,11 @@ def _columns(
         "snr": _over(sums.under_moments[..., 0], np.sqrt(sums.under_moments[..., 6])),
         MeasurementFlag.MOMENTS: ~sums.found,
     }
-    columns |= _fluxes(sums, radii, model_err, on_model=on_model) | _errors_of_moments(sums, on_model) | _goodness(sums)
+    columns |= (
+        _fluxes(sums, radii, model_err, noise2, on_model=on_model)
+        | _errors_of_moments(sums, on_model)
+        | _goodness(sums)
+    )
     columns[MeasurementFlag.NO_DATA] = (columns["coverage"] == 0) | ~sums.has_psf
     return columns
 
@@ -393,13 +404,13 @@ def _over(numerator: DoubleArray, denominator: DoubleArray) -> DoubleArray:
 
 
 def _fluxes(
-    sums: _Sums, radii: tuple[float, ...], model_err: DoubleArray, *, on_model: bool
+    sums: _Sums, radii: tuple[float, ...], model_err: DoubleArray, noise2: DoubleArray, *, on_model: bool
 ) -> dict[str, NDArray[Any]]:
     """Find all fluxes, and their errors from the noise of the pixels and from the fit."""
     flux, variance, norm, of_model = np.moveaxis(sums.fluxes, 3, 0).copy()
     for values, power in ((flux, 1), (variance, 2), (of_model, 1)):
         values[:, -1] = _over(values[:, -1], norm[:, -1] ** power)
-    error = np.sqrt(variance + _variance_of_fit(sums, of_model, model_err, on_model=on_model))
+    error = np.sqrt(variance + _variance_of_fit(sums, of_model, model_err, noise2, on_model=on_model))
     flux[norm <= 0] = error[norm <= 0] = np.nan
     measured: dict[str, NDArray[Any]] = {}
     for k, name in enumerate((*map(aperture_name, radii), "kron", "total", "psf")):
@@ -413,7 +424,9 @@ def _fluxes(
     return measured
 
 
-def _variance_of_fit(sums: _Sums, of_model: DoubleArray, model_err: DoubleArray, *, on_model: bool) -> DoubleArray:
+def _variance_of_fit(
+    sums: _Sums, of_model: DoubleArray, model_err: DoubleArray, noise2: DoubleArray, *, on_model: bool
+) -> DoubleArray:
     """Find what the errors of the models add to the variance of fluxes, (N, K, B).
 
     `of_model` are the same fluxes measured on the model: the error of its total flux is in them in that proportion.
@@ -423,7 +436,7 @@ def _variance_of_fit(sums: _Sums, of_model: DoubleArray, model_err: DoubleArray,
     part = np.divide(of_model, flux, out=np.ones_like(of_model), where=flux > 0).clip(0, 1)
     excess = model_err**2
     if not on_model:
-        excess -= np.divide(total**2, signal, out=np.zeros_like(total), where=signal > 0)
+        excess -= noise2 * np.divide(total**2, signal, out=np.zeros_like(total), where=signal > 0)
         blendedness = 1 - np.divide(square, overlap, out=np.zeros_like(total), where=overlap > 0)
         excess *= np.clip(_FULL_FIT * blendedness, 0, 1)
     return np.asarray(part**2 * np.maximum(excess, 0)[:, None])

@@ -18,6 +18,7 @@ from kermes.config import Config
 from kermes.detection import detect, footprints_of_peaks
 from kermes.errors import InputError
 from kermes.geometry import Box
+from kermes.measurement import noise_factors
 from kermes.partition import (
     Parent,
     Part,
@@ -161,6 +162,9 @@ class TilePlan:
     background: bool
     """Whether pixels outside all footprints may be used."""
 
+    noise_factors: DoubleArray
+    """How much more noise a sum over the PSF has than if pixels were independent, shape (B,)."""
+
     parents: tuple[Parent, ...]
     """Footprints, or groups of close ones, in the order of their first peaks."""
 
@@ -272,10 +276,24 @@ def plan_tile(
         peaks=positions,
         labels=labels,
         background=not given,
+        noise_factors=_noise_factors(coadd, labels, [psf for psf, _, _ in psfs], config),
         parents=parents,
         tasks=tasks,
         seconds=time.perf_counter() - start,
     )
+
+
+def _noise_factors(coadd: Coadd, labels: LabelArray, psfs: list[DoubleArray], config: Config) -> DoubleArray:
+    """Give the factors of the noise that come with the images, or measure them if that is wanted.
+
+    psfs: those of the blends; there may be none in the middle of the image.
+    """
+    if coadd.noise_factors is not None:
+        return coadd.noise_factors
+    if not config.correlated_noise or not psfs:
+        return np.ones(coadd.n_bands)
+    middle = psf_of_box(coadd, Box.of_shape(coadd.shape))
+    return noise_factors(coadd, labels, next((psf for psf in (middle, *psfs) if psf.any()), middle))
 
 
 def _affordable(n_bands: int, area: int, n_sources: int, config: Config) -> tuple[Outcome, Cost]:

@@ -187,6 +187,8 @@ def _fit(
     window = (slice(None), outer.y, outer.x)
     images = np.where(coadd.valid[window], coadd.images[window] - others, coadd.images[window])
     object.__setattr__(cut, "images", np.ascontiguousarray(images))
+    # So few pixels do not tell.
+    object.__setattr__(cut, "noise_factors", result.noise_factors)
     labels = np.zeros(outer.shape, dtype=np.int64)
     labels[box.within(outer)] = 1
     return deblend(cut, peaks=positions + coadd.origin, footprints=labels, config=config)
@@ -331,7 +333,9 @@ def _shared_anew(result: Result, changed: Box) -> Result:
         shares.append(shares_of_blend(coadd, outer, models, total))
     changed_rows = np.concatenate(rows)
     theirs = {name: values[changed_rows] for name, values in objects.items()}
-    for name, values in shared_columns(theirs, result.bands, np.concatenate(shares, axis=1)).items():
+    for name, values in shared_columns(
+        theirs, result.bands, np.concatenate(shares, axis=1), result.noise_factors
+    ).items():
         objects[name][changed_rows] = values
     table = make_objects(objects, result.bands, result.unit, result.config.model)
     return replace(result, objects=table)

@@ -578,6 +578,10 @@ class Result:
     zero_point: float | None = None
     """AB magnitude of a flux of 1 `unit`; None: not known."""
 
+    noise_factors: NDArray[np.float64] = None  # type: ignore[assignment]
+    """How much more noise sums over the PSF have than if pixels were independent, shape (B,); in the errors of fluxes.
+    None: 1 in all bands."""
+
     wcs: Any = None
     """astropy WCS of pixel index (x, y), counted from 0 at the first pixel of the image; None: no sky."""
 
@@ -611,6 +615,8 @@ class Result:
     """Whether it holds some of the objects only, so that pixels cannot be shared out; see `select`."""
 
     def __post_init__(self) -> None:
+        factors = np.ones(len(self.bands)) if self.noise_factors is None else np.array(self.noise_factors, dtype=float)
+        object.__setattr__(self, "noise_factors", factors)
         if self.coadd is None:
             return
         for name in ("bands", "shape", "origin"):

@@ -253,7 +253,9 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
     candidates = _candidate_columns(coadd, found)
     of_candidates = (source for blend in found for source in blend.sources)
     models.update(zip((-candidates["candidate_id"]).tolist(), of_candidates, strict=True))
-    objects = _in_order({**objects, **shared_columns(objects, coadd.bands, shares)}, np.argsort(order))
+    objects = _in_order(
+        {**objects, **shared_columns(objects, coadd.bands, shares, plan.noise_factors)}, np.argsort(order)
+    )
     seconds += time.perf_counter() - start
     return Result(
         objects=partial(catalog.make_objects, objects, coadd.bands, coadd.unit, plan.config.model),
@@ -270,6 +272,7 @@ def collect(plan: TilePlan, outcomes: Iterable[BlendOutcome]) -> Result:
         origin=coadd.origin,
         unit=coadd.unit,
         zero_point=coadd.zero_point,
+        noise_factors=plan.noise_factors,
         wcs=coadd.wcs,
         coadd=coadd,
         footprints=Footprints.of_labels(
@@ -334,7 +337,10 @@ def shares_of_blend(coadd: Coadd, outer: Box, models: SourceModels, total: NDArr
 
 
 def shared_columns(
-    objects: Mapping[str, NDArray[Any]], bands: Sequence[str], shares: NDArray[np.float64]
+    objects: Mapping[str, NDArray[Any]],
+    bands: Sequence[str],
+    shares: NDArray[np.float64],
+    factors: NDArray[np.float64],
 ) -> dict[str, NDArray[Any]]:
     """Make the columns that rest on the light of all blends; NaN in bands where nothing is known.
 
@@ -345,6 +351,8 @@ def shared_columns(
     bands : sequence of str
     shares : ndarray, shape (6, S, B)
         From `shares_of_blend`; NaN of objects whose blends are not fitted.
+    factors : ndarray, shape (B,)
+        `Result.noise_factors`.
 
     Returns
     -------
@@ -359,7 +367,7 @@ def shared_columns(
     columns: dict[str, NDArray[Any]] = {}
     for name, values in {
         "redistributed_flux": flux,
-        "redistributed_flux_err": np.sqrt(np.square(flux_err) + doubt2),
+        "redistributed_flux_err": np.sqrt(np.square(factors[:, None] * flux_err) + doubt2),
         "observed_max_overlap": largest,
         "observed_overlap_fraction": fraction,
         "observed_blendedness": blendedness,

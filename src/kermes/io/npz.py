@@ -35,6 +35,7 @@ KEYS = (
     "origin",
     "unit",
     "zero_point",
+    "noise_factors",
     "peaks",
     "footprints",
 )
@@ -78,9 +79,9 @@ def read_npz(
     path : path
         Archive with the arrays ``images`` (B, H, W), ``variance`` and ``psfs`` (B, P, Q), and optionally ``bands`` or
         ``filters``; ``mask`` with ``mask_planes`` (JSON object of names and bit numbers); ``bad_planes``; ``origin``
-        (y, x); ``unit``; ``zero_point``; ``wcs`` (FITS header); ``peaks`` or ``centers`` (N, 2), (y, x), or
-        ``catalog`` with fields x and y; ``footprints``, labels (H, W); or ``footprint`` (H, W), boolean, **True
-        outside** the parent as in the HSC blends with injected fakes.
+        (y, x); ``unit``; ``zero_point``; ``noise_factors`` (B,); ``wcs`` (FITS header); ``peaks`` or ``centers``
+        (N, 2), (y, x), or ``catalog`` with fields x and y; ``footprints``, labels (H, W); or ``footprint`` (H, W),
+        boolean, **True outside** the parent as in the HSC blends with injected fakes.
     bands, psfs, mask_planes, bad_planes, wcs, origin, unit, zero_point : optional
         As in `Coadd`; they win over the file. Without names of bands the bands are called b0, b1, ...
 
@@ -244,6 +245,8 @@ def write_npz(path: Path | str, coadd: Coadd, peaks: Any = None, **truth: ArrayL
         arrays["unit"] = np.array(coadd.unit.to_string())
     if coadd.zero_point is not None:
         arrays["zero_point"] = np.array(coadd.zero_point)
+    if coadd.noise_factors is not None:
+        arrays["noise_factors"] = coadd.noise_factors
     if peaks is not None:
         arrays["peaks"] = normalize_peaks(peaks, coadd) + np.array(coadd.origin)
     elif coadd.peaks is not None:

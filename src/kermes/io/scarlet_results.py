@@ -241,6 +241,7 @@ def _result(models: ScarletModels, path: str) -> Result:
         origin=outer.origin,
         unit=unit,
         zero_point=ours.get("zero_point"),
+        noise_factors=ours.get("noise_factors"),
         wcs=wcs_of_header(ours.get("wcs")),
         footprints=_footprints(models).shifted(-dy, -dx),
         inputs={},
@@ -513,6 +514,7 @@ def _scarlet_metadata(result: Result) -> dict[str, Any]:
             "shape": list(result.shape),
             "unit": None if result.unit is None else result.unit.to_string(),
             "zero_point": result.zero_point,
+            "noise_factors": result.noise_factors.tolist(),
             "wcs": header_of_wcs(result.wcs),
         }
     return metadata

@@ -276,3 +276,48 @@ def grow(region, half_widths):
                 for j in range(max(x - reach, 0), min(x + reach + 1, w)):
                     out[i, j] = True
     return out
+
+
+@kernel
+def fill_points(images, variance, valid, labels, psfs, half, step, first, out):
+    """Fill what `points_in_noise` returns."""
+    _, height, width = images.shape
+    cy, cx = psfs.shape[1] // 2, psfs.shape[2] // 2
+    for b in range(len(images)):
+        whole = 0.0
+        for i in range(-half, half + 1):
+            for j in range(-half, half + 1):
+                whole += psfs[b, cy + i, cx + j] ** 2
+        k = 0
+        for y in range(first, height - half, step):
+            for x in range(first, width - half, step):
+                out[b, k] = np.nan
+                if labels[y, x] == 0 and valid[b, y, x] and whole > 0.0:
+                    signal, information, seen = 0.0, 0.0, 0.0
+                    for i in range(-half, half + 1):
+                        for j in range(-half, half + 1):
+                            if valid[b, y + i, x + j]:
+                                p = psfs[b, cy + i, cx + j]
+                                w = 1.0 / variance[b, y + i, x + j]
+                                signal += w * p * images[b, y + i, x + j]
+                                information += w * p * p
+                                seen += p * p
+                    if seen > 0.5 * whole:
+                        out[b, k] = signal / np.sqrt(information)
+                k += 1
+
+
+@allocating_kernel
+def points_in_noise(images, variance, valid, labels, psfs, half, step):
+    """Signal-to-noise of points at places without a source, by the variance of the pixels, shape (B, n).
+
+    images, variance, valid (B, H, W); labels (H, W), zero without a source; psfs (B, P, Q), of which the middle counts,
+    `half` pixels to each side. The places are `step` pixels apart; NaN where there is a source, and where less than
+    half of the information of a point is on valid pixels. O(B H W half^2 / step^2).
+    """
+    _, height, width = images.shape
+    first = max(half, step // 2)
+    n_y, n_x = max(0, -((first + half - height) // step)), max(0, -((first + half - width) // step))
+    out = np.empty((len(images), n_y * n_x))
+    fill_points(images, variance, valid, labels, psfs, half, step, first, out)
+    return out
