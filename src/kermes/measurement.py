@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,7 +132,7 @@ def point_fluxes(
 
 
 def misfit_factors(
-    residual: FloatArray, weights: FloatArray, models: SourceModels, centers: DoubleArray, areas: DoubleArray
+    residual: FloatArray, weights: FloatArray, models: SourceModels, centers: DoubleArray, sigmas: DoubleArray
 ) -> DoubleArray:
     """Find how much larger the variances of fluxes are because models do not hold all that galaxies are made of.
 
@@ -148,8 +150,8 @@ def misfit_factors(
         Models m as observed, in pixels of the residual.
     centers : ndarray, shape (S, 2)
         Centres of the sources, in the same pixels.
-    areas : ndarray, shape (B,)
-        Effective area 1 / sum(P^2) of the PSF [pixels]; 0 without one.
+    sigmas : ndarray, shape (B,)
+        Width of the Gaussian with the effective area of the PSF, 4 pi sigma^2 = 1 / sum(P^2) [pixels]; 0 without one.
 
     Returns
     -------
@@ -166,13 +168,12 @@ def misfit_factors(
     the variance of a flux by the factor 1 + sum(w (m e)^2) / sum(m^2) A_P A / (A_P + A), with the areas of the PSF and
     of m e, the latter (sum(m e))^2 / sum((m e)^2); of Gaussians this is exact. Cost O(B n) of the pixels of all models.
     """
-    known = areas[areas > 0]
-    width = float(np.sqrt(np.median(known) / (4 * np.pi))) if len(known) else 0.0
-    if width == 0.0:
+    known = [sigma for sigma in sigmas.tolist() if sigma > 0]
+    if not known:
         return np.ones((len(models.boxes), len(residual)))
     middle = np.floor(centers + 0.5).astype(np.int64)
     factors: DoubleArray = kernels_residuals.misfit_factors(
-        residual, weights, models.pixels, models.boxes, models.offsets, middle, areas, width
+        residual, weights, models.pixels, models.boxes, models.offsets, middle, sigmas, median(known)
     )
     return factors
 
@@ -186,10 +187,10 @@ LARGEST_FACTOR = 5.0
 LARGEST_OFFSET = 3.0
 """The same where the median is farther from zero than this [sigma of a point source]."""
 
-MOST_PLACES = 10_000
-"""So many places at most tell of the noise of a band: it is then known to one per cent."""
+MOST_PLACES = 1000
+"""So many places at most tell of the noise of a band: it is then known to three per cent."""
 
-FEW_PLACES = 30.0
+FEW_PLACES = 100.0
 """So many places weigh as much as the expectation that noise is independent from pixel to pixel."""
 
 ALIKE_PLACES = 200.0
@@ -229,38 +230,40 @@ def noise_factors(coadd: Coadd, footprints: NDArray[np.int64], psfs: DoubleArray
     power = np.square(psfs).sum(axis=(1, 2))
     if not power.any():
         return np.ones(coadd.n_bands)
-    sigma = float(np.median((4 * np.pi * power[power > 0]) ** -0.5))
-    half = min(max(2, round(2.5 * sigma)), psfs.shape[1] // 2, psfs.shape[2] // 2)
-    step = max(2, round(2.355 * sigma), int(np.ceil(np.sqrt(np.prod(coadd.shape) / MOST_PLACES))))
+    sigma = median((4 * np.pi * total) ** -0.5 for total in power.tolist() if total > 0)
+    y, x = psfs.shape[1] // 2, psfs.shape[2] // 2
+    half = min(max(2, round(2 * sigma)), y, x)
+    cores = psfs[:, y - half : y + half + 1, x - half : x + half + 1].astype(np.float32)
+    height, width = coadd.shape
+    step = max(2, round(2.355 * sigma), math.ceil(math.sqrt(height * width / MOST_PLACES)))
     planes, _ = contiguous((coadd.images, coadd.variance, coadd.valid), Box.of_shape(coadd.shape))
-    found = kernels_detection.points_in_noise(
-        *planes, np.ascontiguousarray(footprints, dtype=np.int64), np.ascontiguousarray(psfs), half, step
-    )
+    found = kernels_detection.points_in_noise(*planes, np.ascontiguousarray(footprints, dtype=np.int64), cores, step)
     if found.shape[1] == 0:
         return np.ones(coadd.n_bands)
     found.sort(axis=1)  # NaN last
     n_places = np.count_nonzero(np.isfinite(found), axis=1)
-    low, middle = (_quantiles(found, n_places, share) for share in (0.1587, 0.5))
+    low, middle = _quantiles(found, n_places, (0.1587, 0.5))
     # What is far above is a source outside of the footprints.
     with np.errstate(invalid="ignore"):
         n_places = np.count_nonzero(found < (middle + 4 * (middle - low))[:, None], axis=1)
-    low, high = (_quantiles(found, n_places, share) for share in (0.1587, 0.8413))
-    width = 0.5 * (high - low)
-    plausible = (width > 1 / LARGEST_FACTOR) & (width < LARGEST_FACTOR) & (np.abs(middle) < LARGEST_OFFSET)
+    low, high = _quantiles(found, n_places, (0.1587, 0.8413))
+    spread = 0.5 * (high - low)
+    plausible = (spread > 1 / LARGEST_FACTOR) & (spread < LARGEST_FACTOR) & (np.abs(middle) < LARGEST_OFFSET)
     n_places[~plausible] = 0
     if not n_places.any():
         return np.ones(coadd.n_bands)
-    square = np.where(n_places > 0, np.square(width), 0.0)
+    square = np.where(n_places > 0, np.square(spread), 0.0)
     total = n_places.sum()
     together = ((n_places * square).sum() + FEW_PLACES) / (total + FEW_PLACES)
     factors = np.sqrt((n_places * square + ALIKE_PLACES * together) / (n_places + ALIKE_PLACES))
     return np.asarray(np.round(factors / FACTOR_STEP) * FACTOR_STEP)
 
 
-def _quantiles(ascending: DoubleArray, n: NDArray[np.int64], share: float) -> DoubleArray:
-    """Quantile of the first n (B,) of ascending values (B, N), between the two nearest; of none any number."""
-    place = share * np.maximum(n - 1, 0)
-    below = np.floor(place).astype(np.int64)
+def _quantiles(ascending: DoubleArray, n: NDArray[np.int64], shares: tuple[float, ...]) -> DoubleArray:
+    """Quantiles (K, B) of the first n (B,) of ascending values (B, N), between the two nearest; of none any number."""
+    last = np.maximum(n - 1, 0)
+    place = np.multiply.outer(shares, last)
+    below = place.astype(np.int64)
     rows = np.arange(len(ascending))
-    first, second = ascending[rows, below], ascending[rows, np.minimum(below + 1, np.maximum(n - 1, 0))]
+    first, second = ascending[rows, below], ascending[rows, np.minimum(below + 1, last)]
     return np.asarray(first + (place - below) * (second - first))

@@ -588,9 +588,7 @@ def _with_misfit(
 ) -> DoubleArray:
     """Errors of the fluxes (S, B), with what the structure that profiles do not hold adds to them."""
     assert task.bank is not None, "plans for profiles have their modes"
-    norms = task.bank.norms
-    areas = np.divide(1.0, np.square(norms), out=np.zeros(len(norms)), where=norms > 0)
-    factors = misfit_factors(residual, weights, models, fit.sources.shapes[:, :2], areas)
+    factors = misfit_factors(residual, weights, models, fit.sources.shapes[:, :2], task.bank.sigmas)
     # What lies between the kinds of models is no noise of pixels.
     return np.asarray(np.sqrt((fit.variances.flux - fit.doubt) * factors + fit.doubt))
 

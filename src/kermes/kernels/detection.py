@@ -4,7 +4,7 @@ import numpy as np
 from rocket_fft import c2r, r2c
 
 from kermes.kernels.convolution import multiply_conjugate_into
-from kermes.kernels.decorator import allocating_kernel, inlined_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, fast_kernel, inlined_kernel, kernel
 
 
 @inlined_kernel
@@ -279,45 +279,67 @@ def grow(region, half_widths):
 
 
 @kernel
-def fill_points(images, variance, valid, labels, psfs, half, step, first, out):
-    """Fill what `points_in_noise` returns."""
+def weigh_row(image, variance, valid, weight, weighted):
+    """Fill a row of inverse variances and of images times these, zero where a pixel is not valid."""
+    for x in range(len(image)):
+        w = np.float32(1.0) / variance[x] if valid[x] else np.float32(0.0)
+        weight[x] = w
+        weighted[x] = w * image[x] if valid[x] else np.float32(0.0)
+
+
+@fast_kernel
+def sum_under(weight, weighted, core):
+    """Sums over a row of w p I and w p^2."""
+    signal, information = np.float32(0.0), np.float32(0.0)
+    for x in range(len(core)):
+        signal += core[x] * weighted[x]
+        information += core[x] * core[x] * weight[x]
+    return signal, information
+
+
+@kernel
+def fill_points(images, variance, valid, labels, cores, step, first, weight, weighted, out):
+    """Fill what `points_in_noise` returns; the places begin at `first`. weight, weighted (p, W): room to work in."""
     _, height, width = images.shape
-    cy, cx = psfs.shape[1] // 2, psfs.shape[2] // 2
+    side = cores.shape[1]
+    half = side // 2
     for b in range(len(images)):
         whole = 0.0
-        for i in range(-half, half + 1):
-            for j in range(-half, half + 1):
-                whole += psfs[b, cy + i, cx + j] ** 2
+        for i in range(side):
+            for j in range(side):
+                whole += cores[b, i, j] * cores[b, i, j]
         k = 0
         for y in range(first, height - half, step):
+            for i in range(side):
+                row = y - half + i
+                weigh_row(images[b, row], variance[b, row], valid[b, row], weight[i], weighted[i])
             for x in range(first, width - half, step):
                 out[b, k] = np.nan
-                if labels[y, x] == 0 and valid[b, y, x] and whole > 0.0:
-                    signal, information, seen = 0.0, 0.0, 0.0
-                    for i in range(-half, half + 1):
-                        for j in range(-half, half + 1):
-                            if valid[b, y + i, x + j]:
-                                p = psfs[b, cy + i, cx + j]
-                                w = 1.0 / variance[b, y + i, x + j]
-                                signal += w * p * images[b, y + i, x + j]
-                                information += w * p * p
-                                seen += p * p
-                    if seen > 0.5 * whole:
+                if labels[y, x] == 0 and valid[b, y, x]:
+                    left, right = x - half, x - half + side
+                    signal, information = 0.0, 0.0
+                    for i in range(side):
+                        part, part2 = sum_under(weight[i, left:right], weighted[i, left:right], cores[b, i])
+                        signal += part
+                        information += part2
+                    if information > 0.5 * whole * weight[half, x]:
                         out[b, k] = signal / np.sqrt(information)
                 k += 1
 
 
 @allocating_kernel
-def points_in_noise(images, variance, valid, labels, psfs, half, step):
+def points_in_noise(images, variance, valid, labels, cores, step):
     """Signal-to-noise of points at places without a source, by the variance of the pixels, shape (B, n).
 
-    images, variance, valid (B, H, W); labels (H, W), zero without a source; psfs (B, P, Q), of which the middle counts,
-    `half` pixels to each side. The places are `step` pixels apart; NaN where there is a source, and where less than
-    half of the information of a point is on valid pixels. O(B H W half^2 / step^2).
+    images, variance, valid (B, H, W); labels (H, W), zero without a source; cores (B, p, p), the middle of the PSFs, of
+    odd side. The places are `step` pixels apart; NaN where there is a source, and where there is less than half of the
+    information that a point would have if all pixels were like that at its centre. O(B H W p^2 / step^2).
     """
     _, height, width = images.shape
+    half = cores.shape[1] // 2
     first = max(half, step // 2)
     n_y, n_x = max(0, -((first + half - height) // step)), max(0, -((first + half - width) // step))
     out = np.empty((len(images), n_y * n_x))
-    fill_points(images, variance, valid, labels, psfs, half, step, first, out)
+    room = np.empty((2, cores.shape[1], width), dtype=np.float32)
+    fill_points(images, variance, valid, labels, cores, step, first, room[0], room[1], out)
     return out

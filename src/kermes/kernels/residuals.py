@@ -269,46 +269,58 @@ def search(images, residual, weights, sigmas, positions, threshold, share, dista
     return find_maxima(left, seen, weights, threshold, share, positions, distance, found, values)
 
 
-@fast_kernel
+@kernel
 def project_row(residual, weights, model, along, square):
-    """Sums over a row of w r m and w m m, added to `along` and `square`."""
-    total, norm = 0.0, 0.0
+    """Add w r m and w m m of a row to `along` and `square`, pixel by pixel."""
     for x in range(len(model)):
         weighted = weights[x] * model[x]
-        total += np.float64(weighted * residual[x])
-        norm += np.float64(weighted * model[x])
-    return along + total, square + norm
+        along[x] += weighted * residual[x]
+        square[x] += weighted * model[x]
 
 
 @kernel
-def structure_of_band(residual, weights, model, row, center_y, center_x, side):
+def join_blocks(along, square, first, side):
+    """Sums of a^2 - q and q^2 over blocks, a and q the sums of `along` and `square` over `side` pixels of each.
+
+    Both are set to zero. The first block has `first` pixels, or `side` if that is 0, the last one what is left.
+    """
+    excess, squares = 0.0, 0.0
+    left, right = 0, first if first > 0 else side
+    while left < len(along):
+        a, q = 0.0, 0.0
+        for x in range(left, min(right, len(along))):
+            a += np.float64(along[x])
+            q += np.float64(square[x])
+            along[x] = square[x] = 0.0
+        excess += a * a - q
+        squares += q * q
+        left, right = right, right + side
+    return excess, squares
+
+
+@kernel
+def structure_of_band(residual, weights, model, row, center_y, center_x, side, along, square):
     """Sums over the blocks of a source (h w,) on its box `row` of a^2 - q and q^2 in one band.
 
-    a = sum(w r m) and q = sum(w m m) of a block; the block in the middle has the center in its middle.
+    a = sum(w r m) and q = sum(w m m) of a block; the block in the middle has the center in its middle. along and square
+    (W,) are room to work in, zero.
     """
     y0, x0, height, width = row[0], row[1], row[2], row[3]
     # Distances from the first pixel of the box to the first edge of a block in it.
     first_y, first_x = (center_y - side // 2 - y0) % side, (center_x - side // 2 - x0) % side
     excess, squares = 0.0, 0.0
-    top = 0
-    while top < height:
-        bottom = min(first_y if top == 0 and first_y > 0 else top + side, height)
-        left = 0
-        while left < width:
-            right = min(first_x if left == 0 and first_x > 0 else left + side, width)
-            a, q = 0.0, 0.0
-            for y in range(top, bottom):
-                a, q = project_row(
-                    residual[y0 + y, x0 + left : x0 + right],
-                    weights[y0 + y, x0 + left : x0 + right],
-                    model[y * width + left : y * width + right],
-                    a,
-                    q,
-                )
-            excess += a * a - q
-            squares += q * q
-            left = right
-        top = bottom
+    for y in range(height):
+        project_row(
+            residual[y0 + y, x0 : x0 + width],
+            weights[y0 + y, x0 : x0 + width],
+            model[y * width : (y + 1) * width],
+            along,
+            square,
+        )
+        if y + 1 == height or (y + 1 - first_y) % side == 0:
+            part, part2 = join_blocks(along[:width], square[:width], first_x, side)
+            excess += part
+            squares += part2
     return excess, squares
 
 
@@ -323,11 +335,12 @@ def mean_coherence(side, width):
 
 
 @kernel
-def fill_structure(residual, weights, models, boxes, offsets, centers, width, out):
+def fill_structure(residual, weights, models, boxes, offsets, centers, width, along, square, out):
     """Fill the variance of the light of each source relative to its model that residuals tell of, out (S,).
 
     See `kermes.measurement.misfit_factors`. residual, weights (B, H, W); models (B, n) on boxes (S, 4); centers (S, 2),
-    pixels of the image; width: of the PSF. Zero where residuals are no larger than noise makes them.
+    pixels of the image; width: of the PSF; along and square (W,) are room to work in, zero. Zero where residuals are no
+    larger than noise makes them.
     """
     side = 2 * int(1.25 * width) + 1
     coherence = mean_coherence(side, width)
@@ -342,6 +355,8 @@ def fill_structure(residual, weights, models, boxes, offsets, centers, width, ou
                 centers[s, 0],
                 centers[s, 1],
                 side,
+                along,
+                square,
             )
             excess += part
             squares += part2
@@ -369,15 +384,15 @@ def compare_with_noise(weights, structure, model):
 
 
 @allocating_kernel
-def misfit_factors(residual, weights, models, boxes, offsets, centers, areas, width):
+def misfit_factors(residual, weights, models, boxes, offsets, centers, sigmas, width):
     """By how much models that do not hold all structure make the variance of each flux larger, (S, B), at least 1.
 
-    See `kermes.measurement.misfit_factors`; areas (B,): of the PSF [pixels], width: that
-    of a Gaussian with the median of them.
+    See `kermes.measurement.misfit_factors`; sigmas (B,): widths of the PSFs, width: their median.
     """
     n_bands = len(residual)
     structure = np.empty(len(boxes))
-    fill_structure(residual, weights, models, boxes, offsets, centers, width, structure)
+    room = np.zeros((2, residual.shape[2]), dtype=np.float32)
+    fill_structure(residual, weights, models, boxes, offsets, centers, width, room[0], room[1], structure)
     factors = np.ones((len(boxes), n_bands))
     if not structure.any():
         return factors
@@ -405,7 +420,8 @@ def misfit_factors(residual, weights, models, boxes, offsets, centers, areas, wi
                 both2 += part[1]
                 both += part[2]
                 square += part[3]
-            if both2 > 0.0 and areas[b] > 0.0:
+            area = 4 * np.pi * sigmas[b] * sigmas[b]
+            if both2 > 0.0 and area > 0.0:
                 own = both * both / both2
-                factors[s, b] += relative / square * areas[b] * own / (areas[b] + own)
+                factors[s, b] += relative / square * area * own / (area + own)
     return factors
