@@ -12,7 +12,7 @@ from blends import KERNELS, TARGET, blend_of, gaussian, observe, observed, sourc
 from kermes.coadd import Coadd
 from kermes.geometry import Box
 from kermes.kernels import detection as kernels_detection
-from kermes.measurement import measure_fluxes, misfit_factors, noise_factors
+from kermes.measurement import heeded_factors, measure_fluxes, misfit_factors, noise_factors
 from kermes.photometry import measure
 from kermes.psf import difference_kernels, model_psf
 from kermes.rendering import KernelSet, SourceModels, pack
@@ -328,6 +328,10 @@ def test_white_noise_has_a_factor_of_one_and_wrong_variance_its_root():
     factors = noise_factors(noisy_coadd(noise), np.zeros((300, 300), dtype=int))
     # Some 5 000 independent places: the percentiles are known to 0.02.
     np.testing.assert_allclose(factors, [1.0, 1.5], rtol=0.06)
+    assert heeded_factors(factors)[0] == 1
+    np.testing.assert_allclose(
+        heeded_factors([0.7, 0.85, 0.95, 1.1, 1.15, 1.3]), [0.7, 0.9, 1, 1, 1.1, 1.3], rtol=1e-12
+    )
 
 
 def test_correlated_noise_has_the_factor_of_its_correlation():
@@ -374,14 +378,15 @@ def test_places_are_those_of_a_slow_twin():
     images[~valid] = variance[~valid] = np.nan
     labels = (rng.uniform(size=images.shape[1:]) < 0.2).astype(np.int64)
     psfs = np.array([model_psf(sigma, 15) for sigma in (1.2, 1.7)])
-    half, step, first = 3, 5, 3
+    half, step = 3, 5
     cores = psfs[:, 7 - half : 8 + half, 7 - half : 8 + half].astype(np.float32)
     found = kernels_detection.points_in_noise(images, variance, valid, labels, cores, step)
     expected = []
     for image, of_pixel, good, core in zip(images, variance, valid, cores, strict=True):
         image, of_pixel = np.nan_to_num(image), np.nan_to_num(of_pixel, nan=1.0)
-        for y in range(first, 31 - half, step):
-            for x in range(first, 40 - half, step):
+        # 5 by 7 places, in the middle of 31 by 40 pixels.
+        for y in range(5, 26, step):
+            for x in range(4, 35, step):
                 window = np.s_[y - half : y + half + 1, x - half : x + half + 1]
                 p = np.where(good[window], core, 0)
                 signal, information = (p * image[window] / of_pixel[window]).sum(), (p**2 / of_pixel[window]).sum()

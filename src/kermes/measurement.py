@@ -178,17 +178,17 @@ def misfit_factors(
     return factors
 
 
-FACTOR_STEP = 0.05
-"""Factors are rounded to this: small images tell no more, and white noise mostly has exactly 1."""
-
 LARGEST_FACTOR = 5.0
 """Where noise seems to be more than this or less than its inverse, the pixels hold something else."""
 
 LARGEST_OFFSET = 3.0
 """The same where the median is farther from zero than this [sigma of a point source]."""
 
-MOST_PLACES = 1000
-"""So many places at most tell of the noise of a band: it is then known to three per cent."""
+WHITE = 0.1
+"""Noise whose factor is no farther from 1 than this is nearly white."""
+
+MOST_PLACES = 10_000
+"""So many places at most tell of the noise of a band: it is then known to one per cent."""
 
 FEW_PLACES = 100.0
 """So many places weigh as much as the expectation that noise is independent from pixel to pixel."""
@@ -215,7 +215,7 @@ def noise_factors(coadd: Coadd, footprints: NDArray[np.int64], psfs: DoubleArray
     Returns
     -------
     factors : ndarray, shape (B,)
-        1 for white noise of the variance that the coadd has, and where nothing is known; in steps of `FACTOR_STEP`.
+        1 for white noise of the variance that the coadd has, and where nothing is known.
 
     Notes
     -----
@@ -255,8 +255,26 @@ def noise_factors(coadd: Coadd, footprints: NDArray[np.int64], psfs: DoubleArray
     square = np.where(n_places > 0, np.square(spread), 0.0)
     total = n_places.sum()
     together = ((n_places * square).sum() + FEW_PLACES) / (total + FEW_PLACES)
-    factors = np.sqrt((n_places * square + ALIKE_PLACES * together) / (n_places + ALIKE_PLACES))
-    return np.asarray(np.round(factors / FACTOR_STEP) * FACTOR_STEP)
+    return np.asarray(np.sqrt((n_places * square + ALIKE_PLACES * together) / (n_places + ALIKE_PLACES)))
+
+
+def heeded_factors(factors: DoubleArray) -> DoubleArray:
+    """Give what fits heed of factors of the noise: 1 up to `WHITE` from 1, all from twice that on, between them linear.
+
+    What is measured differs a little from one part of an image to another. Of noise that is nearly white fits are to be
+    the same, whatever part of the image they are made from.
+
+    Parameters
+    ----------
+    factors : ndarray, shape (B,)
+        See `noise_factors`.
+
+    Returns
+    -------
+    heeded : ndarray, shape (B,)
+    """
+    excess = np.asarray(factors) - 1.0
+    return np.asarray(1.0 + np.sign(excess) * np.clip(2 * (np.abs(excess) - WHITE), 0.0, np.abs(excess)))
 
 
 def _quantiles(ascending: DoubleArray, n: NDArray[np.int64], shares: tuple[float, ...]) -> DoubleArray:

@@ -148,18 +148,18 @@ def _model_blend(blend: Blend, task: BlendTask, config: Config, rung: Outcome) -
     return _Modelled(rung=rung, fluxes=fluxes, iterations=iterations, converged=converged)
 
 
-def _quiet(weights: FloatArray, factors: DoubleArray) -> FloatArray:
-    """Weights (B, H, W) that sums over the PSF have, whose noise is larger by factors (B,) than pixels tell."""
-    if (factors == 1.0).all():
+def _heeding(weights: FloatArray, heeded: DoubleArray) -> FloatArray:
+    """Weights (B, H, W) of pixels for sums over the PSF, whose noise is larger by factors (B,) than pixels tell."""
+    if (heeded == 1.0).all():
         return weights
-    return np.asarray(weights * (factors**-2).astype(np.float32)[:, None, None])
+    return np.asarray(weights * (heeded**-2).astype(np.float32)[:, None, None])
 
 
 def _fit_profiles(blend: Blend, task: BlendTask, plan: TilePlan, rung: Outcome) -> ProfileFit:
     """Fit profiles to one blend; raises BlendError when the answer is not finite."""
     most = {Outcome.FULL: DOUBLE, Outcome.SINGLE: EXPONENTIAL, Outcome.POINT: POINT}[rung]
     assert task.bank is not None, "plans for profiles have their modes"
-    weights = _quiet(blend.weights, plan.noise_factors)
+    weights = _heeding(blend.weights, plan.heeded_factors)
     fit = fit_profiles(blend.images, weights, task.bank, blend.peaks.astype(np.float64), plan.config.profiles, most)
     shift = np.array(task.box.origin) - np.array(task.outer.origin)
     fit.sources.shapes[:, :2] += shift
@@ -324,7 +324,7 @@ def _with_profiles(
     packed = pack_scene(scene, len(cut.images))
     everything = packed.observed(task.kernels)
     residual = _left_by(everything, cut)
-    flux_err = _with_misfit(fit, residual, _quiet(cut.weights, plan.noise_factors), everything, task)
+    flux_err = _with_misfit(fit, residual, cut, everything, task, plan)
     corrected = _with_free_form(scene, residual, fit, cut, task, plan.config)
     changed = [s for s, source in enumerate(corrected.sources) if source is not scene.sources[s]]
     if changed:
@@ -584,11 +584,13 @@ def _left_by(models: SourceModels, cut: Blend) -> FloatArray:
 
 
 def _with_misfit(
-    fit: ProfileFit, residual: FloatArray, weights: FloatArray, models: SourceModels, task: BlendTask
+    fit: ProfileFit, residual: FloatArray, cut: Blend, models: SourceModels, task: BlendTask, plan: TilePlan
 ) -> DoubleArray:
     """Errors of the fluxes (S, B), with what the structure that profiles do not hold adds to them."""
     assert task.bank is not None, "plans for profiles have their modes"
-    factors = misfit_factors(residual, weights, models, fit.sources.shapes[:, :2], task.bank.sigmas)
+    weights, centers = _heeding(cut.weights, plan.heeded_factors), fit.sources.shapes[:, :2]
+    factors = misfit_factors(residual, weights, models, centers, task.bank.sigmas)
+    factors *= np.square(plan.noise_factors / plan.heeded_factors)
     # What lies between the kinds of models is no noise of pixels.
     return np.asarray(np.sqrt((fit.variances.flux - fit.doubt) * factors + fit.doubt))
 

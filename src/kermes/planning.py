@@ -18,7 +18,7 @@ from kermes.config import Config
 from kermes.detection import detect, footprints_of_peaks
 from kermes.errors import InputError
 from kermes.geometry import Box
-from kermes.measurement import noise_factors
+from kermes.measurement import heeded_factors, noise_factors
 from kermes.partition import (
     Parent,
     Part,
@@ -165,6 +165,9 @@ class TilePlan:
     noise_factors: DoubleArray
     """How much more noise a sum over the PSF has than if pixels were independent, shape (B,)."""
 
+    heeded_factors: DoubleArray
+    """As much of that as fits heed, shape (B,)."""
+
     parents: tuple[Parent, ...]
     """Footprints, or groups of close ones, in the order of their first peaks."""
 
@@ -270,13 +273,15 @@ def plan_tile(
         )
         for k in order
     )
+    factors = _noise_factors(coadd, labels, [psf for psf, _, _ in psfs], config)
     return TilePlan(
         coadd=coadd,
         config=config,
         peaks=positions,
         labels=labels,
         background=not given,
-        noise_factors=_noise_factors(coadd, labels, [psf for psf, _, _ in psfs], config),
+        noise_factors=factors,
+        heeded_factors=heeded_factors(factors),
         parents=parents,
         tasks=tasks,
         seconds=time.perf_counter() - start,

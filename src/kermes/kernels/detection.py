@@ -298,9 +298,10 @@ def sum_under(weight, weighted, core):
 
 
 @kernel
-def fill_points(images, variance, valid, labels, cores, step, first, weight, weighted, out):
-    """Fill what `points_in_noise` returns; the places begin at `first`. weight, weighted (p, W): room to work in."""
+def fill_points(images, variance, valid, labels, cores, step, n_y, n_x, weight, weighted, out):
+    """Fill what `points_in_noise` returns at n_y by n_x places in the middle; weight, weighted (p, W): room."""
     _, height, width = images.shape
+    first_y, first_x = (height - 1 - (n_y - 1) * step) // 2, (width - 1 - (n_x - 1) * step) // 2
     side = cores.shape[1]
     half = side // 2
     for b in range(len(images)):
@@ -309,11 +310,11 @@ def fill_points(images, variance, valid, labels, cores, step, first, weight, wei
             for j in range(side):
                 whole += cores[b, i, j] * cores[b, i, j]
         k = 0
-        for y in range(first, height - half, step):
+        for y in range(first_y, first_y + n_y * step, step):
             for i in range(side):
                 row = y - half + i
                 weigh_row(images[b, row], variance[b, row], valid[b, row], weight[i], weighted[i])
-            for x in range(first, width - half, step):
+            for x in range(first_x, first_x + n_x * step, step):
                 out[b, k] = np.nan
                 if labels[y, x] == 0 and valid[b, y, x]:
                     left, right = x - half, x - half + side
@@ -337,9 +338,8 @@ def points_in_noise(images, variance, valid, labels, cores, step):
     """
     _, height, width = images.shape
     half = cores.shape[1] // 2
-    first = max(half, step // 2)
-    n_y, n_x = max(0, -((first + half - height) // step)), max(0, -((first + half - width) // step))
+    n_y, n_x = max(0, 1 + (height - 2 * half - 1) // step), max(0, 1 + (width - 2 * half - 1) // step)
     out = np.empty((len(images), n_y * n_x))
     room = np.empty((2, cores.shape[1], width), dtype=np.float32)
-    fill_points(images, variance, valid, labels, cores, step, first, room[0], room[1], out)
+    fill_points(images, variance, valid, labels, cores, step, n_y, n_x, room[0], room[1], out)
     return out
