@@ -285,7 +285,7 @@ class ProfileConfig:
     radius: float = 1.4
     """Half-light radius that galaxies are expected to have [pixels]."""
 
-    radius_width: float = 0.5
+    radius_width: float = 0.35
     """Width of the prior on the logarithm of the half-light radius."""
 
     shear_width: float = 0.35
