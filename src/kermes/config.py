@@ -337,7 +337,7 @@ class ProfileConfig:
     residual_snr: float = 6.0
     """Such a source stands out by at least this signal-to-noise,"""
 
-    residual_share: float = 0.3
+    residual_share: float = 0.05
     """and this share of that of the model there,"""
 
     residual_distance: float = 2.5
