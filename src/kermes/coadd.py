@@ -249,7 +249,8 @@ class Coadd:
     """Peaks (N, 2) that came with the data, (y, x) in the coadd's coordinates; None: none came."""
 
     footprints: NDArray[np.int64] | None = None
-    """Footprint labels (H, W) that came with the data, 0 where no pixel may be used; None: none came."""
+    """Footprint labels (H, W) that came with the data, 0 where no pixel may be used but to see how large the noise is;
+    None: none came."""
 
     name: str = "coadd"
     """What messages call it; readers set it to the file's name."""

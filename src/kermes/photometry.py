@@ -71,12 +71,12 @@ def measure(
     *Apertures*: the exact area of each pixel in the circle times its flux.
 
     *Errors of fluxes*: the variance of the stamp, summed as the flux is, times the square of `Result.noise_factors`, as
-    are those of moments; and what the fit adds. With s the error of the
-    model's total flux, m the model and p the part of its flux that the same measurement finds on it, that is p^2 times
-    the excess of s^2 over what noise alone makes it, sum(m)^2 / sum(m^2 / V): the residual of a least-squares fit does
-    not covary with its parameters, and the noise of the pixels is counted already. Most of it is the doubt whose light
-    it is, of which there is none for a source alone: it is faded in with the blendedness 1 - (m . m) / (A . m) as
-    observed, A the light of all models, and counts in full from a quarter. On "model", p s is all there is.
+    for those of moments; and what the fit adds. With s the error of the model's total flux, m the model and p the part
+    of its flux that the same measurement finds on it, that is p^2 times the excess of s^2 over what noise alone makes
+    it, sum(m)^2 / sum(m^2 / V) times the same square: the residual of a least-squares fit does not covary with its
+    parameters, and the noise of the pixels is counted already. Most of it is the doubt whose light it is, of which
+    there is none for a source alone: it is faded in with the blendedness 1 - (m . m) / (A . m) as observed, A the light
+    of all models, and counts in full from a quarter. On "model", p s is all there is.
 
     *Kron flux* (Kron 1980): within `KRON_FACTOR` times the mean radius of the light inside six sigma of the object, in
     the mean of the bands weighted by inverse variance, sigma from its adaptive moments. Not less than the width of

@@ -375,11 +375,12 @@ def compare_with_noise(weights, structure, model):
     """Sums over a row of w (m s)^2, (m s)^2, m s and m^2."""
     relative, both2, both, square = 0.0, 0.0, 0.0, 0.0
     for x in range(len(model)):
-        product = model[x] * structure[x]
-        relative += np.float64(weights[x] * product * product)
-        both2 += np.float64(product * product)
-        both += np.float64(product)
-        square += np.float64(model[x] * model[x])
+        m = np.float64(model[x])
+        product = m * structure[x]  # its square may be too large for a float32
+        relative += weights[x] * product * product
+        both2 += product * product
+        both += product
+        square += m * m
     return relative, both2, both, square
 
 
