@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kermes.kernels.decorator import allocating_kernel, fast_kernel, kernel
+from kermes.kernels.decorator import allocating_kernel, kernel
 from kermes.kernels.metrics import weighted_squares
 from kermes.kernels.stamps import POINT
 
@@ -370,7 +370,7 @@ def raise_to(row, model, factor):
         row[x] = max(row[x], factor * abs(model[x]))
 
 
-@fast_kernel
+@kernel
 def compare_with_noise(weights, structure, model):
     """Sums over a row of w (m s)^2, (m s)^2, m s and m^2."""
     relative, both2, both, square = 0.0, 0.0, 0.0, 0.0
@@ -384,21 +384,10 @@ def compare_with_noise(weights, structure, model):
     return relative, both2, both, square
 
 
-@allocating_kernel
-def misfit_factors(residual, weights, models, boxes, offsets, centers, sigmas, width):
-    """By how much models that do not hold all structure make the variance of each flux larger, (S, B), at least 1.
-
-    See `kermes.measurement.misfit_factors`; sigmas (B,): widths of the PSFs, width: their median.
-    """
-    n_bands = len(residual)
-    structure = np.empty(len(boxes))
-    room = np.zeros((2, residual.shape[2]), dtype=np.float32)
-    fill_structure(residual, weights, models, boxes, offsets, centers, width, room[0], room[1], structure)
-    factors = np.ones((len(boxes), n_bands))
-    if not structure.any():
-        return factors
-    deviation = np.empty(residual.shape[1:], dtype=np.float32)
-    for b in range(n_bands):
+@kernel
+def fill_misfit(weights, models, boxes, offsets, sigmas, structure, deviation, factors):
+    """Raise factors (S, B) to what `misfit_factors` returns; structure (S,), deviation (H, W) is room to work in."""
+    for b in range(len(models)):
         deviation[:] = 0
         for s in range(len(boxes)):
             if structure[s] > 0.0:
@@ -425,4 +414,19 @@ def misfit_factors(residual, weights, models, boxes, offsets, centers, sigmas, w
             if both2 > 0.0 and area > 0.0:
                 own = both * both / both2
                 factors[s, b] += relative / square * area * own / (area + own)
+
+
+@allocating_kernel
+def misfit_factors(residual, weights, models, boxes, offsets, centers, sigmas, width):
+    """By how much models that do not hold all structure make the variance of each flux larger, (S, B), at least 1.
+
+    See `kermes.measurement.misfit_factors`; sigmas (B,): widths of the PSFs, width: their median.
+    """
+    structure = np.empty(len(boxes))
+    room = np.zeros((2, residual.shape[2]), dtype=np.float32)
+    fill_structure(residual, weights, models, boxes, offsets, centers, width, room[0], room[1], structure)
+    factors = np.ones((len(boxes), len(residual)))
+    if structure.any():
+        deviation = np.empty(residual.shape[1:], dtype=np.float32)
+        fill_misfit(weights, models, boxes, offsets, sigmas, structure, deviation, factors)
     return factors
