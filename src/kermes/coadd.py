@@ -243,14 +243,14 @@ class Coadd:
 
     noise_factors: NDArray[np.float64] | None = None
     """How much more noise a sum over the PSF has than if pixels were independent, as those of resampled images are not:
-    shape (B,), or one number. None: not known, and measured when the image is deblended."""
+    shape (B,), or one number. None: not known, and measured when the image is deblended, unless footprints
+    are given."""
 
     peaks: NDArray[np.int64] | None = None
     """Peaks (N, 2) that came with the data, (y, x) in the coadd's coordinates; None: none came."""
 
     footprints: NDArray[np.int64] | None = None
-    """Footprint labels (H, W) that came with the data, 0 where no pixel may be used but to see how large the noise is;
-    None: none came."""
+    """Footprint labels (H, W) that came with the data, 0 where no pixel may be used; None: none came."""
 
     name: str = "coadd"
     """What messages call it; readers set it to the file's name."""

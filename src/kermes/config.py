@@ -558,8 +558,8 @@ class Config:
     1e-4 tames the noise of measured PSFs."""
 
     correlated_noise: bool = True
-    """Whether it is measured how much more noise sums over the PSF have than independent pixels, and fits and errors
-    heed it; false: noise is taken for independent from pixel to pixel, unless `Coadd.noise_factors` is given."""
+    """Whether it is measured how much more noise sums over the PSF have than independent pixels, where no footprints
+    are given, and fits and errors heed it; false: noise is independent, unless `Coadd.noise_factors` is given."""
 
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     """Used when no peaks or footprints are given."""

@@ -273,7 +273,8 @@ def plan_tile(
         )
         for k in order
     )
-    factors = _noise_factors(coadd, labels, [psf for psf, _, _ in psfs], config)
+    # Outside of footprints that were given there may be anything.
+    factors = _noise_factors(coadd, None if given else labels, [psf for psf, _, _ in psfs], config)
     return TilePlan(
         coadd=coadd,
         config=config,
@@ -288,14 +289,15 @@ def plan_tile(
     )
 
 
-def _noise_factors(coadd: Coadd, labels: LabelArray, psfs: list[DoubleArray], config: Config) -> DoubleArray:
+def _noise_factors(coadd: Coadd, labels: LabelArray | None, psfs: list[DoubleArray], config: Config) -> DoubleArray:
     """Give the factors of the noise that come with the images, or measure them if that is wanted.
 
-    psfs: those of the blends; there may be none in the middle of the image.
+    labels: zero in pixels without a source; None: not known. psfs: those of the blends; there may be none in the middle
+    of the image.
     """
     if coadd.noise_factors is not None:
         return coadd.noise_factors
-    if not config.correlated_noise or not psfs:
+    if not config.correlated_noise or labels is None or not psfs:
         return np.ones(coadd.n_bands)
     middle = psf_of_box(coadd, Box.of_shape(coadd.shape))
     return noise_factors(coadd, labels, next((psf for psf in (middle, *psfs) if psf.any()), middle))
