@@ -19,6 +19,7 @@ from kermes.rendering import KernelSet, SourceModels, pack
 from kermes.result import StampKind
 from kermes.scene import FactorizedComponent, Scene, Source
 from kermes.simulation import MoffatPsf, render_truth, simulate_scene
+from tiles import changed
 
 
 def neighbours():
@@ -412,7 +413,7 @@ def resampled(seed):
         for _ in coadd.bands
     ]
     images += np.array(noise) * np.sqrt(coadd.variance)
-    return scene, Coadd(images=images, variance=coadd.variance, psfs=coadd.psfs, bands=coadd.bands)
+    return scene, changed(coadd, images=images)
 
 
 def test_errors_are_those_of_the_noise_that_resampled_images_have():
@@ -439,7 +440,7 @@ def test_factors_of_noise_that_are_given_count_for_all_errors_of_fluxes():
     scene = simulate_scene(seed=3, shape=(110, 110), n_sources=8, bands=("g", "r"))
     for model in ("scarlet-lite", "templates"):
         plain, twice = (
-            kermes.deblend(replace_factors(scene.coadd, factors), scene.peaks, config=kermes.Config(model=model))
+            kermes.deblend(changed(scene.coadd, noise_factors=factors), scene.peaks, config=kermes.Config(model=model))
             for factors in (1.0, [2.0, 1.0])
         )
         assert twice.noise_factors.tolist() == [2.0, 1.0]
@@ -454,14 +455,3 @@ def test_factors_of_noise_that_are_given_count_for_all_errors_of_fluxes():
         for name in ("aperture_3_flux_err", "psf_flux_err", "centroid_y_err"):
             ratio = np.asarray(measured[1][f"g_{name}"] / measured[0][f"g_{name}"])
             assert (abs(ratio[np.isfinite(ratio)] - 2) < 0.01).mean() > 0.5, name
-
-
-def replace_factors(coadd, factors):
-    return Coadd(
-        images=coadd.images,
-        variance=coadd.variance,
-        psfs=coadd.psfs,
-        bands=coadd.bands,
-        unit=coadd.unit,
-        noise_factors=factors,
-    )

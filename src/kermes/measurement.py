@@ -220,10 +220,11 @@ def noise_factors(coadd: Coadd, footprints: NDArray[np.int64], psfs: DoubleArray
     Notes
     -----
     Half the distance between the 16th and the 84th percentile of the signal-to-noise of point sources,
-    sum(w P I) / sqrt(sum(w P^2)), at places one width of the PSF apart outside of all footprints, without those that
-    are far above. A band does not count in which this is not between `LARGEST_FACTOR` and its inverse, or the median
-    farther from zero than `LARGEST_OFFSET`. Where there are few places bands are taken to be alike, and noise to be
-    white: with n places of a band, N in all bands, and squared widths s_b^2 with the mean s^2 over all places,
+    sum(w P I) / sqrt(sum(w P^2)) over the pixels within two sigma of the PSF along each axis, at some `MOST_PLACES`
+    places at most, outside of all footprints and at least one width of the PSF apart, without those that are far above.
+    A band does not count in which this is not between `LARGEST_FACTOR` and its inverse, or the median farther from zero
+    than `LARGEST_OFFSET`. Where there are few places bands are taken to be alike, and noise to be white: with n
+    places of a band, N in all bands, and squared widths s_b^2 with the mean s^2 over all places,
     factor^2 = (n s_b^2 + `ALIKE_PLACES` t) / (n + `ALIKE_PLACES`) and t = (N s^2 + `FEW_PLACES`) / (N + `FEW_PLACES`).
     """
     psfs = psf_of_box(coadd, Box.of_shape(coadd.shape)) if psfs is None else psfs
