@@ -474,10 +474,12 @@ def may_choose(candidates, members):
 
 @kernel
 def note_fluxes(sources, members, out):
-    """Total fluxes of some sources, out (G, B)."""
+    """Total fluxes of some sources, out (G, B). What is no double now may still have the bulge that it had as one."""
     for k in range(len(members)):
+        s = members[k]
         for b in range(out.shape[1]):
-            out[k, b] = sources.fluxes[members[k], 0, b] + sources.fluxes[members[k], 1, b]
+            bulge = sources.fluxes[s, 1, b] if sources.kinds[s] == DOUBLE else 0.0
+            out[k, b] = sources.fluxes[s, 0, b] + bulge
 
 
 @kernel
