@@ -55,6 +55,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no largest radius": {"largest_radius": 0.0},
     "bright sources not first": {"bright_snr": NEVER},
     "no error of models": {"model_error": 0.0},
+    "structure not heeded": {"heed_structure": False},
     "crowded as any other": {"crowded_sources": 10**6},
 }
 """Settings of the profiles that switch an ingredient off."""

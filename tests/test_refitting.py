@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import kermes
-from kermes.config import Config
+from kermes.config import Config, ProfileConfig
 from kermes.errors import InputError
 from kermes.simulation import simulate_scene
 
@@ -132,10 +132,11 @@ def test_the_sum_of_all_models_is_that_of_each(result):
     np.testing.assert_allclose(again.model_image(positive=True), anew, rtol=1e-4, atol=1e-2)
 
 
-def test_shares_close_after_every_change(result):
+def test_shares_close_after_every_change(coadd):
+    settings = Config(profiles=ProfileConfig(residual_rounds=0))
+    result = kermes.deblend(coadd, config=settings)
     blend_id, members = a_blend(result)
     y, x = result[members[0]].peak
-    settings = replace(result.config, profiles=replace(result.config.profiles, residual_rounds=0))
     edited = kermes.refit(result, blend_id, add=[(y + 6, x - 5)], config=settings)
     assert_closes(edited)
     assert_closes(kermes.refit(edited, blend_id, remove=members[:1], config=settings))

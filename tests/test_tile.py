@@ -542,7 +542,8 @@ def test_a_bug_stops_the_run_and_shows_where_it_is(monkeypatch, workers, config)
 
 @pytest.fixture(scope="module")
 def divided(config):
-    """Deblend one parent whole, and divided into blends; returns both results."""
+    """Deblend one parent whole, and divided into blends, without candidates; returns both results."""
+    config = replace(config, profiles=replace(config.profiles, residual_rounds=0))
     crowd = scene(n_sources=30, shape=(150, 150), seed=4, min_separation_pix=4)
     labels = np.ones(crowd.coadd.shape, dtype=np.int64)
     sides = (0, 64)
@@ -829,6 +830,29 @@ def test_a_source_with_an_unlisted_companion_may_be_two():
     result = kermes.deblend(coadd, [(40, 40), (15, 15)])
     assert len(result.candidates) == 1
     np.testing.assert_array_equal(result.objects[Flag.UNRESOLVED_BLEND], [True, False])
+
+
+def test_clumps_are_part_of_their_galaxy(tmp_path):
+    scene = simulate_scene(n_sources=25, shape=(140, 140), bands=("g", "r", "i"), seed=3, kind="knots")
+    config = Config(free_form=FreeFormConfig(strength=0))
+    result = kermes.deblend(scene.coadd, scene.peaks, config=config)
+    n_clumps = [sum(part.is_point for part in handle.source.components[1:]) for handle in result]
+    assert sum(n_clumps) > 3
+    objects = result.objects
+    np.testing.assert_array_equal(objects["n_components"], [len(handle.source.components) for handle in result])
+    for band, name in enumerate(result.bands):
+        total = [sum(part.spectrum[band] for part in handle.source.components) for handle in result]
+        np.testing.assert_allclose(objects[f"{name}_flux"], total, rtol=1e-5)
+    # They lie where the galaxy is, and not in the table of what nobody listed.
+    for handle, n in zip(result, n_clumps, strict=True):
+        for part in handle.source.components[1:] if n else ():
+            assert np.hypot(*(part.center - handle.source.components[0].center)) < 30
+    clumps = [part.center for handle in result for part in handle.source.components[1:] if part.is_point]
+    found = np.stack([result.candidates["y"], result.candidates["x"]], axis=1) - np.array(result.origin)
+    apart = np.array(clumps)[:, None] - found
+    assert (np.hypot(*apart.transpose(2, 0, 1)) > 1).all()
+    result.write(tmp_path / "out", tolerance=None)
+    assert same_pixels(kermes.open(tmp_path / "out", coadd=scene.coadd), result)
 
 
 def test_a_shape_that_no_model_has_is_said_to_be_modelled_poorly():

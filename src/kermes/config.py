@@ -334,7 +334,7 @@ class ProfileConfig:
     residual_rounds: int = 2
     """How many times sources that nobody listed are looked for in what is left of the data; 0: never."""
 
-    residual_snr: float = 6.0
+    residual_snr: float = 4.5
     """Such a source stands out by at least this signal-to-noise,"""
 
     residual_share: float = 0.05
@@ -343,8 +343,8 @@ class ProfileConfig:
     residual_distance: float = 2.5
     """and is farther than this from every other source [pixels]."""
 
-    clump_radius: float = 3.0
-    """What stands out within this many half-light radii of a galaxy is taken for a part of it"""
+    clump_radius: float = 4.0
+    """What stands out within this many half-light radii of a galaxy is taken for a part of it, a clump,"""
 
     clump_share: float = 0.25
     """if its signal-to-noise is below this share of the galaxy's."""
@@ -357,6 +357,9 @@ class ProfileConfig:
 
     model_error: float = 0.02
     """Error of the model of a bright source relative to it, as its neighbours see it."""
+
+    heed_structure: bool = True
+    """Whether that of a galaxy is larger where residuals say that it is not as smooth as a profile."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 

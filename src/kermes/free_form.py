@@ -126,7 +126,7 @@ def with_free_form(
     noise[np.isnan(noise)] = np.inf
     sources = list(scene.sources)
     for s, reach in zip(rows.tolist(), _reach(blend, kernels, rows).tolist(), strict=True):
-        profiles = [component for component in sources[s].components if isinstance(component, ProfileComponent)]
+        profiles = _profiles(sources[s])
         spectra = np.array([np.maximum(profile.spectrum, 0) / unit for profile in profiles], dtype=np.float32)
         images = [_image(profile) for profile in profiles]
         floor = config.floor
@@ -175,6 +175,12 @@ def _load_kernels() -> None:
     render_scene(Scene(sources=(source,), box=box), KernelSet(np.ones((1, 3, 3))))
 
 
+def _profiles(source: Source) -> list[ProfileComponent]:
+    """Give the profiles of a source, but for the clumps of a galaxy, which keep their shape."""
+    profiles = [component for component in source.components if isinstance(component, ProfileComponent)]
+    return [profile for profile in profiles if not profile.is_point] or profiles[:1]
+
+
 def _promising(
     scene: Scene, residual: FloatArray, snr: DoubleArray, blend: Blend, config: FreeFormConfig
 ) -> IndexArray:
@@ -185,7 +191,7 @@ def _promising(
     rows = []
     order = np.argsort(-snr, kind="stable")
     for s in order[snr[order] >= min(config.point_snr, config.min_snr)].tolist():
-        profiles = [part for part in scene.sources[s].components if isinstance(part, ProfileComponent)]
+        profiles = _profiles(scene.sources[s])
         least = config.point_snr if all(profile.is_point for profile in profiles) else config.min_snr
         if profiles and snr[s] >= least:
             rows.append(s)

@@ -162,9 +162,10 @@ def _fit_profiles(blend: Blend, task: BlendTask, plan: TilePlan, rung: Outcome) 
     weights = _heeding(blend.weights, plan.heeded_factors)
     fit = fit_profiles(blend.images, weights, task.bank, blend.peaks.astype(np.float64), plan.config.profiles, most)
     shift = np.array(task.box.origin) - np.array(task.outer.origin)
-    fit.sources.shapes[:, :2] += shift
-    fit.sources.stamps[:, 1:3] += shift
-    if not np.isfinite(fit.sources.fluxes).all() or not np.isfinite(fit.sources.shapes).all():
+    for places, corners in ((fit.sources.shapes[:, :2], fit.sources.stamps), (fit.clumps.centers, fit.clumps.stamps)):
+        places += shift
+        corners[:, 1:3] += shift
+    if not np.isfinite(fit.flux).all() or not np.isfinite(fit.sources.shapes).all():
         raise BlendError("the fitted fluxes or shapes are not finite")
     return fit
 
@@ -353,7 +354,7 @@ def _with_profiles(
         candidate_columns=_candidate_columns(fit, found, flux_err, (dy, dx), unit, bands) if len(found) else {},
         boxes=models.boxes,
         metrics=_first(model_metrics(_select(packed.in_frame(), np.arange(n_fitted)), task.outer.shape), n_sources),
-        flux=sources.fluxes[:n_sources].sum(axis=1) * unit,
+        flux=fit.flux[:n_sources] * unit,
         flux_err=flux_err[:n_sources] * unit,
         iterations=fit.iterations,
         converged=fit.converged,
@@ -392,7 +393,7 @@ def _candidate_columns(
         "x": sources.shapes[found, 1] + origin[1],
         "significance": fit.significance[found - fit.n_listed],
         "origin": np.full(len(found), Origin.RESIDUAL.value),
-        **_by_band("flux", sources.fluxes[found].sum(axis=1) * unit, bands),
+        **_by_band("flux", fit.flux[found] * unit, bands),
         **_by_band("flux_err", flux_err[found] * unit, bands),
     }
 
@@ -599,9 +600,8 @@ def _with_free_form(
     scene: Scene, residual: FloatArray, fit: ProfileFit, cut: Blend, task: BlendTask, config: Config
 ) -> Scene:
     """Correct the profiles of members where they do not suffice; the same scene if all do."""
-    flux = fit.sources.fluxes.sum(axis=1)
     # How well the light is seen, whatever it is taken for.
-    square = np.square(flux) / (fit.variances.flux - fit.doubt)
+    square = np.square(fit.flux) / (fit.variances.flux - fit.doubt)
     snr = np.sqrt(np.where(np.isnan(square), 0.0, square).sum(axis=1))
     snr[len(task.members) :] = np.nan
     return with_free_form(scene, residual, snr, cut, task.kernels, config.free_form)

@@ -250,8 +250,9 @@ def _n_parameters(source: Source, n_bands: int) -> float:
     """Parameters of a model per band: fluxes, and its share of those of the shape, which all bands have in common."""
     profiles = [component for component in source.components if isinstance(component, ProfileComponent)]
     extended = [component for component in profiles if not component.is_point]
-    # The centre; radius and shear of each profile, and the index of a Sersic profile.
-    n_shape = 2 * bool(profiles) + sum(3 + (component.index != 1.0) for component in extended)
+    # Centres, of clumps too; radius and shear of each profile, and the index of a Sersic profile.
+    n_centers = len({tuple(component.center.tolist()) for component in profiles})
+    n_shape = 2 * n_centers + sum(3 + (component.index != 1.0) for component in extended)
     return len(source.components) + n_shape / n_bands
 
 

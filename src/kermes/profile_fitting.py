@@ -8,7 +8,7 @@ linear problem, eliminated (variable projection, Golub & Pereyra 1973, with the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from statistics import median
 from threading import Lock
@@ -69,6 +69,15 @@ CENTER_FLOOR = 5e-4
 
 CONVERGED = 0.1
 """The fit has converged when the last sweep has lowered half the chi2 by less than this per source."""
+
+STRUCTURED_SNR = (30.0, 60.0)
+"""Structure of sources below the first signal-to-noise is lost in the noise; it counts in full above the second."""
+
+STRUCTURED_CHI2 = (1.03, 1.1)
+"""The same for the mean chi2 of the core of a source."""
+
+CORE = 4.0
+"""Radius of that core [widths of the PSF]."""
 
 LEAST_RADIUS = 0.3
 """Smallest half-light radius of what is not a point [pixels]."""
@@ -167,11 +176,31 @@ class ModeBank:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Clumps:
+    """Points that are part of a galaxy: they stand out of its profile."""
+
+    owners: IndexArray
+    """Numbers of the sources that they belong to, shape (C,)."""
+
+    centers: DoubleArray
+    """Shape (C, 2)."""
+
+    fluxes: DoubleArray
+    """Shape (C, B)."""
+
+    stamps: IndexArray
+    """Where their light lies, see `Sources`, shape (C, 4)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ProfileFit:
     """Profile sources fitted to a blend; positions in pixels of the blend."""
 
     sources: Sources
-    """State of all sources, listed ones first."""
+    """State of all sources, listed ones first; without clumps."""
+
+    clumps: Clumps
+    """Parts of them that stand out of their profiles."""
 
     n_listed: int
     """Number of sources that were asked for."""
@@ -199,6 +228,13 @@ class ProfileFit:
 
     converged: bool
     """Whether the last sweep changed the loss by less than was asked for."""
+
+    @property
+    def flux(self) -> DoubleArray:
+        """Total fluxes, shape (S, B)."""
+        flux: DoubleArray = self.sources.fluxes.sum(axis=1)
+        np.add.at(flux, self.clumps.owners, self.clumps.fluxes)
+        return flux
 
     @property
     def flux_err(self) -> DoubleArray:
@@ -320,6 +356,8 @@ class _Engine:
         self.n_listed = len(peaks)
         # Which are held to the size of faint ones; those that were found later are not.
         self.small = np.zeros(len(peaks), dtype=bool)
+        # Which source each one is a clump of; -1: of none.
+        self.owners = np.full(len(peaks), -1)
         total = weights.sum(axis=(1, 2), dtype=np.float64)
         n_valid = np.array([np.count_nonzero(plane) for plane in weights])
         self.noise = np.sqrt(np.divide(n_valid, total, out=np.zeros(len(total)), where=total > 0))
@@ -393,6 +431,57 @@ class _Engine:
             # What is around the bright ones counts less now.
             self.settled &= self.lonely
 
+    def heed_structure(self) -> None:
+        """Let the neighbours of galaxies that are not as smooth as profiles trust these less.
+
+        As `soften` does, with what residuals tell of each galaxy: see `kermes.measurement.misfit_factors`. Structure is
+        alike within the area of the PSF, 4 pi sigma^2 pixels, and so counts as so many times the variance of pixels
+        that know nothing of each other if the galaxy is much wider than the PSF, and half of that if it is as wide.
+        """
+        if len(self.snr) < 2:
+            return
+        chi2, reach = np.empty(len(self.snr)), np.full(len(self.snr), CORE * self.bank.width)
+        residuals.core_chi2(self.residual, self.weights, self.sources, reach, chi2)
+        # Not all at once: in another cut-out of the same pixels both may be a little above or below.
+        share = np.interp(chi2, STRUCTURED_CHI2, (0.0, 1.0)) * np.interp(self.snr, STRUCTURED_SNR, (0.0, 1.0))
+        shared = 2 * np.pi * np.square(self.bank.sigmas)
+        image, found = self.residual[:0], False
+        for s in np.flatnonzero(share).tolist():
+            if not len(image):
+                image = np.zeros_like(self.residual)
+            k, y0, x0, _ = self.sources.stamps[s].tolist()
+            box = Box(y0, x0, int(SIDES[k]), int(SIDES[k])) & Box.of_shape(image.shape[1:])
+            window = (slice(None), box.y, box.x)
+            stamp_kernels.draw_sources(image, self.table, self.bank.modes, SIDES, self.sources, np.array([s]), 1.0)
+            model = np.ascontiguousarray(image[window])
+            image[window] = 0
+            eta2 = share[s] * self._structure(s, model, box)
+            if eta2 > 0:
+                if not found:
+                    self.soft_weights, found = self.soft_weights.copy(), True
+                weights = self.weights[window]
+                variance = (eta2 * shared).astype(np.float32)[:, None, None] * np.square(model)
+                self.soft_weights[window] = np.minimum(self.soft_weights[window], weights / (1 + weights * variance))
+        if found:
+            self.settled[:] = False
+
+    def _structure(self, s: int, model: FloatArray, box: Box) -> float:
+        """Variance of the light of a source relative to its model (B, h, w) on a box that residuals tell of."""
+        room, variance = np.zeros((2, self.residual.shape[2]), dtype=np.float32), np.empty(1)
+        residuals.fill_structure(
+            self.residual,
+            self.weights,
+            model.reshape(len(model), -1),
+            np.array([[*box.origin, *box.shape]]),
+            np.array([0, model[0].size]),
+            np.floor(self.sources.shapes[s : s + 1, :2] + 0.5).astype(np.int64),
+            self.bank.width,
+            room[0],
+            room[1],
+            variance,
+        )
+        return float(variance[0])
+
     def admit_misfit(self) -> None:
         """Scale the variances by the chi2 of the core of each source where that is above one, and add the doubt."""
         self.doubt, self.lean = np.empty((2, len(self.snr), len(self.residual)))
@@ -406,6 +495,31 @@ class _Engine:
             self.doubt,
             self.lean,
         )
+
+    def join_clumps(self) -> None:
+        """Make the variances of fluxes those of galaxies with their clumps, before `correlate` and `admit_misfit`.
+
+        A clump whose flux is not known in a band has none there.
+        """
+        flux, cross = self.variances.flux, self.variances.cross
+        clumps = np.flatnonzero(self.owners >= 0)
+        if not len(clumps):
+            return
+        groups = np.repeat(np.arange(len(self.settled)), np.diff(self.offsets))
+        group, place = np.empty((2, len(flux)), dtype=np.int64)
+        group[self.members] = groups
+        place[self.members] = np.arange(len(flux)) - self.offsets[groups]
+        for c in clumps.tolist():
+            owner = self.owners[c]
+            flux[owner] += np.nan_to_num(flux[c])
+            if group[c] != group[owner]:
+                continue
+            members = self.members[groups == group[c]]
+            flux[owner] += 2 * cross[owner, place[c]]
+            # The row and the column of the clump are added to those of its owner.
+            cross[owner] += cross[c]
+            cross[members, place[owner]] += cross[members, place[c]]
+            cross[c] = cross[members, place[c]] = 0
 
     def average(self) -> None:
         """Give sources the mean flux of the kinds that they might be, after `admit_misfit`.
@@ -446,11 +560,8 @@ class _Engine:
         )
         if n == 0:
             return np.zeros(len(self.snr), dtype=bool)
-        apart = ~_inside_brighter(found[:n], values[:n], self)
-        found, values = found[:n][apart], values[:n][apart]
-        n = len(found)
-        if n == 0:
-            return np.zeros(len(self.snr), dtype=bool)
+        found, values = found[:n], values[:n]
+        owners = _hosts(found, values, self)
         new = _new_sources(found, len(self.residual), config)
         new.kinds[:] = POINT
         self.sources = Sources(*(np.concatenate(pair) for pair in zip(self.sources, new, strict=True)))
@@ -460,8 +571,10 @@ class _Engine:
         self.snr = np.concatenate([self.snr, values])
         self.small = np.concatenate([self.small, np.zeros(n, dtype=bool)])
         self.significance = np.concatenate([self.significance, values])
+        self.owners = np.concatenate([self.owners, owners])
         self.regroup(np.maximum(self.snr, 5.0))
         touched = np.arange(len(self.snr)) >= n_before
+        touched[owners[owners >= 0]] = True
         for position in found:
             distance = np.hypot(*(self.sources.shapes[:, :2] - position).T)
             touched |= distance < config.link
@@ -627,7 +740,12 @@ def _fit_in_groups(
         touched = engine.add_residual_peaks()
         if not touched.any():
             break
-        engine.sweep(config.steps, touched, engine.candidates(~touched), update=True)
+        # More sources explain the same light: simpler profiles may do now, richer ones need not be tried. What is a
+        # point may still turn out to be a galaxy: it has the mean flux of both. Two steps, as the last sweeps go on.
+        simpler = np.arange(N_KINDS) <= np.maximum(engine.sources.kinds, EXPONENTIAL)[:, None]
+        engine.sweep(2, touched, engine.candidates(~touched) & simpler, update=True)
+    if config.heed_structure:
+        engine.heed_structure()
     loss, converged = engine.loss(), False
     for _ in range(config.max_sweeps):
         before = loss
@@ -637,6 +755,7 @@ def _fit_in_groups(
         if converged:
             break
     engine.sweep(0, errors=True)
+    engine.join_clumps()
     correlations = correlate(engine.variances, engine.members, engine.offsets)
     engine.admit_misfit()
     if config.average_kinds:
@@ -645,8 +764,10 @@ def _fit_in_groups(
 
 
 def _finish(engine: _Engine, correlations: Correlations, converged: bool) -> ProfileFit:
-    return ProfileFit(
+    owners = engine.owners
+    fit = ProfileFit(
         sources=engine.sources,
+        clumps=_clumps(engine),
         n_listed=engine.n_listed,
         variances=engine.variances,
         doubt=engine.doubt,
@@ -656,6 +777,40 @@ def _finish(engine: _Engine, correlations: Correlations, converged: bool) -> Pro
         residual=engine.residual,
         iterations=-(-engine.steps // max(engine.n_listed, 1)),
         converged=converged,
+    )
+    return _taken(fit, np.flatnonzero(owners < 0)) if (owners >= 0).any() else fit
+
+
+def _clumps(engine: _Engine) -> Clumps:
+    """Take the clumps out of the sources of a fit, each on a stamp of its own: those of their groups are large."""
+    clumps = np.flatnonzero(engine.owners >= 0)
+    sources = Sources(*(values[clumps] for values in engine.sources))
+    sources.stamps[:] = -1
+    stamps = np.empty((len(clumps), 4), dtype=np.int64)
+    every = np.arange(len(clumps) + 1)
+    stamp_kernels.plan_stamps(sources, every[:-1], every, engine.snr[clumps], SIDES, LEVELS, stamps)
+    return Clumps(
+        owners=engine.owners[clumps], centers=sources.shapes[:, :2], fluxes=sources.fluxes[:, 0], stamps=stamps
+    )
+
+
+def _taken(fit: ProfileFit, rows: IndexArray) -> ProfileFit:
+    """Keep some of the sources of a fit, all that were listed among them."""
+    number = np.full(len(fit.evidence) + 1, -1)
+    number[rows] = np.arange(len(rows))
+    correlations = fit.correlations
+    return replace(
+        fit,
+        sources=Sources(*(values[rows] for values in fit.sources)),
+        variances=Variances(*(values[rows] for values in fit.variances)),
+        doubt=fit.doubt[rows],
+        correlations=Correlations(
+            strongest=correlations.strongest[rows],
+            neighbor=number[correlations.neighbor[rows]],
+            condition=correlations.condition[rows],
+        ),
+        significance=fit.significance[rows[fit.n_listed :] - fit.n_listed],
+        evidence=fit.evidence[rows],
     )
 
 
@@ -759,18 +914,21 @@ def _engine_of_points(
     return engine
 
 
-def _inside_brighter(positions: DoubleArray, snr: DoubleArray, engine: _Engine) -> NDArray[np.bool_]:
-    """Whether something found (N, 2) lies inside of a much brighter galaxy: a part of it rather than a neighbour."""
+def _hosts(positions: DoubleArray, snr: DoubleArray, engine: _Engine) -> IndexArray:
+    """In which much brighter galaxies something found (N, 2) lies, and so is a clump of it; -1: in none."""
     sources, config = engine.sources, engine.config
     hosts = np.flatnonzero((sources.kinds != POINT) & (engine.snr * config.clump_share > snr.min(initial=np.inf)))
+    if not len(hosts):
+        return np.full(len(positions), -1)
     y, x, ln_r, e1, e2 = (sources.shapes[hosts, p] for p in range(5))
     dy, dx = positions[:, :1] - y, positions[:, 1:] - x
     shear = np.hypot(e1, e2)
     ratio = np.where(shear > 1e-4, np.sinh(shear) / np.maximum(shear, 1e-4), 1.0)
     # Squared distance in half-light radii, measured along the ellipse.
-    square = (dy**2 + dx**2) * np.cosh(shear) - (e1 * (dx**2 - dy**2) + 2 * e2 * dx * dy) * ratio
-    inside = square < config.clump_radius**2 * np.exp(2 * ln_r)
-    return np.asarray((inside & (snr[:, None] < config.clump_share * engine.snr[hosts])).any(axis=1))
+    square = ((dy**2 + dx**2) * np.cosh(shear) - (e1 * (dx**2 - dy**2) + 2 * e2 * dx * dy) * ratio) / np.exp(2 * ln_r)
+    inside = (square < config.clump_radius**2) & (snr[:, None] < config.clump_share * engine.snr[hosts])
+    nearest = hosts[np.where(inside, square, np.inf).argmin(axis=1)]
+    return np.where(inside.any(axis=1), nearest, -1)
 
 
 def _evidence(sources: Sources) -> DoubleArray:
@@ -825,6 +983,7 @@ def scene_of_fit(fit: ProfileFit, peaks: IndexArray, box: Box, unit: float, sigm
     shapes, kinds = fit.sources.shapes, fit.sources.kinds.tolist()
     centers, stamps = shapes[:, :2] + box.origin, (fit.sources.stamps[:, :3] + [0, box.y0, box.x0]).tolist()
     of_sources = (fit.sources.fluxes * unit).astype(np.float32)
+    clumps = _clump_components(fit.clumps, box, unit, sigma)
     sources = []
     found = np.floor(shapes[fit.n_listed :, :2] + 0.5).astype(np.int64)
     for s, (y, x) in enumerate(np.concatenate([peaks, found]).tolist()):
@@ -851,5 +1010,28 @@ def scene_of_fit(fit: ProfileFit, peaks: IndexArray, box: Box, unit: float, sigm
                     **own,
                 )
             )
+        components += clumps.get(s, [])
         sources.append(Source(peak=(y + box.y0, x + box.x0), components=tuple(components)))
     return Scene(sources=tuple(sources), box=box)
+
+
+def _clump_components(clumps: Clumps, box: Box, unit: float, sigma: float) -> dict[int, list[ProfileComponent]]:
+    """Describe the clumps of each source that has any, see `scene_of_fit`."""
+    components: dict[int, list[ProfileComponent]] = {}
+    spectra = (clumps.fluxes * unit).astype(np.float32)
+    for owner, center, spectrum, (k, top, left, _) in zip(
+        clumps.owners.tolist(), clumps.centers + box.origin, spectra, clumps.stamps.tolist(), strict=True
+    ):
+        side = int(SIDES[k])
+        components.setdefault(owner, []).append(
+            ProfileComponent(
+                spectrum=spectrum,
+                center=center,
+                radius=0.0,
+                shear=np.zeros(2),
+                index=1.0,
+                sigma=sigma,
+                box=Box(top + box.y0, left + box.x0, side, side),
+            )
+        )
+    return components
