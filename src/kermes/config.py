@@ -279,7 +279,7 @@ class ProfileConfig:
     max_sweeps: int = 2
     """Give up after this many last sweeps over all groups that are not settled."""
 
-    tolerance: float = 1e-3
+    tolerance: float = 0.03
     """A visit ends when a step lowers half the chi2 by less than this."""
 
     radius: float = 1.4
@@ -288,7 +288,7 @@ class ProfileConfig:
     radius_width: float = 0.35
     """Width of the prior on the logarithm of the half-light radius."""
 
-    shear_width: float = 0.35
+    shear_width: float = 0.25
     """Width of the prior on each component of the log-shear e; an axis ratio is exp(-e)."""
 
     center_width: float = 0.4
@@ -297,7 +297,7 @@ class ProfileConfig:
     center_box: float = 1.5
     """Farthest that a centre may be from its peak along each axis [pixels]."""
 
-    index_width: float = 0.5
+    index_width: float = 0.35
     """Width of the prior on the logarithm of Sersic indices, about 1 and about `bulge_index`."""
 
     bulge_index: float = 3.0
