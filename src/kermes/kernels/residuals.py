@@ -179,13 +179,24 @@ def matched_filter(images, residual, weights, taps, y, x):
     return np.sqrt(total)
 
 
+@kernel
+def is_highest(plane, y, x):
+    """Whether no pixel next to one exceeds it."""
+    height, width = plane.shape
+    for i in range(max(y - 1, 0), min(y + 2, height)):
+        for j in range(max(x - 1, 0), min(x + 2, width)):
+            if plane[i, j] > plane[y, x]:
+                return False
+    return True
+
+
 @allocating_kernel
 def significance(images, residual, weights, sigmas, threshold, left, seen):
     """Signal-to-noise of a point at each pixel, of what is left and of the model, over the bands where it is positive.
 
     images, residual, weights (B, H, W); sigmas (B,): width of a Gaussian like the PSF, 0 in a band without one. left,
     seen (H, W) take the square root of the sum over the bands of the squares of the positive ones; seen only where left
-    exceeds the threshold, and 0 elsewhere.
+    exceeds the threshold and is not exceeded by a pixel next to it, and 0 elsewhere.
     """
     n_bands, height, width = residual.shape
     taps = np.empty((n_bands, int(np.ceil(2.5 * sigmas.max())) + 1), np.float32)
@@ -220,7 +231,9 @@ def significance(images, residual, weights, sigmas, threshold, left, seen):
     for y in range(height):
         for x in range(width):
             left[y, x] = np.sqrt(left[y, x])
-            if left[y, x] > threshold:
+    for y in range(height):
+        for x in range(width):
+            if left[y, x] > threshold and is_highest(left, y, x):
                 seen[y, x] = matched_filter(images, residual, weights, taps, y, x)
 
 
