@@ -73,7 +73,7 @@ CONVERGED = 0.1
 STRUCTURED_SNR = (30.0, 60.0)
 """Structure of sources below the first signal-to-noise is lost in the noise; it counts in full above the second."""
 
-STRUCTURED_CHI2 = (1.03, 1.1)
+STRUCTURED_CHI2 = (1.2, 1.4)
 """The same for the mean chi2 of the core of a source."""
 
 CORE = 4.0
@@ -233,7 +233,8 @@ class ProfileFit:
     def flux(self) -> DoubleArray:
         """Total fluxes, shape (S, B)."""
         flux: DoubleArray = self.sources.fluxes.sum(axis=1)
-        np.add.at(flux, self.clumps.owners, self.clumps.fluxes)
+        if len(self.clumps.owners):
+            np.add.at(flux, self.clumps.owners, self.clumps.fluxes)
         return flux
 
     @property
@@ -442,6 +443,8 @@ class _Engine:
             return
         chi2, reach = np.empty(len(self.snr)), np.full(len(self.snr), CORE * self.bank.width)
         residuals.core_chi2(self.residual, self.weights, self.sources, reach, chi2)
+        if chi2.max() <= STRUCTURED_CHI2[0]:
+            return
         # Not all at once: in another cut-out of the same pixels both may be a little above or below.
         share = np.interp(chi2, STRUCTURED_CHI2, (0.0, 1.0)) * np.interp(self.snr, STRUCTURED_SNR, (0.0, 1.0))
         shared = 2 * np.pi * np.square(self.bank.sigmas)
@@ -787,8 +790,9 @@ def _clumps(engine: _Engine) -> Clumps:
     sources = Sources(*(values[clumps] for values in engine.sources))
     sources.stamps[:] = -1
     stamps = np.empty((len(clumps), 4), dtype=np.int64)
-    every = np.arange(len(clumps) + 1)
-    stamp_kernels.plan_stamps(sources, every[:-1], every, engine.snr[clumps], SIDES, LEVELS, stamps)
+    if len(clumps):
+        every = np.arange(len(clumps) + 1)
+        stamp_kernels.plan_stamps(sources, every[:-1], every, engine.snr[clumps], SIDES, LEVELS, stamps)
     return Clumps(
         owners=engine.owners[clumps], centers=sources.shapes[:, :2], fluxes=sources.fluxes[:, 0], stamps=stamps
     )
