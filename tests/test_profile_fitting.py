@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter, maximum_filter
 from scipy.optimize import least_squares
 
-import reference
 from kermes.config import ProfileConfig
 from kermes.kernels.normal_equations import (
     BLOCK,
@@ -63,7 +62,7 @@ from kermes.profiles import frequencies_of
 from kermes.psf import continued
 from kermes.scene import kernel_table
 from kermes.simulation import MoffatPsf, simulate_scene
-from reference import profile_images, wrapped
+from reference import profile_images, structure, wrapped
 
 PSFS = np.stack(
     [MoffatPsf(fwhm_pix=w, beta=b, axis_ratio=0.95, angle=0.4).stamp() for w, b in ((4.2, 3.2), (3.6, 4.2))]
@@ -1494,9 +1493,9 @@ def test_neighbours_of_irregular_galaxies_trust_them_less():
     engine.heed_structure()
     model = np.zeros_like(engine.residual)
     draw_sources(model, engine.table, BANK.modes, SIDES, engine.sources, np.array([0]), 1.0)
-    eta2 = reference.structure(engine.residual, engine.weights, model, (31, 31), BANK.width)
+    eta2 = structure(engine.residual, engine.weights, model, (31, 31), BANK.width)
     variance = 2 * np.pi * eta2 * (BANK.sigmas**2)[:, None, None] * model**2
-    # Single precision, and the model is not zero beyond its stamp in what was worked out from the residual.
+    # Single precision.
     np.testing.assert_allclose(engine.soft_weights, 1 / (1 + variance), rtol=1e-3)
     assert engine.soft_weights.min() < 0.5
 
